@@ -1,0 +1,25 @@
+"""The names that we use of TRL beyond what its documentation lists, in one place: a TRL release can break this file only."""
+
+from trl.kernels import ChunkedLogProbFunction
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import (
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_config_model_id,
+    maybe_gather_lm_head_ctx,
+)
+
+LOGPROB_CHUNK_SIZE = 32768
+"""Vocabulary columns of one tile of the log-prob kernel (TRL's own default)."""
+
+__all__ = [
+    "LOGPROB_CHUNK_SIZE",
+    "ChunkedLogProbFunction",
+    "create_model_from_path",
+    "disable_dropout_in_model",
+    "disable_gradient_checkpointing",
+    "get_config_model_id",
+    "maybe_gather_lm_head_ctx",
+    "prepare_deepspeed",
+    "prepare_fsdp",
+]

@@ -1,0 +1,246 @@
+"""From hidden states to completion scores, inside the model's own forward.
+
+`install_scoring` gives a causal LM a second way through its forward: called with `score_index` and `score_targets`, it runs the backbone,
+gathers the positions that predict a scored token, and folds the LM head over them in tiles. Whole-sequence logits never exist, for
+policy or reference. Because the path lies inside `model.forward`, wrappers (PEFT, DDP, DeepSpeed, FSDP2) see one ordinary forward and
+synchronise gradients as usual.
+
+Letters: C completions, S scored tokens, H hidden width, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from prefopt._trl import LOGPROB_CHUNK_SIZE, ChunkedLogProbFunction, maybe_gather_lm_head_ctx
+from prefopt.scoring.attention import packed_attention_mask
+
+ALIGNMENTS = ("sampled", "greedy", "none")
+VOCAB_STATISTICS = ("entropy", "mean_logits", "is_top1")
+_GREEDY_CHUNK = 1024
+
+
+@dataclass
+class CompletionScores(ModelOutput):
+    """What one forward says of each completion; every field is float32.
+
+    Attributes:
+        logps: (C,) log-probability summed over the scored tokens (weighted by `score_weights` where the batch has them), in nats.
+        counts: (C,) number of scored tokens.
+        mean_aligned_logps: (C,) WPO's log-weight of the completion, mean over tokens, without gradient; None unless asked for.
+        entropy, mean_logits, top1: (C,) sums over tokens of the predictive entropy (nats), of the mean logit over the vocabulary,
+            and of whether the token was the model's first choice; None unless asked for. Without gradient.
+        aux_loss: () MoE load-balancing loss of the batch; None for dense models.
+    """
+
+    logps: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    mean_aligned_logps: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    top1: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+def install_scoring(model: PreTrainedModel) -> None:
+    """Add the scoring path to `model.forward`; call it on the base model, before any wrapper. Calling it twice changes nothing."""
+    if getattr(model.forward, "scores_completions", False):
+        return
+    plain_forward = model.forward
+
+    # generate() validates its arguments against this signature
+    @functools.wraps(type(model).forward)
+    def forward(*args, score_index: torch.Tensor | None = None, **kwargs):
+        if score_index is None:
+            return plain_forward(*args, **kwargs)
+        return _score(model, score_index=score_index, **kwargs)
+
+    forward.scores_completions = True
+    model.forward = forward
+
+
+def score_completions(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    *,
+    attn_implementation: str,
+    dtype: torch.dtype = torch.float32,
+    alignment: str | None = None,
+    vocab_statistics: bool = False,
+    aux_loss: bool = False,
+) -> CompletionScores:
+    """Score every completion of a batch in one forward of `model`, through whatever wraps it.
+
+    Args:
+        model: a model that `install_scoring` has prepared, or a wrapper around one.
+        batch: what a layout made (`scoring.layouts.Layout.collate`), on the model's device; optionally `score_weights` (S,), the weight
+            of each scored token in `logps`. The packed attention mask is built once and kept in the batch, for the reference's sake.
+        attn_implementation: the model's attention implementation; chooses the form of the packed mask.
+        dtype: the model's dtype (the additive mask of "eager" needs it).
+        alignment: WPO's alignment, one of `ALIGNMENTS`, or None for no weights.
+        vocab_statistics: also return entropy, mean logits and first choices, from the same pass over the vocabulary.
+        aux_loss: also return the MoE load-balancing loss.
+
+    Returns:
+        The scores, C = number of completions in the batch.
+    """
+    if "group_ids" in batch:
+        if "packed_mask" not in batch:
+            batch["packed_mask"] = packed_attention_mask(
+                batch["group_ids"], batch["branch_ids"], implementation=attn_implementation, dtype=dtype
+            )
+        attention_mask = batch["packed_mask"]
+    else:
+        attention_mask = batch["attention_mask"]
+    return model(
+        input_ids=batch["input_ids"],
+        attention_mask=attention_mask,
+        position_ids=batch["position_ids"],
+        score_index=batch["score_index"],
+        score_targets=batch["score_targets"],
+        score_completions=batch["score_completions"],
+        score_weights=batch.get("score_weights"),
+        num_completions=batch["last_index"].numel(),
+        alignment=alignment,
+        vocab_statistics=vocab_statistics,
+        aux_token_weights=batch["token_weights"] if aux_loss else None,
+    )
+
+
+def _score(
+    model: PreTrainedModel,
+    *,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    score_index: torch.Tensor,
+    score_targets: torch.Tensor,
+    score_completions: torch.Tensor,
+    num_completions: int,
+    score_weights: torch.Tensor | None = None,
+    alignment: str | None = None,
+    vocab_statistics: bool = False,
+    aux_token_weights: torch.Tensor | None = None,
+) -> CompletionScores:
+    extra = {} if aux_token_weights is None else {"output_router_logits": True}
+    outputs = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **extra
+    )
+    hidden = outputs.last_hidden_state
+    hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
+    tokens = _token_scores(model, hidden, score_targets, alignment=alignment, vocab_statistics=vocab_statistics)
+
+    def per_completion(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(num_completions).index_add(0, score_completions, values)
+
+    counts = per_completion(torch.ones_like(tokens["logps"]))
+    logps = tokens["logps"] if score_weights is None else tokens["logps"] * score_weights
+    scores = CompletionScores(logps=per_completion(logps), counts=counts)
+    if alignment is not None:
+        scores.mean_aligned_logps = per_completion(tokens["aligned"]) / counts
+    if vocab_statistics:
+        scores.entropy = per_completion(tokens["entropy"])
+        scores.mean_logits = per_completion(tokens["mean_logits"])
+        scores.top1 = per_completion(tokens["is_top1"])
+    if aux_token_weights is not None:
+        scores.aux_loss = load_balancing_loss(
+            outputs.router_logits, aux_token_weights.reshape(-1), top_k=_experts_per_token(model)
+        )
+    return scores
+
+
+@torch.compiler.disable
+def _token_scores(
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    alignment: str | None,
+    vocab_statistics: bool,
+) -> dict[str, torch.Tensor]:
+    """Per-token log-probs and statistics (each (S,) float32) from the hidden states (S, H) that predict `targets` (S,)."""
+    wanted = (*(("log_sum_sq_probs",) if alignment == "sampled" else ()), *(VOCAB_STATISTICS if vocab_statistics else ()))
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+        bias = bias.full_tensor() if bias is not None else None
+    softcap, scale = logit_transform(model.config)
+    with maybe_gather_lm_head_ctx(weight, bias):
+        chunk = min(LOGPROB_CHUNK_SIZE, weight.shape[0])
+        logps, entropy, log_sum_sq, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, 1.0, chunk, softcap, scale, wanted
+        )
+        tokens = {"logps": logps}
+        with torch.no_grad():
+            if alignment == "none":
+                tokens["aligned"] = logps.detach()
+            elif alignment == "sampled":
+                tokens["aligned"] = logps.detach() - log_sum_sq
+            elif alignment == "greedy":
+                tokens["aligned"] = logps.detach() - _largest_logps(hidden, weight, bias, softcap, scale)
+    if vocab_statistics:
+        tokens |= {"entropy": entropy.detach(), "mean_logits": mean_logits, "is_top1": is_top1.float()}
+    return tokens
+
+
+def _largest_logps(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, scale: float
+) -> torch.Tensor:
+    """log max_v p(v) of each position, (S,) float32, in chunks of positions."""
+    largest = []
+    for chunk in hidden.split(_GREEDY_CHUNK):
+        logits = nn.functional.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype)).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        largest.append(logits.amax(-1) - logits.logsumexp(-1))
+    return torch.cat(largest)
+
+
+def logit_transform(config) -> tuple[float | None, float]:
+    """How a model turns LM-head outputs into logits: (soft cap or None, factor), the factor applied first."""
+    settings = config.get_text_config().to_dict()
+    softcap = settings.get("final_logit_softcapping")
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if settings.get(name) is not None:
+            return softcap, float(settings[name])
+    if settings.get("logits_scaling") is not None:
+        divides = settings["model_type"] != "hyperclovax"
+        return softcap, 1 / float(settings["logits_scaling"]) if divides else float(settings["logits_scaling"])
+    return softcap, 1.0
+
+
+def _experts_per_token(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_experts_per_tok
+
+
+def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], token_weights: torch.Tensor, *, top_k: int) -> torch.Tensor:
+    """Load-balancing loss of a mixture of experts over the real tokens of a batch.
+
+    E * sum_{k, e} f_{k,e} * p_e, where f_{k,e} is the share of tokens whose k-th choice is expert e, and p_e the mean router probability.
+
+    Args:
+        router_logits: for each MoE layer, (N*T, E).
+        token_weights: (N*T,) in how many sequences each token stands, 0 for padding; a shared prompt counts once per completion, so
+            that packed and padded batches give the same loss.
+        top_k: experts per token.
+
+    Returns:
+        () float32.
+
+    Reference: Switch Transformers, arXiv 2101.03961, Eq. 4, over all layers at once as transformers computes it.
+    """
+    logits = torch.cat([layer.to(token_weights.device).float() for layer in router_logits])
+    weights = token_weights.repeat(len(router_logits))[:, None]
+    probs = logits.softmax(-1)
+    chosen = nn.functional.one_hot(probs.topk(top_k, dim=-1).indices, probs.shape[-1]).float()  # (tokens, k, E)
+    share = (chosen * weights[..., None]).sum(0) / weights.sum()
+    mean_prob = (probs * weights).sum(0) / weights.sum()
+    return probs.shape[-1] * (share * mean_prob).sum()
