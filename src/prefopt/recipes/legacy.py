@@ -1,0 +1,143 @@
+"""Keys of older recipes (alignment handbook, WPO, SimPO, SPPO, TRL before 1.0), read as what they are called now.
+
+One rule per key: it says what the old key means today, and the user reads one notice about it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from .convert import TRUE, Text, convert
+from .source import Setting
+
+RENAMED = {
+    "torch_dtype": "dtype",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "evaluation_strategy": "eval_strategy",
+    "hub_model_revision": "hub_revision",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "use_liger": "use_liger_kernel",
+    "attn_impl": "attn_implementation",
+    "lm_attn_implementation": "attn_implementation",
+}
+
+# keys whose old meaning is what happens anyway, when they have this value; with any other value they are refused
+ALWAYS_SO: dict[str, tuple[Any, str]] = {
+    "save_safetensors": (True, "weights are always saved as safetensors"),
+    "auto_insert_empty_system_msg": (False, "no system message is ever inserted"),
+    "generate_during_eval": (False, "training generates no text; use `prefopt evaluate`"),
+    "is_encoder_decoder": (False, "only decoder models are trained"),
+    "reference_free": (False, "a reference is always used; for SimPO set loss_type: simpo"),
+    "force_use_ref_model": (False, "with an adapter, the model without it is the reference"),
+    "do_train": (True, "training is what this command does"),
+    "truncation_side": ("left", "a prompt that is too long keeps its end"),
+    "use_mps_device": (False, "the device is found by itself"),
+    "padding_value": (None, "padding is masked, whatever its token"),
+    "label_pad_token_id": (-100, "padding is masked, whatever its token"),
+    "ignore_bias_buffers": (False, "the layers that needed it are gone"),
+    "dataset_streaming": (False, "data is read whole"),
+}
+
+
+def _warmup_ratio(value: Any) -> tuple[str, Any, str]:
+    ratio = convert(value, float)
+    if not 0 <= ratio < 1:
+        raise ValueError(f"expected a share of the steps below 1, found {ratio:g}")
+    return "warmup_steps", ratio, f"warmup_steps: {ratio:g} (a value below 1 is a share of all steps)"
+
+
+def _dtype(value: Any) -> tuple[str, Any, str]:
+    # `null` loaded weights in float32, whatever the checkpoint's own type, when these recipes were written
+    named = "float32" if value is None else str(value).removeprefix("torch.")
+    return "dtype", named, f"dtype: {named}"
+
+
+def _flash_attention(value: Any) -> tuple[str, Any, str] | None:
+    return (
+        ("attn_implementation", "flash_attention_2", "attn_implementation: flash_attention_2")
+        if convert(value, bool)
+        else None
+    )
+
+
+def _rpo_alpha(value: Any) -> None:
+    if value is not None:
+        raise ValueError("write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA] instead")
+
+
+def _group_by_length(value: Any) -> None:
+    if convert(value, bool):
+        raise ValueError("rows are packed by length already; remove it")
+
+
+REWRITTEN: dict[str, Callable[[Any], tuple[str, Any, str] | None]] = {
+    "warmup_ratio": _warmup_ratio,
+    "torch_dtype": _dtype,
+    "use_flash_attention_2": _flash_attention,
+    "rpo_alpha": _rpo_alpha,
+    "group_by_length": _group_by_length,
+}
+
+LEGACY_KEYS = frozenset(RENAMED) | frozenset(ALWAYS_SO) | frozenset(REWRITTEN)
+
+
+def translate(settings: list[Setting], known: set[str]) -> tuple[list[Setting], list[str]]:
+    """Settings under today's keys, and one notice per old key.
+
+    A key that a dataclass of the command has itself (`known`) is never touched.
+
+    Raises:
+        ValueError: an old key with a value that has no meaning today, with its place.
+    """
+    result: list[Setting] = []
+    notices: list[str] = []
+    for setting in settings:
+        if setting.key in known or setting.key not in LEGACY_KEYS:
+            result.append(setting)
+            continue
+        try:
+            translated, notice = _translate(setting)
+        except ValueError as error:
+            raise ValueError(f"{setting.place}: {setting.key}: {error}.") from None
+        result.extend(translated)
+        notices.append(f"{setting.place}: {setting.key} is an older key; {notice}.")
+    return _simpo(result, notices, known), notices
+
+
+def _translate(setting: Setting) -> tuple[list[Setting], str]:
+    if setting.key in REWRITTEN:
+        rewritten = REWRITTEN[setting.key](setting.value)
+        if rewritten is None:
+            return [], "it changes nothing here"
+        key, value, words = rewritten
+        return [dataclasses.replace(setting, key=key, value=value)], f"read as {words}"
+    if setting.key in RENAMED:
+        key = RENAMED[setting.key]
+        return [dataclasses.replace(setting, key=key)], f"read as {key}"
+    expected, reason = ALWAYS_SO[setting.key]
+    if not _same(setting.value, expected):
+        raise ValueError(f"only {expected} is possible: {reason}")
+    return [], reason
+
+
+def _same(value: Any, expected: Any) -> bool:
+    if isinstance(expected, bool) and isinstance(value, str):
+        return (value.lower() in TRUE) == expected
+    if isinstance(value, Text) and not isinstance(expected, str):
+        return value == str(expected)
+    return expected is None or value == expected
+
+
+def _simpo(settings: list[Setting], notices: list[str], known: set[str]) -> list[Setting]:
+    """SimPO's recipes name no loss: their script had one. `gamma_beta_ratio` without a loss means SimPO's."""
+    margins = [setting for setting in settings if setting.key == "gamma_beta_ratio"]
+    if not margins or "gamma_beta_ratio" not in known or any(setting.key == "loss_type" for setting in settings):
+        return settings
+    notices.append(f"{margins[-1].place}: gamma_beta_ratio belongs to the SimPO loss; loss_type: simpo is assumed.")
+    return [*settings, dataclasses.replace(margins[-1], key="loss_type", value="simpo")]
