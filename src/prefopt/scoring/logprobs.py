@@ -156,6 +156,11 @@ def _score(
     return scores
 
 
+def token_logps(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (S,) float32 of `targets` (S,) from the hidden states (S, H) that predict them; call it inside `model.forward`."""
+    return _token_scores(model, hidden, targets, alignment=None, vocab_statistics=False)["logps"]
+
+
 @torch.compiler.disable
 def _token_scores(
     model: PreTrainedModel,
@@ -166,7 +171,10 @@ def _token_scores(
     vocab_statistics: bool,
 ) -> dict[str, torch.Tensor]:
     """Per-token log-probs and statistics (each (S,) float32) from the hidden states (S, H) that predict `targets` (S,)."""
-    wanted = (*(("log_sum_sq_probs",) if alignment == "sampled" else ()), *(VOCAB_STATISTICS if vocab_statistics else ()))
+    wanted = (
+        *(("log_sum_sq_probs",) if alignment == "sampled" else ()),
+        *(VOCAB_STATISTICS if vocab_statistics else ()),
+    )
     head = model.get_output_embeddings()
     weight, bias = head.weight, head.bias
     if isinstance(weight, DTensor):
@@ -197,7 +205,10 @@ def _largest_logps(
     """log max_v p(v) of each position, (S,) float32, in chunks of positions."""
     largest = []
     for chunk in hidden.split(_GREEDY_CHUNK):
-        logits = nn.functional.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype)).float() * scale
+        logits = (
+            nn.functional.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype)).float()
+            * scale
+        )
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         largest.append(logits.amax(-1) - logits.logsumexp(-1))
@@ -221,7 +232,9 @@ def _experts_per_token(model: PreTrainedModel) -> int:
     return model.config.get_text_config().num_experts_per_tok
 
 
-def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], token_weights: torch.Tensor, *, top_k: int) -> torch.Tensor:
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...], token_weights: torch.Tensor, *, top_k: int
+) -> torch.Tensor:
     """Load-balancing loss of a mixture of experts over the real tokens of a batch.
 
     E * sum_{k, e} f_{k,e} * p_e, where f_{k,e} is the share of tokens whose k-th choice is expert e, and p_e the mean router probability.

@@ -1,0 +1,304 @@
+"""What the scalar reward model and the general preference model share: a causal LM's backbone, a pooled token, and a record in the config.
+
+The classes here are mixins. The class of a model in memory is made once per architecture, as (our mixin, the architecture's own
+`PreTrainedModel` base), so that weight names, weight conversion, attention implementations, gradient checkpointing, quantization and
+sharded loading are the architecture's own. `config.json` keeps one record of ours, `prefopt_head`.
+
+Letters: N rows, T tokens of a row, C completions, H hidden width.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from prefopt.files import read_json, write_json
+
+POOLINGS = ("last", "eos", "mean", "max")
+RECORD = "prefopt_head"
+"""Name of our record in config.json: what kind of head the model has, and with which settings."""
+
+ADAPTER_RECORD = "prefopt_head.json"
+"""The same record beside a LoRA adapter, whose folder has no config.json."""
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer without bias whose product is taken in float32 whatever the autocast or the weights' dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., out), float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.float(), self.weight.float())
+
+
+def pooled_columns(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, *, pooling: str, eos_token_ids: tuple[int, ...]
+) -> torch.Tensor:
+    """The column at which each row is read: its last real token ("eos"), or the one before a closing EOS ("last").
+
+    Real tokens are those of the attention mask, on either padding side; a pad token that is also the EOS does not matter.
+
+    Args:
+        input_ids, attention_mask: (N, T); the mask is 0 at padding.
+        pooling: "eos" or "last".
+        eos_token_ids: what counts as EOS; a row that ends otherwise (cut, say) is read at its last real token.
+
+    Returns:
+        (N,) long.
+    """
+    mask = attention_mask.long()
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    end = (columns * mask).argmax(-1)
+    if pooling == "eos":
+        return end
+    return end - _closes(input_ids.gather(1, end[:, None])[:, 0], eos_token_ids) * (mask.sum(-1) > 1)
+
+
+def _closes(tokens: torch.Tensor, eos_token_ids: tuple[int, ...]) -> torch.Tensor:
+    return torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)).long()
+
+
+class HeadedModel:
+    """Backbone, pooling, saving and loading; a subclass gives `kind`, `build_heads` and `forward`."""
+
+    kind: ClassVar[str]
+    head_names: ClassVar[tuple[str, ...]]
+    defaults: ClassVar[dict[str, Any]]
+    published_names: ClassVar[
+        dict[str, str]
+    ] = {}  # regular expression of a weight's name in others' checkpoints -> ours
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, MODEL_MAPPING[type(config)](config))
+        parameters = inspect.signature(self.base_model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self.build_heads(config.get_text_config().hidden_size, getattr(config, RECORD))
+        self.post_init()
+
+    def build_heads(self, hidden_size: int, record: dict[str, Any]) -> None:
+        """Create the modules named in `head_names`, as `record` says."""
+        raise NotImplementedError
+
+    @property
+    def head_record(self) -> dict[str, Any]:
+        """The head's settings, as they are saved in config.json."""
+        return getattr(self.config, RECORD)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The token ids that close a sequence, from the config."""
+        ids = self.config.get_text_config().eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+    # --- making and loading ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_record(cls, record: dict[str, Any]) -> None:
+        """Raise ValueError where a setting of `record` is unknown or impossible."""
+        unknown = sorted(set(record) - {"kind", "backbone", *cls.defaults})
+        if unknown:
+            raise ValueError(
+                f"Unknown settings of a {cls.kind} head: {', '.join(unknown)}; known: {', '.join(cls.defaults)}."
+            )
+        if record["pooling"] not in POOLINGS:
+            raise ValueError(f"Unknown pooling {record['pooling']!r}; use one of {', '.join(POOLINGS)}.")
+
+    @classmethod
+    def from_backbone_config(cls, config: PretrainedConfig, **settings: Any) -> HeadedModel:
+        """A model with random weights for a causal LM's config; `settings` are those of the head (see `defaults`)."""
+        config = type(config).from_dict(config.to_dict())
+        cls._set_record(config, {**cls.defaults, **settings})
+        return cls._concrete(type(config))._from_config(config)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, new_head: bool = False, **settings: Any) -> HeadedModel:
+        """Load a model of ours, of others in the same weight layout, or (`new_head=True`) a causal LM that gets a fresh head.
+
+        Args:
+            path: local folder or hub name. A folder with a LoRA adapter that a trainer of ours saved is loaded onto its base and merged.
+            new_head: allow a checkpoint without the head's weights; otherwise such a checkpoint is an error.
+            settings: settings of the head (see `defaults`), which must agree with the checkpoint's record where it has one; all other
+                keywords are those of transformers' `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision`, ...).
+
+        Raises:
+            ValueError: no trained head, settings that contradict the checkpoint, weights of the backbone missing.
+        """
+        head_settings = {name: settings.pop(name) for name in list(settings) if name in cls.defaults}
+        if Path(path, "adapter_config.json").is_file():
+            return cls._from_adapter(Path(path), head_settings, settings)
+        hub = {
+            name: settings[name]
+            for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+            if name in settings
+        }
+        config = cls._load_config(path, hub)
+        cls._set_record(config, cls._merge_settings(path, config, head_settings, hub))
+        concrete = cls._concrete(type(config))
+        mapping = {"key_mapping": cls.published_names} if cls.published_names else {}
+        model, report = super(HeadedModel, concrete).from_pretrained(
+            path, config=config, output_loading_info=True, **mapping, **settings
+        )
+        cls._check_loaded(path, report, new_head=new_head)
+        return model
+
+    @classmethod
+    def _load_config(cls, path: str | os.PathLike[str], hub: dict[str, Any]) -> PretrainedConfig:
+        values, _ = PretrainedConfig.get_config_dict(path, **hub)
+        backbone = values.get(RECORD, {}).get("backbone")
+        if backbone is None:
+            return AutoConfig.from_pretrained(path, **hub)
+        return AutoConfig.for_model(**{**values, "model_type": backbone})
+
+    @classmethod
+    def _merge_settings(
+        cls, path: str | os.PathLike[str], config: PretrainedConfig, asked: dict[str, Any], hub: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The head's settings: the checkpoint's record, else what its weights and `asked` say, else the defaults."""
+        stored = {**getattr(config, RECORD, {})}
+        if stored and stored["kind"] != cls.kind:
+            raise ValueError(f"{path} holds a {stored['kind']} head, not a {cls.kind} head.")
+        stored.pop("backbone", None)
+        for name, value in asked.items():
+            if value is not None and name in stored and stored[name] != value:
+                raise ValueError(
+                    f"{path} was trained with {name}={stored[name]!r}, but {name}={value!r} was asked for; leave it out."
+                )
+        return {**cls.defaults, **stored, **{name: value for name, value in asked.items() if value is not None}}
+
+    @classmethod
+    def _set_record(cls, config: PretrainedConfig, record: dict[str, Any]) -> None:
+        record = {**record, "kind": cls.kind}
+        cls.check_record(record)
+        setattr(config, RECORD, record)
+
+    @classmethod
+    def _concrete(cls, config_class: type[PretrainedConfig]) -> type:
+        return _concrete_class(cls, config_class)
+
+    @classmethod
+    def _check_loaded(cls, path: str | os.PathLike[str], report: Any, *, new_head: bool) -> None:
+        missing = sorted(report["missing_keys"])
+        heads = [name for name in missing if name.split(".")[0] in cls.head_names]
+        if len(heads) < len(missing):
+            others = [name for name in missing if name not in heads]
+            raise ValueError(f"{path} lacks {len(others)} weights of the backbone ({others[0]}, ...).")
+        if heads and not new_head:
+            raise ValueError(
+                f"{path} has no trained head ({', '.join(heads)} not found); train one, or pass `new_head=True`."
+            )
+
+    @classmethod
+    def _from_adapter(cls, path: Path, head_settings: dict[str, Any], settings: dict[str, Any]) -> HeadedModel:
+        from peft import PeftModel
+
+        if not (path / ADAPTER_RECORD).is_file():
+            raise ValueError(f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward model's.")
+        record = read_json(path / ADAPTER_RECORD)
+        if record.pop("kind") != cls.kind:
+            raise ValueError(f"{path} holds an adapter of another kind of head than {cls.kind}.")
+        base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
+        model = cls.from_pretrained(base, new_head=True, **{**record, **head_settings}, **settings)
+        return PeftModel.from_pretrained(model, path).merge_and_unload()
+
+    # --- saving ---------------------------------------------------------------------------------------------------------
+
+    def saved_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json as it is written, from transformers' own; a subclass says which other loaders may read it."""
+        return config
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **settings: Any
+    ) -> None:
+        """Save weights and config as transformers does; `settings` are those of its `save_pretrained`."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **settings)
+        path = Path(save_directory, "config.json")
+        if is_main_process and path.is_file():
+            write_json(path, self.saved_config(json.loads(path.read_text(encoding="utf-8"))))
+
+    # --- forward --------------------------------------------------------------------------------------------------------
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Last hidden states (N, T, H); positions count real tokens only unless given."""
+        positions = {}
+        if self._takes_positions:
+            if position_ids is None and attention_mask is not None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            positions = {"position_ids": position_ids}
+        return self.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+        ).last_hidden_state
+
+    def pool(
+        self,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        last_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One hidden state per row, or per completion of `last_index`.
+
+        Args:
+            hidden: (N, T, H).
+            input_ids: (N, T).
+            attention_mask: (N, T), or None for no padding; not read with `last_index` unless pooling is "mean" or "max".
+            last_index: (C,) flattened positions of each completion's last token, as a batch layout gives them.
+
+        Returns:
+            (N, H) or (C, H).
+        """
+        pooling = self.head_record["pooling"]
+        if pooling in ("mean", "max"):
+            pooled = _pool_rows(hidden, attention_mask, pooling)
+            return pooled if last_index is None else pooled[last_index // hidden.shape[1]]
+        if last_index is None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            columns = pooled_columns(input_ids, mask, pooling=pooling, eos_token_ids=self.eos_token_ids)
+            return hidden[torch.arange(len(hidden), device=hidden.device), columns]
+        if pooling == "last":
+            last_index = last_index - _closes(input_ids.reshape(-1)[last_index], self.eos_token_ids)
+        return hidden.reshape(-1, hidden.shape[-1])[last_index]
+
+
+def _pool_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden.shape[:2], device=hidden.device)
+    if attention_mask.ndim != 2:
+        raise ValueError(f"Pooling {pooling!r} needs one sequence a row; set `batch_layout: padded`.")
+    real = attention_mask.bool()[..., None]
+    if pooling == "mean":
+        return hidden.float().masked_fill(~real, 0.0).sum(1) / real.sum(1)
+    return hidden.masked_fill(~real, float("-inf")).amax(1)
+
+
+@functools.cache
+def _concrete_class(mixin: type[HeadedModel], config_class: type[PretrainedConfig]) -> type:
+    """The model class of `mixin` for one architecture."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
+    if causal is None or MODEL_MAPPING.get(config_class, None) is None:
+        raise ValueError(f"{config_class.__name__} is not the config of a causal LM that transformers knows.")
+    parent = next(base for base in MODEL_MAPPING[config_class].__mro__[1:] if issubclass(base, PreTrainedModel))
+    members = {
+        "base_model_prefix": causal.base_model_prefix,
+        "_keys_to_ignore_on_load_unexpected": [
+            r"^lm_head\.",
+            r"^embed_out\.",
+            *(parent._keys_to_ignore_on_load_unexpected or []),
+        ],
+        "__module__": mixin.__module__,
+    }
+    return type(causal.__name__.removesuffix("ForCausalLM") + mixin.__name__, (mixin, parent), members)
