@@ -1,0 +1,246 @@
+"""Losses of the margin between chosen and rejected: the DPO family.
+
+Letters: B pairs. A log-ratio is log pi(y|x) - log pi_ref(y|x) summed over completion tokens, in nats; a *mean* log-ratio
+is that divided by the number of completion tokens. h = chosen - rejected. Nothing is reduced: each function returns (B,).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._checks import check_not_negative, check_positive, per_pair
+
+
+def dpo_loss(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """Direct preference optimization: logistic regression on the margin of implicit rewards.
+
+        -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)
+
+    TRL 1.16 ignores `label_smoothing` in this loss; with the default 0 both agree.
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+        label_smoothing: eps, the supposed share of flipped labels, in [0, 0.5]; 0 is plain DPO, above 0 is cDPO.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta or label_smoothing out of range.
+
+    Reference: arXiv 2305.18290, Eq. 7; cDPO: E. Mitchell, "A note on DPO with noisy preferences" (2023).
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    if not 0.0 <= label_smoothing <= 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5], got {label_smoothing}; above 0.5, swap the labels.")
+    margin = beta * (chosen - rejected)
+    loss = -F.logsigmoid(margin)
+    if label_smoothing == 0.0:
+        return loss
+    return (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin)
+
+
+def hinge_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+    """Hinge on the margin: no gradient once a pair is separated by 1 / beta nats.
+
+        max(0, 1 - beta h)
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: the reciprocal of the wanted margin in nats, above 0.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta not above 0.
+
+    Reference: SLiC-HF, arXiv 2305.10425; on log-ratios as in RSO, arXiv 2309.06657.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    return torch.relu(1 - beta * (chosen - rejected))
+
+
+def robust_dpo_loss(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float
+) -> Tensor:
+    """DPO made unbiased under labels that are flipped with a known probability.
+
+        [ -(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h) ] / (1 - 2 eps)
+
+    Its expectation over flipped labels is the clean DPO loss; single values may be negative. eps = 0.5 is a division by
+    zero and above it the sign turns: TRL only warns there, we refuse.
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+        label_smoothing: eps, the probability that a label is flipped, in [0, 0.5); 0 is DPO.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta or label_smoothing out of range.
+
+    Reference: arXiv 2403.00409.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5) for robust DPO, got {label_smoothing}.")
+    margin = beta * (chosen - rejected)
+    as_labelled, as_flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return ((1 - label_smoothing) * as_labelled - label_smoothing * as_flipped) / (1 - 2 * label_smoothing)
+
+
+def exo_pair_loss(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float
+) -> Tensor:
+    """Reverse KL from the policy's preference over the pair to the smoothed label (1 - eps, eps).
+
+        q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps),   q = sigmoid(beta h)
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+        label_smoothing: eps in (0, 0.5]; the paper uses 1e-3. At 0 the divergence is infinite, so 0 is refused.
+
+    Returns:
+        (B,) losses; 0 where q = 1 - eps.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta or label_smoothing out of range.
+
+    Reference: EXO, arXiv 2402.00856, Eq. 16.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    if not 0.0 < label_smoothing <= 0.5:
+        raise ValueError(
+            f"label_smoothing must lie in (0, 0.5] for EXO, whose loss is infinite at 0; got {label_smoothing} "
+            "(the paper uses 1e-3)."
+        )
+    margin = beta * (chosen - rejected)
+    eps = torch.tensor(label_smoothing, dtype=margin.dtype, device=margin.device)
+    chosen_term = torch.sigmoid(margin) * (F.logsigmoid(margin) - torch.log1p(-eps))
+    rejected_term = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - torch.log(eps))
+    return chosen_term + rejected_term
+
+
+def discopop_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, tau: float = 0.05) -> Tensor:
+    """The log-ratio modulated loss: logistic for misordered pairs, exponential for ordered ones.
+
+        -log sigmoid(beta h) (1 - m) + exp(-beta h) m,   m = sigmoid(beta h / tau)
+
+    The second term is computed as exp(-beta h + log m). TRL multiplies exp(-beta h) by m, which is infinity times zero
+    for beta h below about -88. With tau above 1 the term itself grows without bound, so tau must not exceed 1.
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+        tau: width of the blend, in (0, 1]; the paper's value is 0.05.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta or tau out of range.
+
+    Reference: DiscoPOP, arXiv 2406.08414, Eq. 5.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    if not 0.0 < tau <= 1.0:
+        raise ValueError(f"tau must lie in (0, 1], got {tau}: above 1 the loss of a misordered pair overflows.")
+    margin = beta * (chosen - rejected)
+    logistic = -F.logsigmoid(margin) * torch.sigmoid(-margin / tau)
+    exponential = torch.exp(F.logsigmoid(margin / tau) - margin)
+    return logistic + exponential
+
+
+def ipo_loss(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float) -> Tensor:
+    """Identity preference optimization: regress the margin per token onto 1 / (2 beta).
+
+        (h - 1 / (2 beta))^2
+
+    Args:
+        chosen_mean_logratios: (B,) nats per completion token.
+        rejected_mean_logratios: (B,) nats per completion token.
+        beta: the paper's tau, above 0.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta not above 0.
+
+    Reference: arXiv 2310.12036, Eq. 17. The division by length is not in the paper; TRL reports that its authors
+        confirmed it, and we follow TRL.
+    """
+    chosen, rejected = per_pair(
+        chosen_mean_logratios=chosen_mean_logratios, rejected_mean_logratios=rejected_mean_logratios
+    )
+    check_positive(beta=beta)
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def sigmoid_norm_loss(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float) -> Tensor:
+    """Length-normalised DPO.
+
+        -log sigmoid(beta h), h per token
+
+    Args:
+        chosen_mean_logratios: (B,) nats per completion token.
+        rejected_mean_logratios: (B,) nats per completion token.
+        beta: above 0, and larger than for sums by about the number of tokens (Tulu 3 uses 5).
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta not above 0.
+
+    Reference: Tulu 3, arXiv 2411.15124; TRL's `sigmoid_norm`.
+    """
+    chosen, rejected = per_pair(
+        chosen_mean_logratios=chosen_mean_logratios, rejected_mean_logratios=rejected_mean_logratios
+    )
+    return dpo_loss(chosen, rejected, beta=beta)
+
+
+def simpo_loss(
+    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float, gamma_beta_ratio: float
+) -> Tensor:
+    """Simple preference optimization: no reference, a target margin instead.
+
+        -log sigmoid(beta (p_chosen - p_rejected - gamma / beta)),   p = mean log-probability per token
+
+    Args:
+        chosen_mean_logps: (B,) nats per completion token, of the policy.
+        rejected_mean_logps: (B,) nats per completion token, of the policy.
+        beta: scale of the reward, above 0 (2.0 to 10 in the paper).
+        gamma_beta_ratio: gamma / beta in nats per token, at least 0. TRL's `simpo_gamma` is gamma itself.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta or gamma_beta_ratio out of range.
+
+    Reference: arXiv 2405.14734, Eq. 6.
+    """
+    chosen, rejected = per_pair(chosen_mean_logps=chosen_mean_logps, rejected_mean_logps=rejected_mean_logps)
+    check_not_negative(gamma_beta_ratio=gamma_beta_ratio)
+    return dpo_loss(chosen - gamma_beta_ratio, rejected, beta=beta)
