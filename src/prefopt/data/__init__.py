@@ -1,0 +1,28 @@
+"""Rows, sources and token ids: everything between a recipe's data keys and the batches."""
+
+from prefopt.data.encoding import prepare_tokenizer, tokenizer_fingerprint
+from prefopt.data.faults import BadRow
+from prefopt.data.loading import DataArguments, hold_out, load_datasets
+from prefopt.data.normalise import normalise_rows
+from prefopt.data.report import LengthSummary, TokenizationReport, describe_sample
+from prefopt.data.sources import DataSource
+from prefopt.data.tokenization import tokenize_comparisons, tokenize_pairs, tokenize_prompts
+from prefopt.data.truncation import Truncation
+
+__all__ = [
+    "BadRow",
+    "DataArguments",
+    "DataSource",
+    "LengthSummary",
+    "TokenizationReport",
+    "Truncation",
+    "describe_sample",
+    "hold_out",
+    "load_datasets",
+    "normalise_rows",
+    "prepare_tokenizer",
+    "tokenize_comparisons",
+    "tokenize_pairs",
+    "tokenize_prompts",
+    "tokenizer_fingerprint",
+]
