@@ -53,7 +53,11 @@ EOS_TOKEN = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
 
 
 def tiny_tokenizer(
-    style: str | None = "llama3", *, vocab_size: int = 400, adds_bos: bool | None = None, corpus: list[str] | None = None
+    style: str | None = "llama3",
+    *,
+    vocab_size: int = 400,
+    adds_bos: bool | None = None,
+    corpus: list[str] | None = None,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with the chat template of one family (`None`: no template).
 
@@ -65,7 +69,10 @@ def tiny_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus or CORPUS, trainer)
     if adds_bos if adds_bos is not None else style not in ("chatml", "zephyr"):
@@ -102,9 +109,18 @@ ARCHITECTURES = {
 }
 
 
-def tiny_model(architecture: str = "llama", *, vocab_size: int = 400, seed: int = 0, attn_implementation: str | None = None, **overrides):
+def tiny_model(
+    architecture: str = "llama",
+    *,
+    vocab_size: int = 400,
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    **overrides,
+):
     """A causal LM of `architecture` with random weights (float32), the same for the same seed."""
-    config = AutoConfig.for_model(architecture, **{**_SHAPE, **ARCHITECTURES[architecture], "vocab_size": vocab_size, **overrides})
+    config = AutoConfig.for_model(
+        architecture, **{**_SHAPE, **ARCHITECTURES[architecture], "vocab_size": vocab_size, **overrides}
+    )
     torch.manual_seed(seed)
     kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = AutoModelForCausalLM.from_config(config, **kwargs)

@@ -11,7 +11,9 @@ MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
 """Attention implementations of transformers that take a ready mask."""
 
 
-def packed_attention_mask(group_ids: torch.Tensor, branch_ids: torch.Tensor, *, implementation: str, dtype: torch.dtype):
+def packed_attention_mask(
+    group_ids: torch.Tensor, branch_ids: torch.Tensor, *, implementation: str, dtype: torch.dtype
+):
     """The mask of packed rows: a token sees the tokens before it of its own group that are prompt or its own branch.
 
     Args:
@@ -74,10 +76,15 @@ def why_not_packed(config: PretrainedConfig, *, implementation: str, longest_seq
     if window is not None and settings.get("use_sliding_window", True) and window < longest_sequence:
         return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest_sequence})"
     if settings.get("attention_chunk_size") and settings["attention_chunk_size"] < longest_sequence:
-        return f"its attention chunks of {settings['attention_chunk_size']} tokens are shorter than the longest sequence"
+        return (
+            f"its attention chunks of {settings['attention_chunk_size']} tokens are shorter than the longest sequence"
+        )
     kinds = set(settings.get("layer_types") or settings.get("layers_block_type") or [])
     if unknown := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention", "attention"}):
         return f"it has layers that carry state along the row ({', '.join(unknown)})"
-    if any(word in text.model_type for word in ("mamba", "rwkv", "recurrent", "xlstm", "jamba", "bamba", "zamba", "falcon_h1")):
+    if any(
+        word in text.model_type
+        for word in ("mamba", "rwkv", "recurrent", "xlstm", "jamba", "bamba", "zamba", "falcon_h1")
+    ):
         return f"{text.model_type} carries state along the row"
     return None

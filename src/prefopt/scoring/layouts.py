@@ -101,7 +101,9 @@ class _Rows:
         longest = max(len(row) for row in self.input_ids)
         length = row_length or longest
         if longest > length:
-            raise ValueError(f"A row of {longest} tokens does not fit in rows of {length}; raise `max_tokens_per_row`.")
+            raise ValueError(
+                f"A row of {longest} tokens does not fit in rows of {length}; raise `max_tokens_per_row`."
+            )
 
         def pad(rows: list[list[int]], value: int) -> torch.Tensor:
             return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.long)

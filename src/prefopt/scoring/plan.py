@@ -1,0 +1,264 @@
+"""Which pairs go into which micro-batch of which rank: a pure function of (seed, epoch, step).
+
+Every optimizer step holds the same number of groups (`groups_per_step`), except the last of an epoch, and every rank runs exactly
+`micro_batches` micro-batches in it. Within a step, groups are dealt to micro-batches so that ranks and micro-batches carry nearly the same
+number of tokens. A micro-batch that gets no group in the last step runs one group at weight zero, so that each group counts exactly once
+and no rank waits for another. Nothing here needs communication: every rank computes the whole plan and takes its own part.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+MAX_ROW_LENGTHS = 8
+"""How many different row lengths a packed run may use: FlexAttention compiles a kernel for each."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The groups of one forward pass of one rank.
+
+    Attributes:
+        rows: indices into the data set, row by row.
+        row_length: tokens to pad each row to; None: the longest row.
+        is_filler: no group of this step was left for this micro-batch; its one group weighs zero.
+        step_groups: groups of the whole optimizer step, over micro-batches and ranks.
+        step_first_tokens: scored tokens of first completions over the whole step (the SFT term divides by it).
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    row_length: int | None
+    is_filler: bool
+    step_groups: int
+    step_first_tokens: int
+
+    @property
+    def indices(self) -> list[int]:
+        """Indices into the data set, in batch order."""
+        return [index for row in self.rows for index in row]
+
+
+@dataclass(frozen=True)
+class GroupLengths:
+    """Token counts of one group: what it costs packed and padded, and what it scores."""
+
+    packed: int  # tokens in a packed row
+    longest: int  # longest prompt + completion
+    completions: int
+    first_scored: int  # tokens of the first completion
+
+
+class BatchPlan(torch.utils.data.Sampler):
+    """Batch sampler that yields one `[MicroBatch]` after another for one rank; see the module's docstring.
+
+    Args:
+        lengths: token counts of every group of the data set.
+        groups_per_micro_batch: mean number of groups of one micro-batch (`per_device_train_batch_size`).
+        micro_batches: micro-batches per optimizer step and rank (`gradient_accumulation_steps`).
+        world_size, rank: number of ranks, and which one this is.
+        seed: seed of the shuffles; ignored without `shuffle`.
+        max_tokens_per_row: packed rows hold at most this many tokens; None plans for the padded layout.
+        epochs: how many epochs the row lengths are chosen for.
+        shuffle: draw a new order each epoch.
+        drop_last: leave out the last, smaller step of an epoch.
+
+    Raises:
+        ValueError: a group is longer than `max_tokens_per_row`, or there is no group.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[GroupLengths],
+        *,
+        groups_per_micro_batch: int,
+        micro_batches: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        max_tokens_per_row: int | None = None,
+        epochs: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        if not lengths:
+            raise ValueError("There are no rows to make batches of.")
+        if max_tokens_per_row is not None and (longest := max(group.packed for group in lengths)) > max_tokens_per_row:
+            raise ValueError(
+                f"A pair has {longest} tokens, more than `max_tokens_per_row` = {max_tokens_per_row}; raise it to at least {longest}, "
+                "or lower `max_length`."
+            )
+        self.lengths = lengths
+        self.micro_batches = micro_batches
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.max_tokens_per_row = max_tokens_per_row
+        self.shuffle = shuffle
+        self.groups_per_micro_batch = groups_per_micro_batch
+        self.groups_per_step = groups_per_micro_batch * micro_batches * world_size
+        full, rest = divmod(len(lengths), self.groups_per_step)
+        self.num_steps = full + (rest > 0 and not (drop_last and full > 0))
+        self.epoch = 0
+        self._row_lengths = self._choose_row_lengths(epochs) if max_tokens_per_row is not None else ()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of `epoch`; the trainer calls it before every epoch, on resume too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_steps * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        for step in range(self.num_steps):
+            for micro_batch in self.step(self.epoch, step)[self.rank]:
+                yield [micro_batch]
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """The row lengths that a packed run uses, shortest first; empty for the padded layout."""
+        return self._row_lengths
+
+    def step(self, epoch: int, step: int) -> list[list[MicroBatch]]:
+        """The micro-batches of one optimizer step, [rank][micro-batch]."""
+        indices = self._step_indices(epoch, step)
+        tokens = sum(self.lengths[index].first_scored for index in indices)
+        bins = self._deal(indices)
+        plan: list[list[MicroBatch]] = [[] for _ in range(self.world_size)]
+        for number, members in enumerate(bins):
+            rows = self._rows(members or [indices[0]])
+            plan[number % self.world_size].append(
+                MicroBatch(rows, self._row_length(rows), not members, len(indices), tokens)
+            )
+        return plan
+
+    def _step_indices(self, epoch: int, step: int) -> list[int]:
+        order = _permutation(len(self.lengths), self.seed, epoch) if self.shuffle else range(len(self.lengths))
+        return list(order[step * self.groups_per_step : (step + 1) * self.groups_per_step])
+
+    def _deal(self, indices: list[int]) -> list[list[int]]:
+        """Divide a step's groups among all micro-batches; neighbours in the list run at the same time on different ranks."""
+        parts = self.micro_batches * self.world_size
+        if self.max_tokens_per_row is None:
+            # groups of like length share a padded micro-batch; sizes differ by at most one
+            ordered = sorted(indices, key=lambda index: (-self.lengths[index].longest, index))
+            small, extra = divmod(len(ordered), parts)
+            bins, start = [], 0
+            for part in range(parts):
+                size = small + (part < extra)
+                bins.append(ordered[start : start + size])
+                start += size
+            return bins
+        # longest first onto the lightest micro-batch: tokens are nearly equal everywhere
+        bins = [[] for _ in range(parts)]
+        heap = [(0, part) for part in range(parts)]
+        for index in sorted(indices, key=lambda index: (-self.lengths[index].packed, index)):
+            load, part = heapq.heappop(heap)
+            bins[part].append(index)
+            heapq.heappush(heap, (load + self.lengths[index].packed, part))
+        # heaviest with heaviest at the same time, alternating which rank gets the heavier one
+        bins.sort(key=lambda members: -sum(self.lengths[index].packed for index in members))
+        turns = [bins[start : start + self.world_size] for start in range(0, parts, self.world_size)]
+        return [members for number, turn in enumerate(turns) for members in (turn if number % 2 == 0 else turn[::-1])]
+
+    def _rows(self, members: list[int]) -> tuple[tuple[int, ...], ...]:
+        if self.max_tokens_per_row is None:
+            return (tuple(members),)
+        return pack_rows(members, [self.lengths[index].packed for index in members], self.max_tokens_per_row)
+
+    def _row_length(self, rows: tuple[tuple[int, ...], ...]) -> int | None:
+        if self.max_tokens_per_row is None:
+            return None
+        longest = max(sum(self.lengths[index].packed for index in row) for row in rows)
+        # a step beyond those judged may hold a longer row; the cap always fits
+        return next((length for length in self._row_lengths if length >= longest), self.max_tokens_per_row)
+
+    def _choose_row_lengths(self, epochs: int) -> tuple[int, ...]:
+        """At most `MAX_ROW_LENGTHS` lengths that pad the rows of all epochs least (judged on up to 2,000 steps)."""
+        fills: list[int] = []
+        for step in range(min(self.num_steps * epochs, 2000)):
+            for members in self._deal(self._step_indices(*divmod(step, self.num_steps))):
+                if members:
+                    fills.append(max(sum(self.lengths[i].packed for i in row) for row in self._rows(members)))
+        return choose_row_lengths(fills, cap=self.max_tokens_per_row, count=MAX_ROW_LENGTHS)
+
+
+def pack_rows(members: Sequence[int], sizes: Sequence[int], capacity: int) -> tuple[tuple[int, ...], ...]:
+    """Pack members into as few rows as first-fit-decreasing finds, then level the rows.
+
+    Args:
+        members: what to pack.
+        sizes: tokens of each member, at most `capacity`.
+        capacity: tokens of a row.
+
+    Returns:
+        The rows; every member is in exactly one.
+    """
+    order = sorted(range(len(members)), key=lambda i: (-sizes[i], members[i]))
+    rows: list[list[int]] = []
+    fills: list[int] = []
+    for i in order:
+        place = next((row for row, fill in enumerate(fills) if fill + sizes[i] <= capacity), None)
+        if place is None:
+            rows.append([])
+            fills.append(0)
+            place = len(rows) - 1
+        rows[place].append(i)
+        fills[place] += sizes[i]
+    # all rows of a forward are padded to the longest: levelling them costs nothing and shortens it
+    levelled: list[list[int]] = [[] for _ in rows]
+    level = [0] * len(rows)
+    for i in order:
+        place = level.index(min(level))
+        levelled[place].append(i)
+        level[place] += sizes[i]
+    best = levelled if max(level) <= max(fills) else rows
+    return tuple(tuple(members[i] for i in row) for row in best)
+
+
+def choose_row_lengths(fills: Sequence[int], *, cap: int, count: int, multiple_of: int = 128) -> tuple[int, ...]:
+    """Row lengths that waste least: at most `count` multiples of `multiple_of`, the last of them covering every fill.
+
+    Args:
+        fills: tokens of the rows to be covered.
+        cap: no row is longer; used as it is when it is the best last length.
+        count: how many lengths are allowed.
+        multiple_of: granularity (FlexAttention's block size is 128).
+
+    Returns:
+        The lengths, shortest first.
+    """
+    rounded = sorted(min(-(-fill // multiple_of) * multiple_of, cap) for fill in fills)
+    levels = sorted(set(rounded))
+    if len(levels) <= count:
+        return tuple(levels)
+    # dynamic programme: best[k][j] = least padded total when k lengths cover the fills up to levels[j]
+    ends = [sum(1 for value in rounded if value <= level) for level in levels]
+    best = [levels[j] * ends[j] for j in range(len(levels))]
+    choice: list[list[int]] = []
+    for _ in range(count - 1):
+        following, back = [], []
+        for j in range(len(levels)):
+            options = [(best[i] + levels[j] * (ends[j] - ends[i]), i) for i in range(j)] + [(best[j], -1)]
+            cost, i = min(options)
+            following.append(cost)
+            back.append(i)
+        best = following
+        choice.append(back)
+    lengths, j = [], len(levels) - 1
+    lengths.append(levels[j])
+    for back in reversed(choice):
+        if back[j] >= 0:
+            j = back[j]
+            lengths.append(levels[j])
+    return tuple(sorted(lengths))
+
+
+@lru_cache(maxsize=2)
+def _permutation(size: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(size, generator=generator).tolist()

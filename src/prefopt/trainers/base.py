@@ -1,0 +1,357 @@
+"""What every trainer of this library shares: planned batches, exact normalisation, device-side metrics, evaluation, checkpoints.
+
+A method trainer says what the loss of one micro-batch is (`step_loss`); everything here is about running it: over micro-batches and ranks so
+that the gradient is that of the mean over the whole optimizer step, with each example used once an epoch, and with metrics that are those of
+the whole step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, get_last_checkpoint
+
+from prefopt import files
+from prefopt.scoring.attention import why_not_packed
+from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
+from prefopt.scoring.plan import BatchPlan, GroupLengths
+from prefopt.trainers.collators import PlannedBatches, only
+from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
+from prefopt.trainers.model_card import write_model_card
+from prefopt.trainers.saving import check_saved_shapes
+
+STATE_FILE = "method_state.json"
+CPU_ROW_TOKENS = 1024
+_TOTALS = ("num_tokens", "perf/tokens")
+
+
+class _StepEnd(TrainerCallback):
+    """Looks at the finished step before anything of it is logged, evaluated or saved."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop on a loss that is not finite; on a GPU only when the host waits for the device anyway."""
+        waits = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
+        if waits or args.device.type == "cpu" or state.global_step >= state.max_steps:
+            self.trainer.check_finite()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Start the clock of tokens/s anew, so that the time between epochs does not count."""
+        self.trainer.restart_clock()
+
+
+class BaseTrainer(Trainer):
+    """Base of all trainers here; see the module's docstring.
+
+    Args:
+        model: the model, with its scoring path installed and PEFT applied.
+        args: the trainer's config, a `TrainingArguments` with `BatchConfig`.
+        collate: a collator of `prefopt.trainers.collators`.
+        train_dataset, eval_dataset: tokenised data sets (`eval_dataset` may be a dict of them).
+        processing_class: the tokenizer, with a pad token.
+        compute_metrics: called after an evaluation with the predictions of `step_loss`.
+        callbacks, optimizers: as for `transformers.Trainer`.
+    """
+
+    # the loss is the mean over the whole optimizer step, whatever its division into micro-batches and ranks
+    loss_is_scaled_for_ga = True
+    _tag_names: tuple[str, ...] = ("prefopt",)
+    _name = ""
+    _paper: dict[str, str] = {}  # noqa: RUF012
+    metric_minima: tuple[str, ...] = ()
+    metric_maxima: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model,
+        args,
+        collate,
+        train_dataset: Dataset | None,
+        eval_dataset: Dataset | dict[str, Dataset] | None,
+        processing_class,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process. Start the run with `accelerate launch` (or `prefopt ... --num_processes "
+                f"{args.n_gpu}`), or make one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+        self.collate = collate
+        self._lengths: dict[int, list[GroupLengths]] = {}
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._log_buffer = MetricLog()
+        self._watch = FiniteWatch()
+        self._any_bad: torch.Tensor | None = None
+        self._tokens_seen = 0.0
+        self._clock = time.perf_counter()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.layout = self._choose_layout()
+        self.callback_handler.callbacks.insert(
+            1, _StepEnd(self)
+        )  # after the flow callback that decides what a step does
+        self.model.add_model_tags(list(self._tag_names))
+
+    # ---- what a method defines -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of one micro-batch.
+
+        Args:
+            model: the wrapped model.
+            batch: a collated micro-batch on the device.
+            sums: where metrics are added.
+
+        Returns:
+            - () loss, scaled with `self.reduce` so that its mean over ranks, summed over micro-batches, is that of the optimizer step;
+            - (B, ...) predictions of each example, for `compute_metrics`.
+        """
+
+    def derive_metrics(self, values: dict[str, torch.Tensor]) -> None:
+        """Replace sums by what is computed from them, once they are reduced over ranks."""
+
+    def method_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside model, optimizer and schedule (JSON values)."""
+        return {"num_tokens": self._tokens_seen}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take up what `method_state` gave."""
+        self._tokens_seen = state["num_tokens"]
+
+    # ---- batches ---------------------------------------------------------------------------------------------------------------
+
+    def _datasets(self) -> list[Dataset]:
+        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        return [dataset for dataset in (self.train_dataset, *evaluations.values()) if dataset is not None]
+
+    def lengths(self, dataset: Dataset) -> list[GroupLengths]:
+        """Token counts of every example of `dataset`, counted once."""
+        if id(dataset) not in self._lengths:
+            self._lengths[id(dataset)] = self.collate.lengths(dataset, share_prompt=self.args.share_prompt)
+        return self._lengths[id(dataset)]
+
+    def _choose_layout(self) -> Layout:
+        pad_token_id = self.processing_class.pad_token_id
+        wanted = self.args.batch_layout
+        multiple = (
+            self.args.pad_to_multiple_of if isinstance(getattr(self.args, "pad_to_multiple_of", None), int) else 1
+        )
+        padded = PaddedLayout(pad_token_id, pad_to_multiple_of=multiple)
+        if wanted == "padded":
+            return padded
+        longest = max((group.longest for dataset in self._datasets() for group in self.lengths(dataset)), default=0)
+        reason = self.why_not_packed() or why_not_packed(
+            self.model.config, implementation=self.attn_implementation, longest_sequence=longest
+        )
+        if reason is None:
+            return PackedLayout(pad_token_id, share_prompt=self.args.share_prompt)
+        if wanted == "packed":
+            raise ValueError(
+                f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
+            )
+        if self.is_world_process_zero():
+            print(f"Batches are padded, not packed: {reason}.")
+        return padded
+
+    def why_not_packed(self) -> str | None:
+        """A reason of the trainer's own against packing."""
+        return None
+
+    @property
+    def attn_implementation(self) -> str:
+        """The model's attention implementation."""
+        return self.model.config._attn_implementation
+
+    def _row_capacity(self, lengths: list[GroupLengths], batch_size: int) -> int | None:
+        if self.layout.name == "padded":
+            return None
+        if self.args.max_tokens_per_row is not None:
+            return self.args.max_tokens_per_row
+        longest = max(group.packed for group in lengths)
+        if self.args.device.type == "cpu":
+            return max(longest, CPU_ROW_TOKENS)  # dense masks cost the square of a row
+        # one row a micro-batch: block-sparse attention skips what other pairs own
+        mean = sum(group.packed for group in lengths) / len(lengths)
+        return math.ceil(max(longest, 1.5 * mean * batch_size + longest / 2) / 1024) * 1024
+
+    def _loader(self, dataset: Dataset, *, training: bool) -> DataLoader:
+        args, lengths = self.args, self.lengths(dataset)
+        batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        plan = BatchPlan(
+            lengths,
+            groups_per_micro_batch=batch_size,
+            micro_batches=args.gradient_accumulation_steps if training else 1,
+            world_size=args.world_size,
+            rank=args.process_index,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            max_tokens_per_row=self._row_capacity(lengths, batch_size),
+            epochs=math.ceil(args.num_train_epochs) if training else 1,
+            shuffle=training,
+            drop_last=training and args.dataloader_drop_last,
+        )
+        return _PlannedLoader(
+            PlannedBatches(dataset, self.collate, self.layout),
+            batch_sampler=plan,
+            collate_fn=only,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The planned micro-batches of this rank; not sharded by accelerate, since the plan already is."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a `train_dataset`.")
+        return self._loader(self.train_dataset, training=True)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """The evaluation batches of this rank, in the data set's order."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("Evaluation needs an `eval_dataset`.")
+        return self._loader(dataset, training=False)
+
+    # ---- training --------------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train; see `transformers.Trainer.train`. Resuming takes up the method's own state as well."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
+        if resume_from_checkpoint and (state := Path(resume_from_checkpoint) / STATE_FILE).exists():
+            self.load_method_state(files.read_json(state))
+        self.restart_clock()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of one micro-batch, see `step_loss`; on the last one of a step the step's metrics are reduced over ranks."""
+        sums = self._sums["train"]
+        loss, predictions = self.step_loss(model, inputs, sums)
+        self._count_tokens(inputs, sums)
+        if self.accelerator.sync_gradients:
+            values = sums.reduce()
+            self._any_bad = values.pop("not_finite")
+            self.derive_metrics(values)
+            self._log_buffer.append(values)
+        return (loss, predictions) if return_outputs else loss
+
+    def reduce(self, total: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """A sum over this micro-batch's examples as its share of the mean over the whole optimizer step (gradients are averaged over ranks)."""
+        return total * (self.args.world_size / batch["step_groups"])
+
+    def watch_finite(self, losses: torch.Tensor, batch: dict[str, Any], sums: MetricSums) -> None:
+        """Have the run stop, naming the rows, where one of the losses (B,) is not finite."""
+        bad = self._watch.see(batch["row_ids"], losses, batch["real"])
+        sums.add_max("not_finite", bad, torch.ones_like(bad, dtype=torch.bool))
+
+    def check_finite(self) -> None:
+        """Stop all ranks where a loss since the last check was not finite; waits for the device."""
+        if self._any_bad is not None:
+            self._watch.check(bool(self._any_bad.item() > 0), step=self.state.global_step)
+
+    @staticmethod
+    def _count_tokens(batch: dict[str, Any], sums: MetricSums) -> None:
+        real = batch["token_weights"] * batch["real"].any()
+        sums.add_total("num_tokens", real)  # a prompt counts once per completion, as in TRL
+        sums.add_total("perf/tokens", real > 0)  # every token that was computed counts once
+
+    def restart_clock(self) -> None:
+        """Measure tokens/s from now on."""
+        self._clock = time.perf_counter()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the steps since the last log to what the Trainer logs."""
+        if "loss" in logs:
+            metrics = self._log_buffer.drain(minima=self.metric_minima, maxima=self.metric_maxima, totals=_TOTALS)
+            self._tokens_seen += metrics.get("num_tokens", 0.0)
+            tokens = metrics.pop("perf/tokens", 0.0)
+            logs |= metrics | {
+                "num_tokens": self._tokens_seen,
+                "perf/tokens_per_second": tokens / (time.perf_counter() - self._clock),
+            }
+            self.restart_clock()
+        super().log(logs, start_time)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Evaluate with our own sums and counts: the mean over examples, whatever the batches."""
+        sums = self._sums["eval"] = MetricSums()
+        self._predictions: list[torch.Tensor] = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only=True, metric_key_prefix=metric_key_prefix
+        )
+        self._watch = FiniteWatch()
+        values = sums.reduce()
+        values.pop("not_finite")
+        self.derive_metrics(values)
+        metrics = {name: value.item() for name, value in values.items() if torch.isfinite(value)}
+        if self.compute_metrics is not None:
+            gathered = gather_object([predicted.cpu() for predicted in self._predictions])
+            metrics |= self.compute_metrics(EvalPrediction(predictions=torch.cat(gathered).numpy(), label_ids=None))
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, output.metrics | named, len(dataloader.dataset))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add one evaluation batch to the sums."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, predicted = self.step_loss(model, batch, self._sums["eval"])
+        if self.compute_metrics is not None:
+            self._predictions.append(predicted[batch["real"]])
+        return None, None, None
+
+    # ---- saving ----------------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and make sure that every tensor arrived whole (ZeRO-3 can write empty ones)."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero():
+            check_saved_shapes(Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
+        super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            files.write_json(folder / STATE_FILE, self.method_state())
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """Write a README.md with method, paper and settings into the output folder (main process only)."""
+        if self.is_world_process_zero():
+            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+
+
+class _PlannedLoader(DataLoader):
+    """A data loader that passes its epoch on to its plan."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)

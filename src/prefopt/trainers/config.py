@@ -1,0 +1,132 @@
+"""Settings that trainers share, and TRL's settings that we refuse by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig as TRLDPOConfig
+
+from prefopt.scoring.logprobs import ALIGNMENTS
+
+BATCH_LAYOUTS = ("auto", "packed", "padded")
+
+# TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do instead)
+_REFUSED = (
+    ("padding_free", False, "Packing is `batch_layout: packed` here (`auto` already packs where it is exact)."),
+    ("sync_ref_model", False, "The reference of these trainers stays fixed."),
+    ("f_divergence_type", "reverse_kl", "Only the reverse KL is implemented."),
+    ("activation_offloading", False, "Use `gradient_checkpointing` to save activation memory."),
+    ("pad_token", None, "Set the tokenizer's `pad_token`."),
+)
+
+
+@dataclass
+class BatchConfig:
+    """How examples become batches; a mixin for trainer configs."""
+
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Where prompt and longest completion do not fit in `max_length`, keep the last `max_prompt_length` prompt tokens. "
+            "None cuts as TRL's `truncation_mode` says."
+        },
+    )
+    on_bad_row: str = field(
+        default="drop",
+        metadata={"help": "What to do with a row that cannot be used: 'drop' (counted and reported) or 'raise'."},
+    )
+    batch_layout: str = field(
+        default="auto",
+        metadata={"help": "'packed' (several examples a row), 'padded', or 'auto': packed where that is exact."},
+    )
+    share_prompt: bool = field(
+        default=True, metadata={"help": "In packed rows, run each prompt once for all of its completions."}
+    )
+    max_tokens_per_row: int | None = field(
+        default=None,
+        metadata={
+            "help": "Capacity of a packed row in tokens. None: one row a micro-batch on a GPU, short rows on a CPU."
+        },
+    )
+
+    def check_batching(self) -> None:
+        """Raise a ValueError where these settings cannot work."""
+        if self.batch_layout not in BATCH_LAYOUTS:
+            raise ValueError(f"`batch_layout` must be one of {', '.join(BATCH_LAYOUTS)}, not {self.batch_layout!r}.")
+        if self.on_bad_row not in ("drop", "raise"):
+            raise ValueError(f"`on_bad_row` must be 'drop' or 'raise', not {self.on_bad_row!r}.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` would change the batch that the recipe asks for; set `per_device_train_batch_size`."
+            )
+        max_length = self.max_length
+        if self.max_prompt_length is not None:
+            if self.max_prompt_length < 1:
+                raise ValueError(f"`max_prompt_length` must be at least 1, not {self.max_prompt_length}.")
+            if max_length is not None and self.max_prompt_length >= max_length:
+                raise ValueError(
+                    f"`max_prompt_length` ({self.max_prompt_length}) must be below `max_length` ({max_length}), "
+                    "or no room is left for a completion."
+                )
+
+
+@dataclass
+class PreferenceConfig(BatchConfig, TRLDPOConfig):
+    """Settings of all pair methods: TRL's `DPOConfig`, how batches are laid out, and WPO's weights.
+
+    TRL fields without a counterpart here (`padding_free`, `sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`)
+    are refused when set.
+    """
+
+    vocab_metrics: bool = field(
+        default=True,
+        metadata={
+            "help": "Log `entropy`, `logits/*` and `mean_token_accuracy`, from the pass that the log-probs need anyway."
+        },
+    )
+    max_weight: float | None = field(
+        default=None,
+        metadata={"help": "Largest WPO weight of a pair where `use_weighting` is on; None: no clamp, as TRL."},
+    )
+    weight_alignment: str = field(
+        default="sampled",
+        metadata={
+            "help": "What a token's probability is compared with in WPO's weight: 'sampled', 'greedy' or 'none'."
+        },
+    )
+    gamma_beta_ratio: float = field(
+        default=0.5, metadata={"help": "SimPO's target margin divided by beta (loss_type 'simpo' only)."}
+    )
+    ref_logps_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of cached reference scores, read and filled when `precompute_ref_log_probs` is on."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.check_batching()
+        for name, off, instead in _REFUSED:
+            if getattr(self, name) != off:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported. {instead}")
+        if not self.beta > 0:
+            raise ValueError(f"`beta` must be positive, not {self.beta}.")
+        if self.weight_alignment not in ALIGNMENTS:
+            raise ValueError(
+                f"`weight_alignment` must be one of {', '.join(ALIGNMENTS)}, not {self.weight_alignment!r}."
+            )
+        if self.max_weight is not None and not self.max_weight > 0:
+            raise ValueError(f"`max_weight` must be positive or null, not {self.max_weight}.")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"`ld_alpha` must lie in [0, 1], not {self.ld_alpha}.")
+        if self.ld_alpha is not None and self.precompute_ref_log_probs:
+            raise ValueError(
+                "`ld_alpha` weighs tokens by position and cached reference sums do not: use one or the other."
+            )
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"`loss_weights` has {len(self.loss_weights)} entries for {len(self.loss_type)} losses ({', '.join(self.loss_type)})."
+            )
+        # the loss is finite or the run stops: Trainer's own filter would hide it
+        self.logging_nan_inf_filter = False

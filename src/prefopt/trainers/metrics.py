@@ -1,0 +1,135 @@
+"""Metrics as sums on the device, reduced over ranks once per optimizer step, and the watch for losses that are not finite."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+
+
+class MetricSums:
+    """Sums, minima and maxima of one optimizer step (or one evaluation), kept on the device until they are reduced.
+
+    Every rank must add the same names, as it does by running the same code.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+        self._extremes: dict[str, torch.Tensor] = {}  # maxima; minima are stored negated under "-name"
+
+    def add_mean(self, name: str, values: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add to the mean of `values` (any shape), each counting `weights` (same shape; 0 leaves it out)."""
+        weights = weights.float()
+        # a value that is left out may be anything, NaN included
+        total = torch.where(weights > 0, values.detach().float() * weights, 0.0).sum()
+        self._sums[name] = self._sums.get(name, 0.0) + total
+        self._weights[name] = self._weights.get(name, 0.0) + weights.sum()
+
+    def add_total(self, name: str, values: torch.Tensor) -> None:
+        """Add to the total of `values` (any shape) over the step."""
+        self._sums[name] = self._sums.get(name, 0.0) + values.detach().float().sum()
+
+    def add_min(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Keep the smallest of `values` where `mask`."""
+        self._extreme(f"-{name}", -values, mask)
+
+    def add_max(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Keep the largest of `values` where `mask`."""
+        self._extreme(name, values, mask)
+
+    def _extreme(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        largest = torch.where(mask, values.detach().float(), float("-inf")).max()
+        self._extremes[name] = torch.maximum(self._extremes[name], largest) if name in self._extremes else largest
+
+    def reduce(self) -> dict[str, torch.Tensor]:
+        """The metrics over all ranks as 0-d tensors; means of nothing and extremes of nothing are left out later as NaN or infinite."""
+        names = sorted(self._sums)
+        means = [name for name in names if name in self._weights]
+        extremes = sorted(self._extremes)
+        values: dict[str, torch.Tensor] = {}
+        if names:
+            packed = torch.stack([self._sums[name] for name in names] + [self._weights[name] for name in means])
+            if dist.is_initialized():
+                dist.all_reduce(packed)
+            values = dict(zip(names, packed[: len(names)].unbind()))
+            for name, weight in zip(means, packed[len(names) :].unbind()):
+                values[name] = values[name] / weight
+        if extremes:
+            packed = torch.stack([self._extremes[name] for name in extremes])
+            if dist.is_initialized():
+                dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+            for name, value in zip(extremes, packed.unbind()):
+                values[name.removeprefix("-")] = -value if name.startswith("-") else value
+        self.__init__()
+        return values
+
+
+class MetricLog:
+    """Reduced metrics of the optimizer steps since the last log, still on the device."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def append(self, values: dict[str, torch.Tensor]) -> None:
+        """Add one step's reduced metrics."""
+        for name, value in values.items():
+            self._steps[name].append(value)
+
+    def drain(
+        self, *, minima: Sequence[str] = (), maxima: Sequence[str] = (), totals: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Each metric over the steps since the last call (a mean, unless named otherwise), in one transfer from the device."""
+        names = list(self._steps)
+        folded = []
+        for name in names:
+            steps = torch.stack(self._steps[name])
+            steps = steps[torch.isfinite(steps)] if steps.device.type == "cpu" else steps
+            if steps.numel() == 0:
+                steps = torch.full((1,), float("nan"))
+            fold = (
+                torch.min
+                if name in minima
+                else torch.max
+                if name in maxima
+                else torch.sum
+                if name in totals
+                else torch.mean
+            )
+            folded.append(fold(steps))
+        self._steps.clear()
+        if not folded:
+            return {}
+        return {name: value for name, value in zip(names, torch.stack(folded).tolist()) if value == value}
+
+
+class FiniteWatch:
+    """Remembers which examples had a loss that is not finite, without waiting for the device until `check`."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[list[str], torch.Tensor]] = []
+
+    def see(self, row_ids: list[str], losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Note the losses (B,) of the rows where `mask`; returns a 0-d tensor, 1 where one of them is not finite."""
+        bad = ~torch.isfinite(losses.detach()) & mask
+        self._seen.append((row_ids, bad))
+        return bad.any().float()
+
+    def check(self, any_rank_bad: bool, *, step: int) -> None:
+        """Forget what was seen, or stop on every rank alike, naming the rows.
+
+        Raises:
+            FloatingPointError: a loss was not finite.
+        """
+        seen, self._seen = self._seen, []
+        if not any_rank_bad:
+            return
+        rows = [row for ids, bad in seen for row, is_bad in zip(ids, bad.tolist()) if is_bad]
+        rows = sorted(set(gather_object(rows)))
+        raise FloatingPointError(
+            f"The loss is not finite at step {step}, in row(s) {', '.join(rows[:8])}{' and others' if len(rows) > 8 else ''} (row_id). "
+            "Look at these rows, lower `learning_rate`, or use bf16 instead of fp16."
+        )

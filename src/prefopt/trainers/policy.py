@@ -1,0 +1,160 @@
+"""From what a user gives as `model` to the policy that trains: loading, adapters, the scoring path."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from prefopt.scoring.logprobs import install_scoring
+
+REFERENCE_ADAPTER = "ref"
+_TRAINED_ADAPTER = "default"
+
+
+def load_model(model: str | PreTrainedModel | PeftModel, args: Any, quantization_config: Any = None):
+    """The model itself, loaded where `model` is a name or folder.
+
+    Args:
+        model: hub name, local folder, or a model in memory (a `PeftModel` too).
+        args: trainer config; `model_init_kwargs`, `trust_remote_code` and `batch_layout` are read.
+        quantization_config: passed to the loader; with a model in memory it is refused.
+
+    Raises:
+        ValueError: settings for loading together with a model in memory.
+    """
+    init = dict(args.model_init_kwargs or {})
+    if not isinstance(model, str):
+        if init:
+            raise ValueError(
+                "`model_init_kwargs` says how to load a model, but a loaded `model` was given. Drop one of them."
+            )
+        if quantization_config is not None:
+            raise ValueError(
+                "`quantization_config` says how to load a model, but a loaded `model` was given. Drop one of them."
+            )
+        return model
+    if quantization_config is not None:
+        init["quantization_config"] = quantization_config
+    if args.device.type == "cuda" and args.batch_layout != "padded":
+        init.setdefault("attn_implementation", "flex_attention")
+    if args.distributed_state is not None and args.distributed_state.num_processes > 1:
+        init["device_map"] = None
+    init.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(model, **init)
+
+
+def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the model."""
+    name = get_config_model_id(model.config)
+    if not name:
+        raise ValueError("The model was not loaded from a name or folder: give its tokenizer as `processing_class`.")
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding with its end token where it has no pad token (padding is masked by position, never by its id).
+
+    Raises:
+        ValueError: it has neither.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has neither a pad token nor an end token; set `tokenizer.pad_token`.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model under an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model's present weights that does not train; the scoring path is installed anew.
+
+    Raises:
+        ValueError: the weights are sharded already, so that no rank could copy them.
+    """
+    if is_deepspeed_zero3_enabled() and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "The model's weights are already sharded by ZeRO-3 and cannot be copied. Give `model` as a name or folder, or pass `ref_model`."
+        )
+    forward = model.__dict__.pop("forward", None)  # the installed path is bound to the original
+    try:
+        reference = copy.deepcopy(model)
+    finally:
+        if forward is not None:
+            model.forward = forward
+    install_scoring(reference)
+    return reference.requires_grad_(False).eval()
+
+
+def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: PeftConfig | None):
+    """Put the scoring path into the base model, then the adapter around it.
+
+    Returns:
+        The policy: `model` itself, or a `PeftModel`. One that was given with a trained adapter gets a frozen copy of it as adapter "ref".
+
+    Raises:
+        ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens.
+    """
+    if isinstance(model, PeftModel) and peft_config is not None:
+        raise ValueError(
+            "The model already has an adapter and `peft_config` asks for another: merge the first, or drop `peft_config`."
+        )
+    install_scoring(base_model_of(model))
+    if peft_config is not None:
+        if peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{peft_config.peft_type.value} adds virtual tokens, which these trainers do not score. Use LoRA."
+            )
+        if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+            model = prepare_model_for_kbit_training(
+                model,
+                use_gradient_checkpointing=args.gradient_checkpointing,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            )
+            model = get_peft_model(model, peft_config)
+        else:
+            # adapters in the base model's dtype: ZeRO-3 cannot mix dtypes
+            model = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+    elif isinstance(model, PeftModel):
+        _copy_adapter(model)
+    if isinstance(model, PeftModel):
+        if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "An adapter on `lm_head` would be ignored: log-probs are computed from `lm_head.weight`. Remove `lm_head` from "
+                "`target_modules`, or name it in `modules_to_save`."
+            )
+        _choose_checkpointing(args)
+    if args.disable_dropout:
+        disable_dropout_in_model(model)
+    return model
+
+
+def _copy_adapter(model: PeftModel) -> None:
+    """Keep the adapter's present weights as a second, frozen adapter."""
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[_TRAINED_ADAPTER])
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{_TRAINED_ADAPTER}" in name:
+            copied = parameters[name.replace(f".{_TRAINED_ADAPTER}", f".{REFERENCE_ADAPTER}")]
+            with torch.no_grad():
+                copied.copy_(parameter)
+            copied.requires_grad_(False)
+
+
+def _choose_checkpointing(args: Any) -> None:
+    """ZeRO-3 with adapters needs re-entrant checkpointing; say so."""
+    if args.gradient_checkpointing and is_deepspeed_zero3_enabled():
+        kwargs = dict(args.gradient_checkpointing_kwargs or {})
+        if not kwargs.get("use_reentrant"):
+            print("ZeRO-3 with an adapter: gradient checkpointing is re-entrant.")
+        args.gradient_checkpointing_kwargs = kwargs | {"use_reentrant": True}

@@ -1,0 +1,406 @@
+"""The spine of all pair methods: score the policy, score the reference, apply the pair loss.
+
+Read `PreferenceTrainer.step_loss` first; a method overrides one of the functions that it calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from prefopt import losses as pure
+from prefopt._trl import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from prefopt.data.tokenization import tokenize_pairs
+from prefopt.scoring.logprobs import CompletionScores, install_scoring, score_completions
+from prefopt.trainers.base import BaseTrainer
+from prefopt.trainers.collators import REFERENCE_COLUMNS, CustomCollator, PairCollator
+from prefopt.trainers.config import PreferenceConfig
+from prefopt.trainers.metrics import MetricSums
+from prefopt.trainers.pair_losses import PAIR_LOSSES, REFERENCE_FREE_LOSSES, SFT, SORTING_LOSSES, PairLoss, PairScores
+from prefopt.trainers.policy import (
+    REFERENCE_ADAPTER,
+    base_model_of,
+    frozen_copy,
+    load_model,
+    load_tokenizer,
+    with_adapter,
+    with_pad_token,
+)
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """Summed log-probs of chosen and rejected under K references, each (K, B) float32, in nats."""
+
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+
+
+class PreferenceTrainer(BaseTrainer):
+    """Base of the pair methods; the constructor takes TRL's `DPOTrainer` arguments in TRL's order.
+
+    Args:
+        model: hub name or folder, a causal LM in memory, or a `PeftModel`.
+        ref_model: the reference; None: the model's present weights (for a fresh adapter the model without it, for a trained adapter a
+            frozen copy of it).
+        args: the method's config; default: its defaults.
+        data_collator: a collator in TRL's form, instead of the planned layouts; batches are then padded.
+        train_dataset, eval_dataset: preference rows in any form that `prefopt.data` reads, or tokenised pairs; `eval_dataset` may be a
+            dict of data sets.
+        processing_class: the tokenizer; default: the one saved with the model.
+        compute_metrics: called after an evaluation; `predictions` is (pairs, 2), the rewards of chosen and rejected.
+        callbacks, optimizers: as for `transformers.Trainer`.
+        quantization_config: how to quantise a model that is loaded by name (QLoRA).
+        peft_config: the adapter to train.
+
+    Raises:
+        ValueError: something in the arguments cannot work; the message says what and how to mend it.
+    """
+
+    config_class = PreferenceConfig
+    pair_loss_table: dict[str, PairLoss] = PAIR_LOSSES
+    metric_minima = ("wpo/weight_min",)
+    metric_maxima = ("wpo/weight_max",)
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: PreferenceConfig | None = None,
+        data_collator=None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics=None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if args is None:
+            args = self.config_class()
+        self.check_settings(args)
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a copy."
+            )
+        self.tokenization_reports: dict[str, Any] = {}
+        loaded = load_model(model, args, quantization_config)
+        processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
+        self._args_for_data = args, processing_class
+        train_dataset = self._prepare(train_dataset, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = self._prepare(eval_dataset, "eval")
+        self._reference_is_initial = ref_model is None
+        reference = self._reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
+        policy = with_adapter(loaded, args, peft_config)
+        super().__init__(
+            model=policy,
+            args=args,
+            collate=CustomCollator(data_collator) if data_collator else PairCollator(ld_alpha=args.ld_alpha),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._vocab_statistics = args.vocab_metrics
+        text_config = policy.config.get_text_config().to_dict()
+        coefficient = args.router_aux_loss_coef
+        self._aux_coefficient = text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient
+        if self._aux_coefficient and "router_aux_loss_coef" not in text_config:
+            raise ValueError(
+                f"`router_aux_loss_coef` is set, but {policy.config.model_type} is not a mixture of experts."
+            )
+        self.ref_model = self._shard_reference(reference)
+        self._margin_checked = False
+
+    # ---- the spine -------------------------------------------------------------------------------------------------------------
+
+    def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `BaseTrainer.step_loss`; predictions are the (B, 2) rewards of chosen and rejected."""
+        scores = self.score_completions(model, batch)  # policy, one forward
+        reference = self.reference_scores(batch)  # live, adapter off, or cached
+        pair = self.pair_scores(scores, reference, batch)
+        if not self._margin_checked:
+            self._check_initial_margin(pair)
+        losses = self.pair_losses(pair, reference, batch)  # (B,), what most methods override
+        self.watch_finite(losses, batch, sums)
+        total = torch.where(batch["real"], losses, 0.0).sum()
+        loss = self.reduce(total, batch) + self._token_terms(pair, scores, batch, sums)
+        self.record(losses, pair, scores, batch, sums)
+        rewards = torch.stack(
+            [self.args.beta * pair.chosen_logratios, self.args.beta * pair.rejected_logratios], dim=1
+        )
+        return loss, rewards.detach()
+
+    def score_completions(self, model, batch: dict[str, Any]) -> CompletionScores:
+        """Score all completions of the batch under the policy."""
+        return score_completions(
+            model,
+            batch,
+            attn_implementation=self.attn_implementation,
+            dtype=self.model.dtype,
+            alignment=self.args.weight_alignment if self.args.use_weighting else None,
+            vocab_statistics=self._vocab_statistics,
+            aux_loss=bool(self._aux_coefficient),
+        )
+
+    def reference_scores(self, batch: dict[str, Any]) -> ReferenceScores:
+        """Score all completions of the batch under the reference, or read what was cached: (K, B) each."""
+        if self.args.precompute_ref_log_probs:
+            return ReferenceScores(batch["ref_chosen_logps"], batch["ref_rejected_logps"])
+        if not self.needs_reference:
+            zeros = torch.zeros(1, len(batch["row_ids"]), device=self.args.device)
+            return ReferenceScores(zeros, zeros)
+        with torch.no_grad(), self._reference_in_place() as reference:
+            logps = score_completions(
+                reference, batch, attn_implementation=self._ref_attention(), dtype=self.model.dtype
+            ).logps
+        return ReferenceScores(logps[None, 0::2], logps[None, 1::2])
+
+    def pair_scores(self, scores: CompletionScores, reference: ReferenceScores, batch: dict[str, Any]) -> PairScores:
+        """Divide the scores into chosen and rejected, beside one reference log-prob each."""
+        ref_chosen, ref_rejected = self.mix_references(reference, batch)
+        aligned = scores.mean_aligned_logps
+        return PairScores(
+            chosen_logps=scores.logps[0::2],
+            rejected_logps=scores.logps[1::2],
+            chosen_counts=scores.counts[0::2],
+            rejected_counts=scores.counts[1::2],
+            ref_chosen_logps=ref_chosen,
+            ref_rejected_logps=ref_rejected,
+            chosen_mean_aligned_logps=None if aligned is None else aligned[0::2],
+            rejected_mean_aligned_logps=None if aligned is None else aligned[1::2],
+        )
+
+    def mix_references(self, reference: ReferenceScores, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One log-prob (B,) for chosen and for rejected from the K references."""
+        assert reference.chosen_logps.shape[0] == 1, "several references need a mixture"
+        return reference.chosen_logps[0], reference.rejected_logps[0]
+
+    def pair_losses(self, pair: PairScores, reference: ReferenceScores, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss of each pair, (B,): the weighted sum of `loss_type`, times WPO's weights where they are on."""
+        total = torch.zeros_like(pair.chosen_logps)
+        for name, weight in self._weighted_losses():
+            if name != SFT:
+                total = total + weight * self.pair_loss_table[name](pair, self.args, batch)
+        weights = self.pair_weights(pair)
+        return total if weights is None else total * weights
+
+    def pair_weights(self, pair: PairScores) -> torch.Tensor | None:
+        """WPO's weight of each pair, (B,), without gradient; None where `use_weighting` is off."""
+        if not self.args.use_weighting:
+            return None
+        return pure.wpo_pair_weights(
+            pair.chosen_mean_aligned_logps, pair.rejected_mean_aligned_logps, max_weight=self.args.max_weight
+        )
+
+    def record(
+        self, losses: torch.Tensor, pair: PairScores, scores: CompletionScores, batch: dict[str, Any], sums: MetricSums
+    ) -> None:
+        """Add this micro-batch's metrics, under TRL's names where TRL has them."""
+        real = batch["real"]
+        rewards = {
+            "chosen": self.args.beta * pair.chosen_logratios,
+            "rejected": self.args.beta * pair.rejected_logratios,
+        }
+        sums.add_mean("rewards/margins", rewards["chosen"] - rewards["rejected"], real)
+        sums.add_mean("rewards/accuracies", (rewards["chosen"] > rewards["rejected"]).float(), real)
+        logps = {"chosen": pair.chosen_logps, "rejected": pair.rejected_logps}
+        counts = {"chosen": pair.chosen_counts, "rejected": pair.rejected_counts}
+        for offset, side in enumerate(("chosen", "rejected")):
+            sums.add_mean(f"rewards/{side}", rewards[side], real)
+            sums.add_mean(f"logps/{side}", logps[side], real)
+            sums.add_mean(f"lengths/{side}", counts[side], real)
+            if self._vocab_statistics:
+                tokens = counts[side] * real
+                sums.add_mean(f"logits/{side}", scores.mean_logits[offset::2] / counts[side], tokens)
+                sums.add_mean("entropy", scores.entropy[offset::2] / counts[side], tokens)
+        if self._vocab_statistics:
+            sums.add_mean("mean_token_accuracy", scores.top1[0::2] / counts["chosen"], counts["chosen"] * real)
+        if self.args.use_weighting:
+            self._record_weights(self.pair_weights(pair), pair, real, sums)
+        if not self.model.training:
+            sums.add_mean("loss", losses, real)
+
+    # ---- what the spine needs --------------------------------------------------------------------------------------------------
+
+    def check_settings(self, args: PreferenceConfig) -> None:
+        """Refuse settings that do not go together, before anything is loaded."""
+        unknown = [name for name in args.loss_type if name not in self.pair_loss_table and name != SFT]
+        if unknown:
+            names = ", ".join(sorted([*self.pair_loss_table, SFT]))
+            raise ValueError(f"Unknown loss_type {unknown[0]!r} for {type(self).__name__}. Known: {names}.")
+        if args.use_weighting and (clash := [n for n in args.loss_type if n in SORTING_LOSSES or n == SFT]):
+            raise ValueError(
+                f"WPO's weights belong to pairs, and {clash[0]!r} has no value per pair. Turn `use_weighting` off, or drop that loss."
+            )
+        if "exo_pair" in args.loss_type and not args.label_smoothing > 0:
+            raise ValueError("`exo_pair` needs `label_smoothing` above 0; its paper recommends 1e-3.")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses reads the reference."""
+        return not set(self.args.loss_type) <= set(REFERENCE_FREE_LOSSES)
+
+    def _weighted_losses(self) -> list[tuple[str, float]]:
+        return list(zip(self.args.loss_type, self.args.loss_weights or [1.0] * len(self.args.loss_type)))
+
+    def _token_terms(
+        self, pair: PairScores, scores: CompletionScores, batch: dict[str, Any], sums: MetricSums
+    ) -> torch.Tensor:
+        """Terms that are no loss of a pair: the SFT term (mean over the step's chosen tokens) and the MoE auxiliary loss."""
+        real = batch["real"]
+        terms = torch.zeros((), device=real.device)
+        for name, weight in self._weighted_losses():
+            if name == SFT:
+                nll = torch.where(real, -pair.chosen_logps, 0.0).sum()
+                terms = terms + weight * nll * (self.args.world_size / batch["step_first_tokens"])
+        if scores.aux_loss is not None:
+            aux = torch.where(real.any(), scores.aux_loss, 0.0)
+            terms = terms + self._aux_coefficient * self.reduce(aux * real.sum(), batch)
+            sums.add_mean("aux_loss", scores.aux_loss.expand(1), real.sum()[None])
+        return terms
+
+    def _record_weights(self, weights: torch.Tensor, pair: PairScores, real: torch.Tensor, sums: MetricSums) -> None:
+        sums.add_mean("wpo/weight_mean", weights, real)
+        sums.add_min("wpo/weight_min", weights, real)
+        sums.add_max("wpo/weight_max", weights, real)
+        kept = torch.where(real, weights, 0.0)
+        sums.add_total("wpo/_sum", kept)
+        sums.add_total("wpo/_sum_of_squares", kept.square())
+        limit = self.args.max_weight
+        unclamped = (pair.chosen_mean_aligned_logps + pair.rejected_mean_aligned_logps).exp()
+        clamped = unclamped > limit if limit is not None else torch.zeros_like(unclamped)
+        sums.add_mean("wpo/clamped_fraction", clamped.float(), real)
+
+    def derive_metrics(self, values: dict[str, torch.Tensor]) -> None:
+        """Effective pairs of the whole step: (sum of weights)^2 / sum of squared weights."""
+        if "wpo/_sum" in values:
+            values["wpo/effective_pairs"] = values.pop("wpo/_sum").square() / values.pop("wpo/_sum_of_squares")
+
+    # ---- data ------------------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, dataset: Dataset | None, name: str) -> Dataset | None:
+        """Tokenised pairs of `dataset`, with the columns that the method needs."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "Streaming data sets are not supported: the plan of batches needs every length. Use a `Dataset`."
+            )
+        args, tokenizer = self._args_for_data
+        dataset, report = tokenize_pairs(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            on_bad_row=args.on_bad_row,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        self.tokenization_reports[name] = report
+        self.check_columns(dataset, args, name)
+        return dataset
+
+    def check_columns(self, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
+        """Refuse data without the columns that the losses need."""
+        if args.precompute_ref_log_probs and (
+            missing := [c for c in REFERENCE_COLUMNS[:2] if c not in dataset.column_names]
+        ):
+            raise ValueError(f"`precompute_ref_log_probs` is on, but the {name} data has no column {missing[0]!r}.")
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Evaluate; a data set given here is tokenised like the one of the constructor."""
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
+        elif isinstance(eval_dataset, Dataset) and eval_dataset is not self.eval_dataset:
+            eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def why_not_packed(self) -> str | None:
+        """A user's collator makes padded batches."""
+        return "a `data_collator` was given" if isinstance(self.collate, CustomCollator) else None
+
+    # ---- reference -------------------------------------------------------------------------------------------------------------
+
+    def _reference_module(self, model, loaded, ref_model, args, quantization_config, peft_config):
+        """The reference as a module of its own, or None where the policy holds it or scores are cached."""
+        free = set(args.loss_type) <= set(REFERENCE_FREE_LOSSES)
+        if ref_model is not None:
+            if args.precompute_ref_log_probs or free:
+                raise ValueError(
+                    "`ref_model` would not be used: reference scores are precomputed, or the loss has no reference."
+                )
+            install_scoring(base_model_of(ref_model))
+            return ref_model.requires_grad_(False).eval()
+        if args.precompute_ref_log_probs or free or peft_config is not None or isinstance(loaded, PeftModel):
+            return None
+        if isinstance(model, str) and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            reference = load_model(model, args, quantization_config)  # the policy's weights are sharded already
+            install_scoring(reference)
+            return reference.requires_grad_(False).eval()
+        return frozen_copy(loaded)
+
+    def _shard_reference(self, reference):
+        if reference is None:
+            return None
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _ref_attention(self) -> str:
+        if self.ref_model is None:
+            return self.attn_implementation
+        return self.accelerator.unwrap_model(self.ref_model).config._attn_implementation
+
+    @contextlib.contextmanager
+    def _reference_in_place(self):
+        """The module to score the reference with: the frozen one, or the policy with its adapter off or exchanged."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        wrapped = self.model_wrapped if self.model.training else self.model
+        with disable_gradient_checkpointing(policy, self.args.gradient_checkpointing_kwargs):
+            if REFERENCE_ADAPTER not in policy.peft_config:
+                with policy.disable_adapter():
+                    yield wrapped
+                return
+            active = policy.active_adapter
+            policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+            try:
+                yield wrapped
+            finally:
+                policy.set_adapter(active)
+
+    def _check_initial_margin(self, pair: PairScores) -> None:
+        """Before the first step, a reference that is the initial policy must score like it."""
+        self._margin_checked = True
+        expected = self._reference_is_initial and self.needs_reference and not self.args.precompute_ref_log_probs
+        if not (expected and self.state.global_step == 0 and self.args.disable_dropout):
+            return
+        tolerance = 1e-3 if self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16) else 2e-2
+        for policy, reference in (
+            (pair.chosen_logps, pair.ref_chosen_logps),
+            (pair.rejected_logps, pair.ref_rejected_logps),
+        ):
+            gap = ((policy - reference).abs() / (1 + reference.abs())).max().item()
+            if not gap <= tolerance:
+                raise ValueError(
+                    f"Before the first step the reference does not score like the policy (relative difference {gap:.2g}). The model "
+                    "changed after the trainer was built, or the reference is another model; pass `ref_model` if that is meant."
+                )
