@@ -1,0 +1,249 @@
+"""The score store: log-probs of completions under a frozen model, on disk, found again by content.
+
+    <root>/<scorer key>/manifest.json     who scored: weights, tokenizer and template, dtype, quantisation, version
+    <root>/<scorer key>/<name>.npz        records, written once, whole or absent, never changed
+
+A scorer's key hashes everything that alters a score and nothing else, so a run with another learning rate, beta or
+output folder finds the scores of the last one, and a run with other weights or another template cannot. Every process
+writes chunk files of its own with names that no other process can choose, so any number of writers may share a folder,
+and a killed one loses at most the records that it had not yet flushed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.files import atomic_path, content_hash, read_json, write_json
+
+FORMAT = 1
+FLUSH_RECORDS = 2048
+_COLUMNS: dict[str, Any] = {
+    "logps": np.float32,
+    "tokens": np.int32,
+    "bytes": np.int32,
+    "length": np.int32,
+    "truncated": np.bool_,
+    "ids": np.uint64,
+}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Everything about a model that alters the scores it gives.
+
+    Attributes:
+        name: for people; not part of the key, so a moved folder keeps its scores.
+        weights: fingerprint of config and weights (`fingerprints`).
+        tokenizer: fingerprint of vocabulary, merges, special tokens and chat template; "" where rows come as token ids.
+        dtype: of the weights and of the computation, such as "bfloat16".
+        quantization: "" or a description such as "bnb-nf4".
+        settings: anything else that alters a score (JSON).
+        version: of the scoring code.
+    """
+
+    name: str
+    weights: str
+    tokenizer: str
+    dtype: str
+    quantization: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    version: int = 1
+
+    @property
+    def key(self) -> str:
+        """The folder of this scorer's records."""
+        return content_hash({k: v for k, v in asdict(self).items() if k != "name"})[:32]
+
+
+@dataclass
+class Scores:
+    """N records as columns; `found` says which of the N keys have one (the other rows hold zeros).
+
+    Attributes:
+        logps: float32, summed log-probs in nats.
+        tokens: scored tokens, in the scorer's own vocabulary.
+        bytes: UTF-8 bytes of the completion's text.
+        length: tokens of prompt and completion together.
+        truncated: the scorer would have had to cut the text, and did not score it (`logps` is NaN).
+        ids: 64-bit digest of the token ids that were scored.
+    """
+
+    logps: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+    length: np.ndarray
+    truncated: np.ndarray
+    ids: np.ndarray
+    found: np.ndarray
+
+    @staticmethod
+    def empty(count: int) -> Scores:
+        """`count` rows, none of them found."""
+        columns = {name: np.zeros(count, dtype) for name, dtype in _COLUMNS.items()}
+        return Scores(**columns, found=np.zeros(count, np.bool_))
+
+
+def text_key(row_id: str, side: str) -> bytes:
+    """Key of a completion that is scored as text: the row's identity, a hash of all its text, and "chosen" or "rejected"."""
+    return hashlib.sha256(f"{row_id} {side}".encode()).digest()[:16]
+
+
+def ids_key(prompt_ids: Sequence[int], completion_ids: Sequence[int], num_bytes: int) -> bytes:
+    """Key of a completion that is scored as token ids: the ids after truncation, and the bytes that the record holds."""
+    digest = hashlib.sha256(num_bytes.to_bytes(8, "little"))
+    for ids in (prompt_ids, completion_ids):
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(np.asarray(ids, dtype=np.int64).tobytes())
+    return digest.digest()[:16]
+
+
+def ids_digest(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> int:
+    """64 bits of the token ids, kept in a record so that a tokenizer that splits otherwise is noticed."""
+    return int.from_bytes(ids_key(prompt_ids, completion_ids, 0)[:8], "little")
+
+
+class ScoreCache:
+    """The records of one scorer.
+
+    Args:
+        root: folder of all scorers; with several nodes it must be on a disk that they share.
+        scorer: whose records.
+
+    Raises:
+        ValueError: the scorer's folder is damaged or holds something else.
+    """
+
+    def __init__(self, root: str | Path, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.folder = Path(root) / scorer.key
+        self._chunks: set[str] = set()
+        self._index: dict[bytes, int] = {}
+        self._scored: set[bytes] = set()
+        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
+        self._count = 0
+        self._pending: list[tuple[bytes, dict[str, Any]]] = []
+        if self.folder.exists() and any(self.folder.glob("*.npz")):
+            self._check_manifest()
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _check_manifest(self) -> None:
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            raise ValueError(f"{self.folder} holds scores but no manifest.json: delete the folder to score again.")
+        manifest = read_json(path)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{path} is of format {manifest.get('format')}, expected {FORMAT}: use another folder.")
+        if Scorer(**manifest["scorer"]).key != self.scorer.key:
+            raise ValueError(f"{path} describes another scorer than its folder's name: delete the folder.")
+
+    def refresh(self) -> None:
+        """Read the chunks that other processes have written since the last look."""
+        # sorted, and the first record of a row wins: where two writers scored it, every fresh reader takes the same one
+        for name in sorted(path.name for path in self.folder.glob("*.npz")):
+            if name not in self._chunks:
+                self._read_chunk(self.folder / name)
+
+    def _read_chunk(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                owner, keys = str(stored["scorer"]), stored["keys"]
+                columns = {name: stored[name] for name in _COLUMNS}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete this file to score its rows again.") from error
+        if any(len(column) != len(keys) for column in columns.values()):
+            raise ValueError(
+                f"{path} is damaged (columns differ in length): delete this file to score its rows again."
+            )
+        if owner != self.scorer.key:
+            raise ValueError(f"{path} was written by another scorer ({owner}): move this file out of the folder.")
+        for name, column in columns.items():
+            self._rows[name].append(column)
+        for position, (key, truncated) in enumerate(zip(keys, columns["truncated"])):
+            # a score replaces the note that the text was too long for a smaller limit
+            if truncated:
+                self._index.setdefault(key.tobytes(), self._count + position)
+            elif key.tobytes() not in self._scored:
+                self._index[key.tobytes()] = self._count + position
+                self._scored.add(key.tobytes())
+        self._count += len(keys)
+        self._chunks.add(path.name)
+
+    def lookup(self, keys: Sequence[bytes]) -> Scores:
+        """The records of `keys`; see `Scores.found` for those that there are none of."""
+        scores = Scores.empty(len(keys))
+        rows = np.array([self._index.get(key, -1) for key in keys], dtype=np.int64)
+        scores.found[:] = rows >= 0
+        if scores.found.any():
+            for name, parts in self._rows.items():
+                if len(parts) > 1:
+                    self._rows[name] = [np.concatenate(parts)]
+                getattr(scores, name)[scores.found] = self._rows[name][0][rows[scores.found]]
+        return scores
+
+    def add(
+        self,
+        key: bytes,
+        *,
+        logps: float,
+        tokens: int,
+        num_bytes: int,
+        length: int,
+        truncated: bool = False,
+        ids: int = 0,
+    ) -> None:
+        """Take one record; it reaches the disk with the next `flush`, which every 2,048 records happens by itself."""
+        values = (logps, tokens, num_bytes, length, truncated, ids)
+        self._pending.append((key, dict(zip(_COLUMNS, values))))
+        if len(self._pending) >= FLUSH_RECORDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as one new chunk file, whole or not at all."""
+        if not self._pending:
+            return
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            write_json(manifest, {"format": FORMAT, "scorer": asdict(self.scorer)})
+        keys = np.frombuffer(b"".join(key for key, _ in self._pending), dtype=np.uint8).reshape(-1, 16)
+        columns: dict[str, Any] = {}
+        for name, dtype in _COLUMNS.items():
+            columns[name] = np.array([record[name] for _, record in self._pending], dtype)
+        path = self.folder / f"{uuid.uuid4().hex}.npz"
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, allow_pickle=False, scorer=np.array(self.scorer.key), keys=keys, **columns)
+        self._pending.clear()
+        self._read_chunk(path)
+
+
+def describe_scorers(root: str | Path) -> list[Scorer]:
+    """The scorers whose records are under `root`, for messages about what is there instead."""
+    manifests = sorted(Path(root).glob("*/manifest.json"))
+    return [Scorer(**read_json(path)["scorer"]) for path in manifests]
+
+
+def explain_missing(root: str | Path, scorer: Scorer) -> str:
+    """Why `root` has no scores of `scorer`: what differs from the scores of a model with the same name or weights."""
+    for other in describe_scorers(root):
+        if other.name != scorer.name and other.weights != scorer.weights:
+            continue
+        mine, theirs = asdict(scorer), asdict(other)
+        words = {
+            "weights": "the weights",
+            "tokenizer": "the vocabulary, the chat template or the transformers version",
+            "dtype": "the dtype",
+        }
+        changed = [words.get(k, k) for k in mine if k != "name" and mine[k] != theirs[k]]
+        if changed:
+            return f"{' and '.join(changed)} changed since it was scored"
+    return "it was never scored there"

@@ -1,0 +1,161 @@
+"""A model's weights as a hash, from its files or from what a module holds now."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub import snapshot_download
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from prefopt.files import content_hash, read_json, write_json
+
+_CONFIG_FILES = ("config.json", "adapter_config.json")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+# read while loading or tokenising; everything else in a repository is left where it is
+_NEEDED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def model_folder(name: str, revision: str | None = None, *, download: bool) -> Path:
+    """The local folder of a model given as a path or a hub name.
+
+    Args:
+        name: local folder or hub name.
+        revision: of the hub repository.
+        download: fetch what is not here yet; otherwise only look.
+
+    Raises:
+        FileNotFoundError: not a local folder and not in the local hub cache (with `download`: not on the hub either).
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_NEEDED, local_files_only=not download))
+    except Exception as error:  # the hub client raises a different type for each of: no such name, offline, gated
+        raise FileNotFoundError(
+            f"{name} is neither a local folder nor a model that can be fetched: {error}"
+        ) from error
+
+
+def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
+    """Hash of a model's config and weight files, by content: the same model in two places has one fingerprint.
+
+    Args:
+        folder: holds config.json (or adapter_config.json) and the weights.
+        remembered: JSON file that keeps the hashes of large files, so that each is read once as long as its size and
+            time do not change.
+
+    Raises:
+        ValueError: the folder holds no config or no weights.
+    """
+    configs = [folder / name for name in _CONFIG_FILES if (folder / name).exists()]
+    weights = next((found for p in _WEIGHT_PATTERNS if (found := sorted(folder.glob(p)))), [])
+    if not configs or not weights:
+        raise ValueError(f"{folder} is not a model: it needs a config.json and weights (*.safetensors or *.bin).")
+    known = read_json(remembered) if remembered is not None and remembered.exists() else {}
+    hashes = [(path.name, _file_hash(path, known)) for path in weights]
+    if remembered is not None:
+        write_json(remembered, known)
+    settings: list[Any] = [_config_values(path) for path in configs]
+    if (adapter := folder / "adapter_config.json").exists():
+        base = read_json(adapter)["base_model_name_or_path"]
+        settings.append(files_fingerprint(model_folder(base, download=False), remembered=remembered))
+    return content_hash(settings, hashes)
+
+
+def _config_values(path: Path) -> dict[str, Any]:
+    # the writer's version and the place it was read from do not alter a score
+    ignored = ("transformers_version", "_name_or_path")
+    return {key: value for key, value in read_json(path).items() if key not in ignored}
+
+
+def _file_hash(path: Path, known: dict[str, Any]) -> str:
+    blob = path.resolve()
+    if len(blob.name) == 64 and set(blob.name) <= set("0123456789abcdef"):
+        return blob.name  # the hub client names large files by their SHA-256
+    stat = blob.stat()
+    seen = [stat.st_size, stat.st_mtime_ns]
+    entry = known.get(str(blob))
+    if entry is None or entry[:2] != seen:
+        digest = hashlib.sha256()
+        with open(blob, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+        entry = known[str(blob)] = [*seen, digest.hexdigest()]
+    return str(entry[2])
+
+
+def module_fingerprint(model: nn.Module, *, adapter: str | None = None) -> str:
+    """Hash of the weights that a module has now, the same whether or not it is wrapped or sharded.
+
+    All ranks must call it; each hashes a share of the parameters.
+
+    Args:
+        model: plain, or wrapped by PEFT, DDP, DeepSpeed or FSDP2. Adapters do not count (the reference is the model
+            with its adapters off), except for:
+        adapter: the name of an adapter that is on when the reference is scored.
+
+    Returns:
+        64 hex digits.
+    """
+    state = PartialState()
+    mine = []
+    entries = sorted(_named_tensors(model, adapter), key=lambda entry: entry[0])
+    for number, (name, tensor) in enumerate(entries):
+        with _whole(tensor) as whole:
+            if number % state.num_processes == state.process_index:
+                mine.append((name, _tensor_hash(whole)))
+    everyone = gather_object(mine) if state.num_processes > 1 else mine
+    return content_hash(sorted(everyone))
+
+
+def _named_tensors(model: nn.Module, adapter: str | None) -> list[tuple[str, torch.Tensor]]:
+    found = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if adapter is None or f".{adapter}." not in f"{name}.":
+            if any(part in name for part in ("lora_", ".modules_to_save.", "prompt_encoder.")):
+                continue
+        for wrapper in ("module.", "base_model.model.", "_orig_mod."):
+            name = name.removeprefix(wrapper)
+        found.append((name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor))
+    return found
+
+
+def _whole(tensor: torch.Tensor) -> Any:
+    """A context that gives the unsharded tensor; collective where the tensor is sharded."""
+    if isinstance(tensor, DTensor):
+        return nullcontext(tensor.full_tensor())
+    if is_deepspeed_zero3_enabled() and isinstance(tensor, nn.Parameter):
+        import deepspeed
+
+        return _Gathered(deepspeed.zero.GatheredParameters([tensor]), tensor)
+    return nullcontext(tensor)
+
+
+class _Gathered:
+    def __init__(self, context: Any, tensor: torch.Tensor) -> None:
+        self.context, self.tensor = context, tensor
+
+    def __enter__(self) -> torch.Tensor:
+        self.context.__enter__()
+        return self.tensor
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
+
+
+def _tensor_hash(tensor: torch.Tensor) -> str:
+    plain = tensor.detach().reshape(-1).contiguous().cpu()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
