@@ -29,6 +29,7 @@ class MicroBatch:
         is_filler: no group of this step was left for this micro-batch; its one group weighs zero.
         step_groups: groups of the whole optimizer step, over micro-batches and ranks.
         step_first_tokens: scored tokens of first completions over the whole step (the SFT term divides by it).
+        step_ranked_pairs: ranked pairs of completions over the whole step (ranking losses divide by it).
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -36,6 +37,7 @@ class MicroBatch:
     is_filler: bool
     step_groups: int
     step_first_tokens: int
+    step_ranked_pairs: int
 
     @property
     def indices(self) -> list[int]:
@@ -51,6 +53,7 @@ class GroupLengths:
     longest: int  # longest prompt + completion
     completions: int
     first_scored: int  # tokens of the first completion
+    ranked_pairs: int = 1  # pairs of completions of which one is better
 
 
 class BatchPlan(torch.utils.data.Sampler):
@@ -127,12 +130,13 @@ class BatchPlan(torch.utils.data.Sampler):
         """The micro-batches of one optimizer step, [rank][micro-batch]."""
         indices = self._step_indices(epoch, step)
         tokens = sum(self.lengths[index].first_scored for index in indices)
+        ranked = sum(self.lengths[index].ranked_pairs for index in indices)
         bins = self._deal(indices)
         plan: list[list[MicroBatch]] = [[] for _ in range(self.world_size)]
         for number, members in enumerate(bins):
             rows = self._rows(members or [indices[0]])
             plan[number % self.world_size].append(
-                MicroBatch(rows, self._row_length(rows), not members, len(indices), tokens)
+                MicroBatch(rows, self._row_length(rows), not members, len(indices), tokens, ranked)
             )
         return plan
 

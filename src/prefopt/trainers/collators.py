@@ -123,6 +123,7 @@ def step_columns(examples: Sequence[Mapping[str, Any]], micro_batch: MicroBatch)
         "real": torch.full((len(examples),), not micro_batch.is_filler),
         "step_groups": micro_batch.step_groups,
         "step_first_tokens": micro_batch.step_first_tokens,
+        "step_ranked_pairs": micro_batch.step_ranked_pairs,
     }
 
 
