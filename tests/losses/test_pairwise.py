@@ -99,6 +99,14 @@ def test_shapes_are_checked_before_settings(case):
 
 
 @each_case
+def test_values_are_never_looked_at(case):
+    """A tensor without values is enough, so nothing waits for a device in the middle of a step."""
+    losses = case(*[torch.empty(7, device="meta") for _ in case.columns])
+    assert losses.device.type == "meta"
+    assert losses.shape == (7,)
+
+
+@each_case
 def test_an_empty_batch_gives_no_losses(case):
     assert case(*case.make(batch=0)).shape == (0,)
 

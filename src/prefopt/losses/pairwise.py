@@ -6,6 +6,8 @@ is that divided by the number of completion tokens. h = chosen - rejected. Nothi
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,9 +134,8 @@ def exo_pair_loss(
             "(the paper uses 1e-3)."
         )
     margin = beta * (chosen - rejected)
-    eps = torch.tensor(label_smoothing, dtype=margin.dtype, device=margin.device)
-    chosen_term = torch.sigmoid(margin) * (F.logsigmoid(margin) - torch.log1p(-eps))
-    rejected_term = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - torch.log(eps))
+    chosen_term = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-label_smoothing))
+    rejected_term = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(label_smoothing))
     return chosen_term + rejected_term
 
 

@@ -103,8 +103,7 @@ def sppo_hard_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta
     """
     chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
     check_positive(beta=beta)
-    target = chosen.new_full((), 0.5 / beta)
-    return 2 * _regression(chosen, rejected, target, -target)
+    return 2 * _regression(chosen, rejected, 0.5 / beta, -0.5 / beta)
 
 
 def gpo_loss(
@@ -156,5 +155,7 @@ def gpo_loss(
     return _regression(chosen, rejected, chosen_target, rejected_target)
 
 
-def _regression(chosen: Tensor, rejected: Tensor, chosen_target: Tensor, rejected_target: Tensor) -> Tensor:
+def _regression(
+    chosen: Tensor, rejected: Tensor, chosen_target: Tensor | float, rejected_target: Tensor | float
+) -> Tensor:
     return 0.5 * ((chosen - chosen_target) ** 2 + (rejected - rejected_target) ** 2)
