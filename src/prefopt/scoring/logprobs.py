@@ -66,6 +66,17 @@ def install_scoring(model: PreTrainedModel) -> None:
     model.forward = forward
 
 
+def attention_mask_of(batch: dict[str, torch.Tensor], *, attn_implementation: str, dtype: torch.dtype):
+    """The `attention_mask` of a layout's batch; a packed one is built once and kept in the batch."""
+    if "group_ids" not in batch:
+        return batch["attention_mask"]
+    if "packed_mask" not in batch:
+        batch["packed_mask"] = packed_attention_mask(
+            batch["group_ids"], batch["branch_ids"], implementation=attn_implementation, dtype=dtype
+        )
+    return batch["packed_mask"]
+
+
 def score_completions(
     model: nn.Module,
     batch: dict[str, torch.Tensor],
@@ -91,17 +102,9 @@ def score_completions(
     Returns:
         The scores, C = number of completions in the batch.
     """
-    if "group_ids" in batch:
-        if "packed_mask" not in batch:
-            batch["packed_mask"] = packed_attention_mask(
-                batch["group_ids"], batch["branch_ids"], implementation=attn_implementation, dtype=dtype
-            )
-        attention_mask = batch["packed_mask"]
-    else:
-        attention_mask = batch["attention_mask"]
     return model(
         input_ids=batch["input_ids"],
-        attention_mask=attention_mask,
+        attention_mask=attention_mask_of(batch, attn_implementation=attn_implementation, dtype=dtype),
         position_ids=batch["position_ids"],
         score_index=batch["score_index"],
         score_targets=batch["score_targets"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,19 @@ REFERENCE_ADAPTER = "ref"
 _TRAINED_ADAPTER = "default"
 
 
-def load_model(model: str | PreTrainedModel | PeftModel, args: Any, quantization_config: Any = None):
+def load_model(
+    model: str | PreTrainedModel | PeftModel,
+    args: Any,
+    quantization_config: Any = None,
+    loader: Callable[..., PreTrainedModel] = create_model_from_path,
+):
     """The model itself, loaded where `model` is a name or folder.
 
     Args:
         model: hub name, local folder, or a model in memory (a `PeftModel` too).
         args: trainer config; `model_init_kwargs`, `trust_remote_code` and `batch_layout` are read.
         quantization_config: passed to the loader; with a model in memory it is refused.
+        loader: what loads a name or folder, given the settings as keywords.
 
     Raises:
         ValueError: settings for loading together with a model in memory.
@@ -47,7 +54,7 @@ def load_model(model: str | PreTrainedModel | PeftModel, args: Any, quantization
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         init["device_map"] = None
     init.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(model, **init)
+    return loader(model, **init)
 
 
 def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedTokenizerBase:
@@ -105,26 +112,9 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
     Raises:
         ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens.
     """
-    if isinstance(model, PeftModel) and peft_config is not None:
-        raise ValueError(
-            "The model already has an adapter and `peft_config` asks for another: merge the first, or drop `peft_config`."
-        )
     install_scoring(base_model_of(model))
     if peft_config is not None:
-        if peft_config.is_prompt_learning:
-            raise ValueError(
-                f"{peft_config.peft_type.value} adds virtual tokens, which these trainers do not score. Use LoRA."
-            )
-        if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-            model = prepare_model_for_kbit_training(
-                model,
-                use_gradient_checkpointing=args.gradient_checkpointing,
-                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-            )
-            model = get_peft_model(model, peft_config)
-        else:
-            # adapters in the base model's dtype: ZeRO-3 cannot mix dtypes
-            model = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+        model = add_adapter(model, args, peft_config)
     elif isinstance(model, PeftModel):
         _copy_adapter(model)
     if isinstance(model, PeftModel):
@@ -137,6 +127,31 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
     if args.disable_dropout:
         disable_dropout_in_model(model)
     return model
+
+
+def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: PeftConfig) -> PeftModel:
+    """Wrap `model` into a new adapter.
+
+    Raises:
+        ValueError: the model has one already, or the adapter is of a kind that adds virtual tokens.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model already has an adapter and `peft_config` asks for another: merge the first, or drop `peft_config`."
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{peft_config.peft_type.value} adds virtual tokens, which these trainers do not score. Use LoRA."
+        )
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+        return get_peft_model(model, peft_config)
+    # adapters in the base model's dtype: ZeRO-3 cannot mix dtypes
+    return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
 
 
 def _copy_adapter(model: PeftModel) -> None:
