@@ -87,16 +87,16 @@ REWRITTEN: dict[str, Callable[[Any], tuple[str, Any, str] | None]] = {
 LEGACY_KEYS = frozenset(RENAMED) | frozenset(ALWAYS_SO) | frozenset(REWRITTEN)
 
 
-def translate(settings: list[Setting], known: set[str]) -> tuple[list[Setting], list[str]]:
-    """Settings under today's keys, and one notice per old key.
+def translate(settings: list[Setting], known: set[str], notices: list[str], problems: list[str]) -> list[Setting]:
+    """Settings under today's keys.
 
-    A key that a dataclass of the command has itself (`known`) is never touched.
-
-    Raises:
-        ValueError: an old key with a value that has no meaning today, with its place.
+    Args:
+        settings: as the user wrote them.
+        known: keys that a dataclass of the command has itself; they are never touched.
+        notices: gets one sentence per old key.
+        problems: gets one sentence per old key whose value has no meaning today.
     """
     result: list[Setting] = []
-    notices: list[str] = []
     for setting in settings:
         if setting.key in known or setting.key not in LEGACY_KEYS:
             result.append(setting)
@@ -104,10 +104,11 @@ def translate(settings: list[Setting], known: set[str]) -> tuple[list[Setting], 
         try:
             translated, notice = _translate(setting)
         except ValueError as error:
-            raise ValueError(f"{setting.place}: {setting.key}: {error}.") from None
+            problems.append(f"{setting.place}: {setting.key}: {error}.")
+            continue
         result.extend(translated)
         notices.append(f"{setting.place}: {setting.key} is an older key; {notice}.")
-    return _simpo(result, notices, known), notices
+    return _simpo(result, notices, known)
 
 
 def _translate(setting: Setting) -> tuple[list[Setting], str]:

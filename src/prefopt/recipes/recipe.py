@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from .arguments import ALTERNATIVES
 from .convert import convert, is_required, unknown_key
 from .legacy import LEGACY_KEYS, translate
 from .source import BASE_KEY, Setting, read_settings, split_recipe
@@ -57,17 +58,23 @@ def apply_environment(settings: list[Setting]) -> list[Setting]:
     return [setting for setting in settings if setting.key != "env"]
 
 
-def load_settings(words: list[str], flags: set[str]) -> tuple[str | None, list[Setting]]:
+def load_settings(words: list[str]) -> tuple[str | None, list[Setting]]:
     """The name of the recipe among `words`, and all settings, with `env:` applied."""
     name, rest = split_recipe(words)
-    return name, apply_environment(read_settings(name, rest, flags))
+    return name, apply_environment(read_settings(name, rest))
 
 
 def read_recipe(words: list[str], classes: Sequence[type]) -> Recipe:
-    """Read a recipe and command-line words for a command whose arguments are the fields of `classes`.
+    """Read a recipe and command-line words: `["llama3/wpo", "--learning_rate", "5e-7"]`; see `parse_settings`."""
+    return parse_settings(*load_settings(words), classes)
+
+
+def parse_settings(name: str | None, settings: list[Setting], classes: Sequence[type]) -> Recipe:
+    """The recipe of a command whose arguments are the fields of `classes`.
 
     Args:
-        words: for instance `["llama3/wpo", "--learning_rate", "5e-7"]`; the recipe is first or after `--config`.
+        name: what the user called the recipe, or `None`.
+        settings: where they were written, later ones winning over earlier ones.
         classes: dataclasses; a key that several of them declare goes to each.
 
     Returns:
@@ -76,25 +83,65 @@ def read_recipe(words: list[str], classes: Sequence[type]) -> Recipe:
     Raises:
         ValueError: one line that names the key, its file and line, and the nearest known key or the expected type.
     """
-    fields = _fields(classes)
-    hints = _hints(classes)
-    name, settings = load_settings(words, flags={key for key in fields if bool in _members(hints[key])})
-    settings, notices = translate(settings, set(fields))
-    recipe = Recipe(name, notices=notices)
+    problems: list[str] = []
+    recipe = collect(name, settings, classes, problems)
+    if problems:
+        raise ValueError(problems[0])
+    return recipe
+
+
+def collect(name: str | None, settings: list[Setting], classes: Sequence[type], problems: list[str]) -> Recipe:
+    """As `parse_settings`, with every problem appended to `problems` instead of raising at the first."""
+    fields, hints = _fields(classes), _hints(classes)
+    recipe = Recipe(name)
+    settings = translate(settings, set(fields), recipe.notices, problems)
     levels: dict[str, int] = {}
     for setting in settings:
-        if setting.key not in fields:
-            known = [*fields, *sorted(LEGACY_KEYS), BASE_KEY, "env"]
-            raise ValueError(f"{setting.place}: {unknown_key(setting.key, known)}")
-        if levels.get(setting.key) == setting.level:
-            raise ValueError(f"{setting.place}: {setting.key} is given twice (also by {recipe.places[setting.key]}).")
         try:
-            value = convert(setting.value, hints[setting.key], fields[setting.key].metadata.get("choices"))
+            value = _read(setting, fields, hints)
+            if levels.get(setting.key) == setting.level:
+                raise ValueError(
+                    f"{setting.place}: {setting.key} is given twice (also by {recipe.places[setting.key]})."
+                )
         except ValueError as error:
-            raise ValueError(f"{setting.place}: {setting.key}: {error}.") from None
+            problems.append(str(error))
+            continue
         recipe.values[setting.key], recipe.places[setting.key] = value, setting.place
         levels[setting.key] = setting.level
+    _choose_alternatives(recipe, levels, problems)
     return recipe
+
+
+def _read(setting: Setting, fields: dict[str, dataclasses.Field[Any]], hints: dict[str, Any]) -> Any:
+    if setting.key not in fields:
+        known = [*fields, *sorted(LEGACY_KEYS), BASE_KEY, "env"]
+        raise ValueError(f"{setting.place}: {unknown_key(setting.key, known)}")
+    if setting.bare and bool not in (hints[setting.key], *get_args(hints[setting.key])):
+        raise ValueError(f"--{setting.key} needs a value.")
+    try:
+        return convert(setting.value, hints[setting.key], fields[setting.key].metadata.get("choices"))
+    except ValueError as error:
+        raise ValueError(f"{setting.place}: {setting.key}: {error}.") from None
+
+
+def _choose_alternatives(recipe: Recipe, levels: dict[str, int], problems: list[str]) -> None:
+    """Where several ways of saying one thing are given, keep the one from the latest source."""
+    for ways in ALTERNATIVES:
+        given = {way: max(levels[key] for key in way if key in levels) for way in ways if way[0] in levels}
+        if len(given) < 2:
+            continue
+        latest = max(given.values())
+        kept = [way for way, level in given.items() if level == latest]
+        if len(kept) > 1:
+            problems.append(
+                f"{recipe.places[kept[1][0]]}: {kept[1][0]} and {kept[0][0]} are two ways to say one thing; give one."
+            )
+        for way in given:
+            if way not in kept:
+                notice = f"{recipe.places[kept[0][0]]}: {kept[0][0]} replaces {way[0]} of {recipe.places[way[0]]}."
+                recipe.notices.append(notice)
+                for key in way:
+                    recipe.drop(key)
 
 
 def build(recipe: Recipe, classes: Sequence[type]) -> tuple[Any, ...]:
@@ -164,7 +211,3 @@ def _fields(classes: Sequence[type]) -> dict[str, dataclasses.Field[Any]]:
 
 def _hints(classes: Sequence[type]) -> dict[str, Any]:
     return {key: kind for cls in reversed(classes) for key, kind in get_type_hints(cls).items()} | WIDENED
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    return (kind, *get_args(kind))

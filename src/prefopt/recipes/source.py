@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from .convert import Text
 from .locate import locate
 
-BASE_KEY = "base_recipe"  # another recipe, whose values this one overrides
+BASE_KEY = "base_recipe"  # another recipe, or several, whose values this one overrides
 
 
 @dataclass(frozen=True)
@@ -23,41 +23,50 @@ class Setting:
     value: Any
     place: str  # "llama3/wpo.yaml, line 12" or "the command line"
     level: int  # a later source wins over an earlier one; the command line has the highest level
+    bare: bool = False  # `--flag` without a value, which only a boolean may be
 
 
-def read_settings(recipe: str | None, arguments: list[str], flags: Iterable[str] = ()) -> list[Setting]:
+def read_settings(recipe: str | None, arguments: list[str]) -> list[Setting]:
     """All settings of a run, in the order of their sources: base recipes, the recipe, the command line.
 
     Args:
         recipe: path or packaged name, or `None`.
         arguments: the words after it, `--key value`, `--key=value`, `--key v1 v2` or `--flag`.
-        flags: keys that need no value on the command line (booleans).
 
     Raises:
         ValueError: a file that is missing or not a YAML mapping, a key given twice, a word that belongs to no key.
     """
     settings = list(_from_file(locate(recipe, "training_configs"), ())) if recipe is not None else []
     top = max((setting.level for setting in settings), default=-1) + 1
-    return settings + list(_from_words(arguments, set(flags), top))
+    return settings + list(_from_words(arguments, top))
 
 
 def _from_file(path: Path, seen: tuple[Path, ...]) -> Iterator[Setting]:
     if path.resolve() in seen:
         raise ValueError(f"{path}: {BASE_KEY} leads back to this file.")
     entries = _read_yaml(path)
-    bases = [value for key, value, _ in entries if key == BASE_KEY]
-    below: list[Setting] = []
-    if bases:
-        if not isinstance(bases[0], str):
-            raise ValueError(f"{path}: {BASE_KEY} must name one recipe.")
-        beside = path.parent / bases[0]
-        base = beside if beside.is_file() else locate(bases[0], "training_configs")
-        below = list(_from_file(base, (*seen, path.resolve())))
-        yield from below
-    level = max((setting.level for setting in below), default=-1) + 1
+    level = 0
+    for base in _base_names(path, entries):
+        beside = path.parent / base
+        for setting in _from_file(
+            beside if beside.is_file() else locate(base, "training_configs"), (*seen, path.resolve())
+        ):
+            yield replace(setting, level=level + setting.level)
+            top = level + setting.level
+        level = top + 1
     for key, value, line in entries:
         if key != BASE_KEY:
             yield Setting(key, value, f"{path}, line {line}", level)
+
+
+def _base_names(path: Path, entries: list[tuple[str, Any, int]]) -> list[str]:
+    for key, value, line in entries:
+        if key == BASE_KEY:
+            names = value if isinstance(value, list) else [value]
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{path}, line {line}: {BASE_KEY} must name a recipe, or list several.")
+            return names
+    return []
 
 
 def _read_yaml(path: Path) -> list[tuple[str, Any, int]]:
@@ -83,7 +92,7 @@ def _read_yaml(path: Path) -> list[tuple[str, Any, int]]:
     return [(str(key), value, lines.get(str(key), 0)) for key, value in values.items()]
 
 
-def _from_words(words: list[str], flags: set[str], level: int) -> Iterator[Setting]:
+def _from_words(words: list[str], level: int) -> Iterator[Setting]:
     given: set[str] = set()
     position = 0
     while position < len(words):
@@ -101,10 +110,9 @@ def _from_words(words: list[str], flags: set[str], level: int) -> Iterator[Setti
         if key in given:
             raise ValueError(f"--{name} is given twice on the command line.")
         given.add(key)
-        if not values and key not in flags:
-            raise ValueError(f"--{name} needs a value.")
         texts = [Text(value) for value in values]
-        yield Setting(key, True if not texts else texts[0] if len(texts) == 1 else texts, "the command line", level)
+        value = True if not texts else texts[0] if len(texts) == 1 else texts
+        yield Setting(key, value, "the command line", level, bare=not texts)
 
 
 def split_recipe(words: list[str]) -> tuple[str | None, list[str]]:

@@ -1,0 +1,112 @@
+"""Starting a command on several processes through `accelerate launch`, with a packaged accelerate config."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+
+from prefopt.recipes import locate
+from prefopt.recipes.source import Setting
+
+# what `accelerate launch` is told; all may be in a recipe, too, as with TRL's command line
+LAUNCH_KEYS = frozenset(
+    {
+        "accelerate_config",
+        "num_processes",
+        "num_machines",
+        "machine_rank",
+        "main_process_ip",
+        "main_process_port",
+        "gpu_ids",
+    }
+)
+USER_MISTAKE = 2  # exit status of a process that has printed one line about it
+
+
+def is_launched() -> bool:
+    """Whether this process was started by a launcher (accelerate, torchrun, deepspeed)."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def rank() -> int:
+    """This process's number among all, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def split_launch_settings(settings: list[Setting]) -> tuple[dict[str, str], list[Setting]]:
+    """The launcher's settings as text, and the rest.
+
+    Raises:
+        ValueError: launcher settings on the command line of a process that a launcher has already started.
+    """
+    launch = [setting for setting in settings if setting.key in LAUNCH_KEYS]
+    rest = [setting for setting in settings if setting.key not in LAUNCH_KEYS]
+    if is_launched():
+        typed = [setting.key for setting in launch if setting.place == "the command line"]
+        if typed:
+            raise ValueError(
+                f"--{typed[0]}: a launcher has already started this process; give it to the launcher instead."
+            )
+        return {}, rest
+    for setting in launch:
+        if not isinstance(setting.value, (str, int)) or setting.bare:
+            raise ValueError(f"{setting.place}: {setting.key} needs one value.")
+    return {setting.key: str(setting.value) for setting in launch}, rest
+
+
+def without_launch_words(words: list[str]) -> list[str]:
+    """Command-line words without the launcher's keys and their values, for the processes that it starts."""
+    kept: list[str] = []
+    dropping = False
+    for word in words:
+        if word.startswith("--"):
+            name, equals, _ = word[2:].partition("=")
+            dropping = name.replace("-", "_") in LAUNCH_KEYS
+            if dropping and equals:
+                dropping = False
+                continue
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def launch_words(settings: dict[str, str]) -> list[str]:
+    """The words for `accelerate launch`: the config file found by name, then every other key as a flag.
+
+    Raises:
+        ValueError: a number that is not one, or an unknown accelerate config.
+    """
+    settings = dict(settings)
+    for key in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
+        if key in settings and not settings[key].isdigit():
+            raise ValueError(f"--{key} must be a whole number, found {settings[key]!r}.")
+    if settings.get("num_processes") == "0":
+        raise ValueError("--num_processes must be at least 1.")
+    several = int(settings.get("num_processes", "1")) > 1
+    config = locate(settings.pop("accelerate_config", "multi_gpu" if several else "single_gpu"), "accelerate_configs")
+    return ["--config_file", str(config), *(word for key, value in settings.items() for word in (f"--{key}", value))]
+
+
+def launch(settings: dict[str, str], command: list[str]) -> int:
+    """Run `python -m prefopt COMMAND` under `accelerate launch` and return the exit status.
+
+    The processes report their own errors; the launcher's report about them is left out.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    arguments = launch_command_parser().parse_args([*launch_words(settings), "--module", "prefopt", *command])
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        return max(failure.exitcode for failure in error.failures.values()) if error.failures else 1
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0

@@ -1,0 +1,183 @@
+"""Keys that every training method shares: where the data comes from (all three generations of keys) and how a run is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefopt.data import DataArguments, DataSource
+
+# Keys that say the same thing in different ways, each with the keys that belong to it. One way may be used at a time;
+# a later source (the command line over the recipe, the recipe over its base) replaces another way of an earlier one.
+ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (
+        ("dataset_mixer", "dataset_splits", "dataset_configs"),
+        ("dataset_mixture",),
+        ("datasets",),
+        ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"),
+    ),
+    (("test_split_size",), ("dataset_test_split",)),
+    (("global_batch_size",), ("gradient_accumulation_steps",)),
+)
+
+
+@dataclass
+class MixtureSource:
+    """One entry of the alignment handbook's `dataset_mixture`."""
+
+    id: str
+    config: str | None = None
+    split: str = "train"
+    columns: list[str] | None = None
+    weight: float | None = None
+
+
+@dataclass
+class Mixture:
+    """The alignment handbook's `dataset_mixture`: seeded samples of data sets, joined."""
+
+    datasets: list[MixtureSource]
+    test_split_size: float | int | None = None
+    seed: int | None = None
+
+
+@dataclass
+class DatasetArguments:
+    """Which rows to train and to evaluate on, under the keys of TRL, of the alignment handbook, or of the Zephyr-era recipes."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name, local file, or local folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of `dataset_name` to train on."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split of `dataset_name` to evaluate on; `test` where evaluation is on."}
+    )
+    datasets: list[DataSource] | None = field(
+        default=None,
+        metadata={
+            "help": "Several sources, each a mapping with path, split, fraction (its share of the mixture), ..."
+        },
+    )
+    test_split_size: float | int | None = field(
+        default=None,
+        metadata={"help": "Hold out this part (below 1) or number of the training rows for evaluation, by prompt."},
+    )
+    dataset_mixer: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Hub names, files or folders, each with the part of its training split to use."},
+    )
+    dataset_splits: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Splits of every source of `dataset_mixer`; those with `test` in their name are for evaluation."
+        },
+    )
+    dataset_configs: list[str] | None = field(
+        default=None, metadata={"help": "Configurations of the sources of `dataset_mixer`, in their order."}
+    )
+    dataset_mixture: Mixture | None = field(
+        default=None,
+        metadata={"help": "A mapping with `datasets` (id, config, split, columns, weight), test_split_size, seed."},
+    )
+
+    def __post_init__(self) -> None:
+        ways = [self.dataset_name, self.datasets, self.dataset_mixer, self.dataset_mixture]
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError(
+                "name the training data with one of dataset_name, datasets, dataset_mixer and dataset_mixture."
+            )
+        for key, owner in (
+            ("dataset_splits", "dataset_mixer"),
+            ("dataset_configs", "dataset_mixer"),
+            ("dataset_config", "dataset_name"),
+        ):
+            if getattr(self, key) is not None and getattr(self, owner) is None:
+                raise ValueError(f"{key} belongs to {owner}, which is not given.")
+
+    def resolve(self, *, evaluates: bool, seed: int) -> DataArguments:
+        """The sources in the one form that `prefopt.data` reads.
+
+        Args:
+            evaluates: whether the run evaluates; without, only splits that the recipe names outright are evaluation data.
+            seed: of sampling and of the hold-out, where the keys give none.
+
+        Raises:
+            ValueError: sources that cannot go together.
+        """
+        if self.dataset_mixture is not None:
+            return self._from_mixture(self.dataset_mixture, seed)
+        if self.dataset_mixer is not None:
+            return self._from_mixer(self.dataset_mixer, seed)
+        if self.datasets is not None:
+            return DataArguments(train=self.datasets, mixing="share", test_split_size=self.test_split_size, seed=seed)
+        assert self.dataset_name is not None
+        train = DataSource(self.dataset_name, self.dataset_config, _split(self.dataset_name, self.dataset_train_split))
+        test = self.dataset_test_split or ("test" if evaluates and self.test_split_size is None else None)
+        tests = (
+            []
+            if test is None or is_file(self.dataset_name)
+            else [DataSource(self.dataset_name, self.dataset_config, test)]
+        )
+        return DataArguments(train=[train], test=tests, test_split_size=self.test_split_size, seed=seed)
+
+    def _from_mixer(self, mixer: dict[str, float], seed: int) -> DataArguments:
+        splits = self.dataset_splits or ["train", "test"]
+        configs = self.dataset_configs or [None] * len(mixer)  # type: ignore[list-item]
+        if len(configs) != len(mixer):
+            raise ValueError(f"dataset_configs has {len(configs)} entries for {len(mixer)} data sets.")
+        unknown = [split for split in splits if "train" not in split and "test" not in split]
+        if unknown:
+            raise ValueError(f"dataset_splits: {unknown[0]!r} must have `train` or `test` in its name.")
+        train, test = [], []
+        for (path, fraction), config in zip(mixer.items(), configs):
+            if is_file(path):  # one file has one split, whatever the others have
+                train.append(DataSource(path, fraction=fraction))
+                continue
+            train += [DataSource(path, config, split, fraction=fraction) for split in splits if "train" in split]
+            test += [DataSource(path, config, split) for split in splits if "train" not in split]
+        tests = test if self.test_split_size is None else []
+        return DataArguments(train=train, test=tests, mixing="head", test_split_size=self.test_split_size, seed=seed)
+
+    def _from_mixture(self, mixture: Mixture, seed: int) -> DataArguments:
+        sources = [
+            DataSource(part.id, part.config, _split(part.id, part.split), columns=part.columns, fraction=part.weight)
+            for part in mixture.datasets
+        ]
+        size = self.test_split_size if self.test_split_size is not None else mixture.test_split_size
+        return DataArguments(
+            train=sources, mixing="sample", test_split_size=size, seed=seed if mixture.seed is None else mixture.seed
+        )
+
+
+@dataclass
+class RunArguments:
+    """How a run is kept apart from others, and what its batches add up to."""
+
+    method: str | None = field(
+        default=None, metadata={"help": "The method that the recipe is written for; `prefopt check` reads it."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from their number."
+        },
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "A chat template instead of the tokenizer's own."}
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The reference model; by default the policy before training."}
+    )
+    ref_model_revision: str | None = field(default=None, metadata={"help": "Revision of ref_model_name_or_path."})
+
+
+def is_file(path: str) -> bool:
+    """Whether a data source is one local file, which has no splits but `train`."""
+    return Path(path).expanduser().is_file()
+
+
+def _split(path: str, split: str) -> str:
+    """A file's rows are its `train` split; a slice such as `train_prefs[:100]` stays one."""
+    return (
+        "train" + split[split.index("[") :] if is_file(path) and "[" in split else "train" if is_file(path) else split
+    )
