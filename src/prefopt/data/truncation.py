@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prefopt.data.faults import TOO_LONG, BadRow
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -15,12 +17,12 @@ class Truncation:
     Without: "keep_start" keeps the first `max_length` tokens of prompt + completion, so a prompt of `max_length` tokens
     leaves no room; "keep_end" cuts the prompt's beginning until the longest completion fits, and a completion that is
     too long by itself keeps its last `max_length - 1` tokens behind one prompt token. A prompt that loses its
-    beginning keeps its BOS, which counts.
+    beginning keeps its BOS, which counts. "drop" cuts nothing: a row that does not fit cannot be used.
 
     Args:
         max_length: tokens of prompt and completion together; None cuts nothing.
         max_prompt_length: tokens of a cut prompt.
-        mode: "keep_start" or "keep_end"; read only without `max_prompt_length`.
+        mode: "keep_start", "keep_end" (both read only without `max_prompt_length`) or "drop".
     """
 
     max_length: int | None = None
@@ -28,8 +30,12 @@ class Truncation:
     mode: str = "keep_start"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("keep_start", "keep_end"):
-            raise ValueError(f'truncation_mode must be "keep_start" or "keep_end", not {self.mode!r}.')
+        if self.mode not in ("keep_start", "keep_end", "drop"):
+            raise ValueError(f'truncation_mode must be "keep_start", "keep_end" or "drop", not {self.mode!r}.')
+        if self.mode == "drop" and self.max_prompt_length is not None:
+            raise ValueError(
+                'max_prompt_length says how to cut a prompt, and truncation_mode "drop" cuts none: set one of them.'
+            )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(
                 f"max_length must be at least 2 (a prompt token and a completion token), not {self.max_length}."
@@ -49,10 +55,16 @@ class Truncation:
     def cut(
         self, prompt: Sequence[int], completions: Sequence[Sequence[int]], bos_token_id: int | None
     ) -> tuple[list[int], list[list[int]]]:
-        """The kept ids of the prompt and of each completion; a completion may come out empty ("keep_start" only)."""
+        """The kept ids of the prompt and of each completion; a completion may come out empty ("keep_start" only).
+
+        Raises:
+            BadRow: the row does not fit and must not be cut.
+        """
         longest = max((len(completion) for completion in completions), default=0)
         if self.max_length is None or len(prompt) + longest <= self.max_length:
             return list(prompt), [list(completion) for completion in completions]
+        if self.mode == "drop":
+            raise BadRow(TOO_LONG, f"{len(prompt) + longest} tokens, max_length {self.max_length}")
         if self.max_prompt_length is None and self.mode == "keep_end":
             room = self.max_length - 1
             completions = [completion[max(len(completion) - room, 0) :] for completion in completions]
