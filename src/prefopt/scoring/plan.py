@@ -9,13 +9,13 @@ and no rank waits for another. Nothing here needs communication: every rank comp
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-MAX_ROW_LENGTHS = 8
+MAX_ROW_LENGTHS = 12
 """How many different row lengths a packed run may use: FlexAttention compiles a kernel for each."""
 
 
@@ -157,17 +157,10 @@ class BatchPlan(torch.utils.data.Sampler):
                 bins.append(ordered[start : start + size])
                 start += size
             return bins
-        # longest first onto the lightest micro-batch: tokens are nearly equal everywhere
-        bins = [[] for _ in range(parts)]
-        heap = [(0, part) for part in range(parts)]
-        for index in sorted(indices, key=lambda index: (-self.lengths[index].packed, index)):
-            load, part = heapq.heappop(heap)
-            bins[part].append(index)
-            heapq.heappush(heap, (load + self.lengths[index].packed, part))
-        # heaviest with heaviest at the same time, alternating which rank gets the heavier one
-        bins.sort(key=lambda members: -sum(self.lengths[index].packed for index in members))
-        turns = [bins[start : start + self.world_size] for start in range(0, parts, self.world_size)]
-        return [members for number, turn in enumerate(turns) for members in (turn if number % 2 == 0 else turn[::-1])]
+        # first the ranks get equal tokens, then each rank's micro-batches; heavy ones run at the same time
+        sizes = {index: self.lengths[index].packed for index in indices}
+        ranks = [balance(members, sizes, self.micro_batches) for members in balance(indices, sizes, self.world_size)]
+        return [members for turn in zip(*ranks) for members in turn]
 
     def _rows(self, members: list[int]) -> tuple[tuple[int, ...], ...]:
         if self.max_tokens_per_row is None:
@@ -189,6 +182,26 @@ class BatchPlan(torch.utils.data.Sampler):
                 if members:
                     fills.append(max(sum(self.lengths[i].packed for i in row) for row in self._rows(members)))
         return choose_row_lengths(fills, cap=self.max_tokens_per_row, count=MAX_ROW_LENGTHS)
+
+
+def balance(members: Sequence[int], sizes: Mapping[int, int], parts: int) -> list[list[int]]:
+    """Divide members into parts of nearly equal size: longest first, each to the part that is lightest so far.
+
+    Args:
+        members: what to divide.
+        sizes: tokens of each member.
+        parts: how many parts; some stay empty where there are fewer members.
+
+    Returns:
+        The parts, heaviest first.
+    """
+    divided: list[list[int]] = [[] for _ in range(parts)]
+    heap = [(0, part) for part in range(parts)]
+    for member in sorted(members, key=lambda member: (-sizes[member], member)):
+        load, part = heapq.heappop(heap)
+        divided[part].append(member)
+        heapq.heappush(heap, (load + sizes[member], part))
+    return sorted(divided, key=lambda part: -sum(sizes[member] for member in part))
 
 
 def pack_rows(members: Sequence[int], sizes: Sequence[int], capacity: int) -> tuple[tuple[int, ...], ...]:
