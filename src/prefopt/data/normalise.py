@@ -42,7 +42,7 @@ def normalise_rows(
     dataset = dataset.with_format(None)
     is_messages = _first_is_messages(dataset, kind)
     features = _features(dataset.features, kind, is_messages)
-    return dataset.map(
+    mapped = dataset.map(
         _normalise_batch,
         batched=True,
         fn_kwargs={"kind": kind, "is_messages": is_messages, "columns": list(features)},
@@ -52,6 +52,9 @@ def normalise_rows(
         new_fingerprint=content_hash(dataset._fingerprint, kind, "rows", VERSION)[:32],
         desc=f"Reading {where}",
     )
+    if mapped.data.column("fault").null_count == len(mapped):
+        return mapped.remove_columns(["fault", "fault_detail"])
+    return mapped
 
 
 def _read(row: Row, kind: Kind) -> Row:

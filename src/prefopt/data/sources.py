@@ -12,8 +12,12 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from prefopt.files import read_json
+
 # file ending -> name of the reader in `datasets`
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+# how the files of a folder with splits are usually named
+_SPLIT_LIKE = re.compile(r"(train|test|val|dev|eval)")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # columns of text: in CSV files a cell such as "None" or "42" is text there, and neither missing nor a number
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "messages", "rejected_response")
@@ -102,21 +106,39 @@ def _split_name(split: str) -> str:
 
 def _load_folder(folder: Path, source: DataSource) -> Dataset:
     """A save_to_disk folder, or a folder whose files are named after their splits."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        saved = load_from_disk(str(folder))
-        return _slice(saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved}), source)
     split = _split_name(source.split)
-    if (folder / split / "state.json").is_file():
-        return _slice(DatasetDict({split: load_from_disk(str(folder / split))}), source)
-    by_split = _files_by_split(folder)
-    if split in by_split:
-        return _load_files(by_split[split], source)
-    saved_splits = [child.name for child in folder.iterdir() if (child / "state.json").is_file()]
-    if saved_splits or (by_split and not {"train", "test", "validation"} & {split}):
-        raise _unknown_split(source, [*by_split, *saved_splits])
-    if not by_split and not any(_reader_of(file) for file in folder.rglob("*") if file.is_file()):
+    saved = _saved_splits(folder)
+    is_saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    files = {} if is_saved else _files_by_split(folder)
+    if split in saved:
+        return _load_saved(saved[split], source)
+    if split in files:
+        return _load_files(files[split], source)
+    described = source.name is not None or (folder / "README.md").is_file()
+    if saved or (not described and (split != "train" or any(_SPLIT_LIKE.match(name) for name in files))):
+        if saved or files:
+            raise _unknown_split(source, [*saved, *files])
+    if not any(_reader_of(file) for file in folder.rglob("*") if file.is_file()):
         raise ValueError(f"Dataset {source.path!r}: the folder holds no json, jsonl, parquet, csv or arrow file.")
     return load_dataset(str(folder), name=source.name, split=source.split)
+
+
+def _saved_splits(folder: Path) -> dict[str, Path]:
+    """The save_to_disk folders in `folder` (or `folder` itself, as the split "train") under the names of their splits."""
+    if (folder / "state.json").is_file():
+        return {"train": folder}
+    return {child.name: child for child in sorted(folder.iterdir()) if (child / "state.json").is_file()}
+
+
+def _load_saved(folder: Path, source: DataSource) -> Dataset:
+    if not read_json(folder / "state.json")["_data_files"]:
+        raise ValueError(f"Dataset {source} has no rows.")
+    whole = load_from_disk(str(folder))
+    assert isinstance(whole, Dataset)
+    (part,) = ReadInstruction.from_spec(source.split).to_absolute({_split_name(source.split): len(whole)})
+    if part.from_ is None and part.to is None:
+        return whole
+    return whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -128,17 +150,6 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
                 name = file.name.split(".")[0]
                 files.setdefault(re.sub(r"-\d+(-of-\d+)?$", "", name), []).append(file)
     return files
-
-
-def _slice(splits: DatasetDict, source: DataSource) -> Dataset:
-    if _split_name(source.split) not in splits:
-        raise _unknown_split(source, list(splits))
-    lengths = {name: len(dataset) for name, dataset in splits.items()}
-    (part,) = ReadInstruction.from_spec(source.split).to_absolute(lengths)
-    whole = splits[part.splitname]
-    return (
-        whole if (part.from_, part.to) == (None, None) else whole.select(range(part.from_ or 0, part.to or len(whole)))
-    )
 
 
 def _load_files(files: list[Path], source: DataSource) -> Dataset:
@@ -157,7 +168,8 @@ def _load_files(files: list[Path], source: DataSource) -> Dataset:
     if reader == "json":
         options["parse_agent_traces"] = False
     if reader == "csv":
-        options = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "sep": "\t" if ".tsv" in files[0].name else ","}
+        options |= {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
+        options["sep"] = "\t" if ".tsv" in files[0].name else ","
     return load_dataset(reader, data_files={split: [str(file) for file in files]}, split=source.split, **options)
 
 
