@@ -25,6 +25,7 @@ from prefopt.files import atomic_path, content_hash, read_json, write_json
 
 FORMAT = 1
 FLUSH_RECORDS = 2048
+UNSCORABLE = 2**31 - 1  # length of a text that the scorer cannot take under any limit
 _COLUMNS: dict[str, Any] = {
     "logps": np.float32,
     "tokens": np.int32,
@@ -71,7 +72,7 @@ class Scores:
         logps: float32, summed log-probs in nats.
         tokens: scored tokens, in the scorer's own vocabulary.
         bytes: UTF-8 bytes of the completion's text.
-        length: tokens of prompt and completion together.
+        length: tokens of prompt and completion together (`UNSCORABLE`: beyond the scorer's context, or its template refuses it).
         truncated: the scorer would have had to cut the text, and did not score it (`logps` is NaN).
         ids: 64-bit digest of the token ids that were scored.
     """

@@ -1,0 +1,234 @@
+"""Score what the cache does not hold yet, on all processes, and read all of it back.
+
+Every rank runs the same number of forwards, as ZeRO-3 and FSDP need; a rank with nothing left to score repeats a batch
+and throws the result away. Letters: C completions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from transformers import PretrainedConfig
+
+from prefopt.references.cache import ScoreCache, Scores
+from prefopt.scoring.attention import why_not_packed
+from prefopt.scoring.layouts import Group, PackedLayout, PaddedLayout
+from prefopt.scoring.logprobs import score_completions
+
+logger = logging.getLogger(__name__)
+
+ScoreGroups = Callable[[Sequence[Group]], torch.Tensor]
+"""Groups to the summed log-probs (C,) of their completions, in group order."""
+
+SHARED_FOLDER_WAIT = 60.0  # seconds until files of other nodes must be visible
+
+
+@dataclass(frozen=True)
+class Job:
+    """One group to be scored: for each completion its key, the bytes of its text and a digest of its ids."""
+
+    group: Group
+    keys: tuple[bytes, ...]
+    num_bytes: tuple[int, ...]
+    ids: tuple[int, ...]
+
+    def lengths(self) -> list[int]:
+        """Tokens of prompt and completion together, for each completion."""
+        return [len(self.group.prompt) + len(completion) for completion in self.group.completions]
+
+
+def choose_layout(
+    config: PretrainedConfig, *, pad_token_id: int, batch_layout: str, longest_sequence: int, share_prompt: bool = True
+) -> PackedLayout | PaddedLayout:
+    """The layout that scores a model's groups: packed where that is exact, unless the caller wants it padded.
+
+    Raises:
+        ValueError: "packed" was demanded of a model that cannot be packed exactly.
+    """
+    if batch_layout != "padded":
+        reason = why_not_packed(config, implementation=config._attn_implementation, longest_sequence=longest_sequence)
+        if reason is None:
+            return PackedLayout(pad_token_id, share_prompt=share_prompt)
+        if batch_layout == "packed":
+            raise ValueError(
+                f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
+            )
+        logger.info("References are scored padded, not packed: %s.", reason)
+    return PaddedLayout(pad_token_id)
+
+
+def group_scorer(
+    model: nn.Module,
+    config: PretrainedConfig,
+    layout: PackedLayout | PaddedLayout,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    row_length: int | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> ScoreGroups:
+    """A function that scores groups with one forward of `model`, without gradient.
+
+    Args:
+        model: prepared by `install_scoring`, wrapped or not; its mode (dropout) is set to eval for the forward.
+        config: the base model's config.
+        layout: how groups become rows; a packed batch is one row.
+        device: where the model takes its inputs.
+        dtype: the model's dtype.
+        row_length: pad packed rows to this many tokens, so that compiled attention kernels are reused.
+        autocast: context of the forward.
+    """
+
+    def score(groups: Sequence[Group]) -> torch.Tensor:
+        rows = [list(groups)]
+        batch = layout.collate(rows, row_length=row_length if layout.name == "packed" else None)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        training = model.training
+        model.eval()
+        with torch.no_grad(), autocast():
+            scores = score_completions(model, batch, attn_implementation=config._attn_implementation, dtype=dtype)
+        model.train(training)
+        assert scores.logps is not None
+        return scores.logps.float().cpu()
+
+    return score
+
+
+def plan_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of the groups of each batch, longest first, at most `max_tokens` (or one group) a batch."""
+    batches: list[list[int]] = []
+    tokens = math.inf
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if tokens + sizes[index] > max_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += sizes[index]
+    return batches
+
+
+def fill(cache: ScoreCache, jobs: Sequence[Job], score: ScoreGroups, *, max_tokens: int, padded: bool) -> int:
+    """Score the jobs and write their records; all ranks call it with the same jobs.
+
+    Args:
+        cache: where the records go, each rank's into files of its own.
+        jobs: what to score.
+        score: one forward.
+        max_tokens: tokens of one forward, prompt counted once (packed) or once per completion (padded).
+        padded: how tokens count.
+
+    Returns:
+        The number of forwards that each rank ran.
+
+    Raises:
+        ValueError: a score is not finite (on every rank, after the finite ones are written).
+    """
+    state = PartialState()
+    sizes = [len(job.keys) * max(job.lengths()) if padded else job.group.shared_length for job in jobs]
+    batches = plan_batches(sizes, max_tokens)
+    rounds = math.ceil(len(batches) / state.num_processes)
+    started = told = time.monotonic()
+    bad: list[str] = []
+    try:
+        for number in range(rounds):
+            place = number * state.num_processes + state.process_index
+            members = [jobs[i] for i in batches[min(place, len(batches) - 1)]]
+            logps = score([job.group for job in members])
+            if place < len(batches):
+                bad += _record(cache, members, logps)
+            if state.is_main_process and time.monotonic() - told > 30:
+                told = time.monotonic()
+                logger.info(
+                    "%s: %d of %d batches scored in %.0f s", cache.scorer.name, number + 1, rounds, told - started
+                )
+    finally:
+        cache.flush()
+    if state.num_processes > 1:
+        bad = gather_object(bad)
+    if bad:
+        raise ValueError(
+            f"{cache.scorer.name} gives {len(bad)} completions a log-prob that is not finite (the first: {bad[0]}): its "
+            "weights are damaged, or the dtype is too narrow."
+        )
+    return rounds
+
+
+def _record(cache: ScoreCache, members: Sequence[Job], logps: torch.Tensor) -> list[str]:
+    """Give the cache the finite scores; returns a description of each other one."""
+    values, bad = iter(logps.tolist()), []
+    for job in members:
+        for key, completion, length, size, ids in zip(
+            job.keys, job.group.completions, job.lengths(), job.num_bytes, job.ids
+        ):
+            value = next(values)
+            if math.isfinite(value):
+                cache.add(key, logps=value, tokens=len(completion), num_bytes=size, length=length, ids=ids)
+            else:
+                bad.append(f"{value} for {len(completion)} tokens after a prompt of {len(job.group.prompt)}")
+    return bad
+
+
+def shared_lookup(cache: ScoreCache, keys: Sequence[bytes]) -> Scores:
+    """What the main process finds of `keys`, the same on every rank even while other runs write.
+
+    Raises:
+        ValueError: a file of the cache is damaged.
+    """
+    return _from_main(lambda: _look(cache, keys))
+
+
+def read_all(cache: ScoreCache, keys: Sequence[bytes]) -> Scores:
+    """The records of `keys` after `fill`, as the main process reads them, the same arrays on every rank.
+
+    Raises:
+        ValueError: a file is damaged, or records that other ranks wrote do not appear in the main process's folder.
+    """
+    patience = SHARED_FOLDER_WAIT if PartialState().num_processes > 1 else 0.0
+    return _from_main(lambda: _wait_for(cache, keys, patience=patience))
+
+
+def _from_main(read: Callable[[], Scores]) -> Scores:
+    """What `read` gives on the main process, once all ranks are here; an error of it is raised on all of them."""
+    state = PartialState()
+    state.wait_for_everyone()
+    answer: list[Scores | str] = [""]
+    if state.is_main_process:
+        try:
+            answer = [read()]
+        except ValueError as error:  # the other ranks wait for an answer
+            answer = [str(error)]
+    if state.num_processes > 1:
+        broadcast_object_list(answer)
+    if isinstance(answer[0], str):
+        raise ValueError(answer[0])
+    return answer[0]
+
+
+def _look(cache: ScoreCache, keys: Sequence[bytes]) -> Scores:
+    cache.refresh()
+    return cache.lookup(keys)
+
+
+def _wait_for(cache: ScoreCache, keys: Sequence[bytes], *, patience: float) -> Scores:
+    """All records of `keys`; a network file system may show other nodes' files late."""
+    deadline = time.monotonic() + patience
+    while True:
+        scores = _look(cache, keys)
+        missing = int((~scores.found).sum())
+        if not missing:
+            return scores
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"{missing} of {len(keys)} scores that were just written are not in {cache.folder}: with several nodes "
+                "the folder must be on a disk that all of them share."
+            )
+        time.sleep(1)
