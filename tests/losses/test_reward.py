@@ -97,6 +97,14 @@ def test_ranking_equals_loops_over_pairs(kind):
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_coefficients_carry_no_gradient():
+    rewards, scores, mask = batch()
+    coefficients = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    losses.ranking_loss(rewards.requires_grad_(), scores, mask=mask, coefficients=coefficients).backward()
+    assert rewards.grad.abs().sum() > 0
+    assert coefficients.grad is None
+
+
 def test_ranked_pairs_is_the_number_that_is_divided_by():
     rewards, scores, mask = batch()
     summed = sum(
