@@ -7,6 +7,14 @@ __version__ = "0.1.0"
 
 # public name -> module; imported when first used, so that `import prefopt` stays fast and pulls in no training backend
 _PUBLIC = {
+    "RRHFTrainer": "prefopt.trainers.rrhf",
+    "RRHFConfig": "prefopt.trainers.rrhf",
+    "GeneralPreferenceTrainer": "prefopt.trainers.general_preference",
+    "GeneralPreferenceConfig": "prefopt.trainers.general_preference",
+    "AdversarialRewardTrainer": "prefopt.trainers.adversarial",
+    "AdversarialRewardConfig": "prefopt.trainers.adversarial",
+    "RewardTrainer": "prefopt.trainers.reward",
+    "RewardConfig": "prefopt.trainers.reward",
     "DPOConfig": "prefopt.trainers.dpo",
     "DPOTrainer": "prefopt.trainers.dpo",
     "WPOConfig": "prefopt.trainers.wpo",

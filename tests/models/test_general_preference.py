@@ -206,9 +206,9 @@ def test_log_probs_of_the_kept_lm_head_are_the_lms(tied, tmp_path):
         expected = base(sequence).logits[0].log_softmax(-1)[range(5), sequence[0, 1:]].sum()
         output = model(
             sequence,
-            score_index=torch.arange(5),
-            score_targets=sequence[0, 1:],
-            score_completions=torch.zeros(5, dtype=torch.long),
+            sft_index=torch.arange(5),
+            sft_targets=sequence[0, 1:],
+            sft_completions=torch.zeros(5, dtype=torch.long),
         )
     torch.testing.assert_close(output.logps, expected[None], atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path / "saved")
@@ -217,7 +217,7 @@ def test_log_probs_of_the_kept_lm_head_are_the_lms(tied, tmp_path):
     with pytest.raises(ValueError, match="made without its LM head"):
         tiny_gpm()(
             sequence,
-            score_index=torch.arange(5),
-            score_targets=sequence[0, 1:],
-            score_completions=torch.zeros(5, dtype=torch.long),
+            sft_index=torch.arange(5),
+            sft_targets=sequence[0, 1:],
+            sft_completions=torch.zeros(5, dtype=torch.long),
         )

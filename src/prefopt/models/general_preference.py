@@ -167,17 +167,17 @@ class GeneralPreferenceModel(HeadedModel):
         position_ids: torch.Tensor | None = None,
         last_index: torch.Tensor | None = None,
         prompt_index: torch.Tensor | None = None,
-        score_index: torch.Tensor | None = None,
-        score_targets: torch.Tensor | None = None,
-        score_completions: torch.Tensor | None = None,
+        sft_index: torch.Tensor | None = None,
+        sft_targets: torch.Tensor | None = None,
+        sft_completions: torch.Tensor | None = None,
     ) -> GeneralPreferenceOutput:
         """Embeddings of the rows or of the completions, their prompts' scales, and log-probabilities for a supervised term.
 
         Args:
             input_ids, attention_mask, position_ids, last_index: as in `RewardModel.forward`.
             prompt_index: (C,) flattened position of the last prompt token of each row or completion; needed with a prompt head.
-            score_index, score_targets, score_completions: (S,) where the tokens of the supervised term are predicted, which they are,
-                and to which completion they belong; needs the LM head.
+            sft_index, sft_targets, sft_completions: (S,) where the tokens of the supervised term are predicted, which they are,
+                and to which row or completion they belong; needs the LM head.
         """
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         embeddings = self.value_head(self.pool(hidden, input_ids, attention_mask, last_index))
@@ -191,11 +191,11 @@ class GeneralPreferenceModel(HeadedModel):
                 )
             scales = self._scales(hidden.reshape(-1, hidden.shape[-1])[prompt_index])
         logps = None
-        if score_index is not None:
+        if sft_index is not None:
             if not self.head_record["lm_head"]:
                 raise ValueError("This model was made without its LM head; a supervised term needs `lm_head=True`.")
-            tokens = token_logps(self, hidden.reshape(-1, hidden.shape[-1])[score_index], score_targets)
-            logps = tokens.new_zeros(len(embeddings)).index_add(0, score_completions, tokens)
+            tokens = token_logps(self, hidden.reshape(-1, hidden.shape[-1])[sft_index], sft_targets)
+            logps = tokens.new_zeros(len(embeddings)).index_add(0, sft_completions, tokens)
         return GeneralPreferenceOutput(embeddings=embeddings, scales=scales, logps=logps)
 
     def _scales(self, prompt_states: torch.Tensor) -> torch.Tensor:

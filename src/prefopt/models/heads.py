@@ -155,6 +155,33 @@ class HeadedModel:
         return model
 
     @classmethod
+    def from_module(cls, module: PreTrainedModel, **settings: Any) -> HeadedModel:
+        """A model on the backbone of `module`, a causal LM or sequence classifier in memory; both share the backbone from then on.
+
+        A sequence classifier with one label gives its head as well; otherwise the head is fresh.
+        """
+        config = type(module.config).from_dict(module.config.to_dict())
+        cls._set_record(
+            config, {**cls.defaults, **{name: value for name, value in settings.items() if value is not None}}
+        )
+        config._attn_implementation = module.config._attn_implementation
+        with torch.device("meta"):
+            model = cls._concrete(type(config))._from_config(config)
+        setattr(model, model.base_model_prefix, module.base_model)
+        for name in cls.head_names:
+            if (head := getattr(model, name, None)) is None:
+                continue
+            head.to_empty(device=module.device)
+            model._init_weights(head)
+            theirs = getattr(module, name, None)
+            if theirs is not None and theirs.weight.shape == head.weight.shape:
+                head.load_state_dict({"weight": theirs.weight.detach()})
+            head.to(module.dtype)
+        if getattr(model, "lm_head", None) is not None:
+            model.lm_head = module.get_output_embeddings()
+        return model.train(module.training)
+
+    @classmethod
     def _load_config(cls, path: str | os.PathLike[str], hub: dict[str, Any]) -> PretrainedConfig:
         values, _ = PretrainedConfig.get_config_dict(path, **hub)
         backbone = values.get(RECORD, {}).get("backbone")
