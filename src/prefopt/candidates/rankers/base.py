@@ -1,0 +1,171 @@
+"""What a ranker is, and what several of them share: checks of the scores, length-sorted batches, answers as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.candidates.pairs import Array
+from prefopt.data.encoding import Group, encode_groups, prepare_tokenizer
+from prefopt.data.faults import BadRow
+from prefopt.data.messages import Text, as_messages
+from prefopt.data.truncation import Truncation
+
+
+class Tally(Protocol):
+    """Takes note of what happens during the work; a `Shard` is one."""
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add `number` to the counter `name`."""
+
+    def advance(self, *, rows: float = 0, tokens: int = 0) -> None:
+        """Report work done."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and its R candidates to be ranked."""
+
+    row: str
+    prompt: Text
+    candidates: list[str]
+
+
+class Ranker(Protocol):
+    """Scores the candidates of prompts."""
+
+    def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
+        """Per request (R,) scores, or an (R, R) table of logits that candidate i (shown first) beats j; in nats.
+
+        Counts in `tally`: `answers`, and of these `truncated answers`; `prompts`, and of these `truncated prompts`.
+        """
+
+
+def check_scores(request: Request, values: Any, *, ranker: str) -> Array:
+    """The scores of one request as float64, or an error that names the row.
+
+    Raises:
+        ValueError: a shape that is neither (R,) nor (R, R), or a value that is not finite.
+    """
+    try:
+        scores = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"Row {request.row!r}: {ranker} returned {type(values).__name__}, not numbers.") from None
+    count = len(request.candidates)
+    if scores.shape not in ((count,), (count, count)):
+        raise ValueError(
+            f"Row {request.row!r}: {ranker} returned shape {scores.shape} for {count} candidates; ({count},) or ({count}, {count}) is needed."
+        )
+    if not np.isfinite(scores).all():
+        where = tuple(int(index) for index in np.argwhere(~np.isfinite(scores))[0])
+        raise ValueError(
+            f"Row {request.row!r}: {ranker} gave candidate {where[0]} the score {scores[where]}; scores must be finite. "
+            "Try --dtype float32, or remove the row."
+        )
+    return scores
+
+
+def plain_text(prompt: Text) -> str:
+    """A prompt for rankers that read one text: a string or single user turn as it is, a longer dialogue with the roles' names."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{message['role'].capitalize()}: {message.get('content') or ''}" for message in prompt)
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length: the longest first, rows times longest row at most `tokens_per_batch`."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // max(lengths[order[start]], 1))
+        yield order[start : start + size]
+        start += size
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (N, T), padded on the right."""
+    width = max(len(row) for row in rows)
+    ids = [[*row, *[pad_id] * (width - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where its config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids of a prompt with one answer; the first `prompt_length` are the prompt's."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+def encode_answers(
+    requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase, max_length: int | None, tally: Tally
+) -> list[list[Answer]]:
+    """Every answer behind its prompt, under the ranker's own chat template (as plain text where it has none).
+
+    Too long a sequence loses the beginning of its prompt, then the beginning of the answer: rewards are read at the end.
+
+    Raises:
+        ValueError: the chat template refuses a row (a system turn, say).
+    """
+    prepare_tokenizer(tokenizer)
+    truncation = Truncation(max_length=max_length, mode="keep_end")
+    encoded = encode_groups([_group(request, tokenizer) for request in requests], tokenizer)
+    answers = []
+    for request, group in zip(requests, encoded):
+        if isinstance(group, BadRow):
+            raise ValueError(f"Row {request.row!r}: the ranker's tokenizer cannot encode it ({group}).")
+        row = []
+        for completion in group.completion_ids:
+            prompt, (kept,) = truncation.cut(group.prompt_ids, [completion], tokenizer.bos_token_id)
+            tally.count(
+                "truncated prompts" if len(kept) == len(completion) else "truncated answers",
+                len(prompt) < len(group.prompt_ids),
+            )
+            row.append(Answer([*prompt, *kept], len(prompt)))
+        tally.count("answers", len(row))
+        tally.count("prompts")
+        answers.append(row)
+    return answers
+
+
+def _group(request: Request, tokenizer: PreTrainedTokenizerBase) -> Group:
+    if tokenizer.chat_template:
+        replies: list[Text] = [[{"role": "assistant", "content": text}] for text in request.candidates]
+        return Group(as_messages(request.prompt), replies)
+    return Group(plain_text(request.prompt), list(request.candidates))
+
+
+def score_answers(
+    answers: Sequence[Sequence[Answer]],
+    forward: Callable[[list[Answer]], Tensor],
+    *,
+    tokens_per_batch: int,
+    tally: Tally,
+) -> list[Tensor]:
+    """Run `forward` (N answers -> (N, ...)) on length-sorted batches and put its rows back in order, on the CPU, per request."""
+    flat = [answer for row in answers for answer in row]
+    results: list[Tensor | None] = [None] * len(flat)
+    for batch in length_batches([len(answer.ids) for answer in flat], tokens_per_batch):
+        rows = [flat[index] for index in batch]
+        with torch.inference_mode():
+            output = forward(rows).float().cpu()
+        for index, value in zip(batch, output, strict=True):
+            results[index] = value
+        tally.advance(rows=len(batch) * len(answers) / len(flat), tokens=sum(len(answer.ids) for answer in rows))
+        tally.count("tokens", sum(len(answer.ids) for answer in rows))
+    done = iter(value for value in results if value is not None)
+    return [torch.stack([next(done) for _ in row]) for row in answers]

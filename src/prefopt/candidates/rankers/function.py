@@ -1,0 +1,63 @@
+"""A ranker written by the user: any Python function of a prompt and its candidates."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.candidates.pairs import Array
+from prefopt.candidates.rankers.base import Request, Tally, check_scores
+
+
+class FunctionRanker:
+    """Scores from `function(prompt, candidates)`: R numbers, or R lists of R logits.
+
+    Args:
+        name: "module:function" or "path/to/file.py:function". The prompt arrives as the record has it, text or messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.function = load_function(name)
+
+    def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
+        """See `Ranker.rank`."""
+        results = []
+        for request in requests:
+            results.append(
+                check_scores(request, self.function(request.prompt, list(request.candidates)), ranker=self.name)
+            )
+            tally.count("prompts")
+            tally.count("answers", len(request.candidates))
+            tally.advance(rows=1)
+        return results
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function called "module:function" or "file.py:function".
+
+    Raises:
+        ValueError: the name has no colon, or nothing callable is there.
+    """
+    place, colon, attribute = name.rpartition(":")
+    if not colon or not place or not attribute:
+        raise ValueError(f"A ranking function is named `module:function` or `file.py:function`, not {name!r}.")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise ValueError(f"There is no file {place} to take the ranking function {attribute!r} from.")
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"The module of the ranking function {name!r} cannot be imported: {error}.") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"{place} has no function {attribute!r}.")
+    return function

@@ -1,0 +1,163 @@
+"""A language model behind an OpenAI-compatible server as the judge of every ordered pair of answers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.candidates.backends.http import AttemptFailed, JsonClient
+from prefopt.candidates.pairs import Array
+from prefopt.candidates.rankers.base import Request, Tally, plain_text
+
+TEMPLATE = """Two assistants answered the same request. Decide which answer serves the user better: correct, complete as far as \
+the request asks, honest and clear. Length alone is no merit, and neither is being shown first.
+
+<request>
+{prompt}
+</request>
+
+<answer_a>
+{answer_a}
+</answer_a>
+
+<answer_b>
+{answer_b}
+</answer_b>
+
+Reply with nothing but [[A]] if answer A is better, [[B]] if answer B is better, or [[C]] if neither is."""
+
+VERDICT_LOGIT = math.log(9)  # a verdict given in both orders means a win with probability 0.9
+VERDICTS = {"A": VERDICT_LOGIT, "B": -VERDICT_LOGIT, "C": 0.0}
+LARGEST_UNREADABLE_SHARE = 0.5
+RETRIES = 4
+MAX_TOKENS = 2048  # room for a template that asks for reasons first
+_FIELD = re.compile(r"\{(prompt|answer_a|answer_b)\}")
+_VERDICT = re.compile(r"\[\[(A|B|C)\]\]")
+
+
+class JudgeRanker:
+    """Tables (R, R) with ln 9 where the judge prefers the first of an ordered pair, -ln 9 where the second, 0 for neither.
+
+    Each pair is judged in both orders: in the win probability sigmoid((c_ij - c_ji) / 2) a verdict that follows the order cancels.
+    A reply without exactly one verdict counts as "neither" and among the `unreadable verdicts`.
+
+    Args:
+        model: the model's name at the server.
+        url: base URL, up to and including /v1.
+        template: file with the judge's prompt, with {prompt}, {answer_a} and {answer_b}; None for ours.
+        key_variable: environment variable with the key.
+        concurrency: requests under way at once.
+        timeout: seconds for one request.
+        first_pause: seconds before a failed request is sent again; doubled each time.
+
+    Raises:
+        ValueError: the template lacks a field or cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        url: str,
+        template: str | None,
+        key_variable: str,
+        concurrency: int,
+        timeout: float,
+        first_pause: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.concurrency = concurrency
+        self.template = TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
+        missing = [name for name in ("prompt", "answer_a", "answer_b") if "{" + name + "}" not in self.template]
+        if missing:
+            raise ValueError(
+                f"The judge's template {template} has no {{{missing[0]}}}; it needs {{prompt}}, {{answer_a}} and {{answer_b}}."
+            )
+        self.client = JsonClient(
+            url, key_variable=key_variable, timeout=timeout, retries=RETRIES, first_pause=first_pause
+        )
+
+    def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
+        """See `Ranker.rank`.
+
+        Raises:
+            ServerError: the server cannot be reached, or failed for good.
+            ValueError: more than half of the verdicts are unreadable.
+        """
+        pairs = [
+            (row, first, second)
+            for row, request in enumerate(requests)
+            for first in range(len(request.candidates))
+            for second in range(len(request.candidates))
+            if first != second
+        ]
+        tables = [np.zeros((len(request.candidates),) * 2) for request in requests]
+        replies = self._replies(
+            [self.question(requests[row], first, second) for row, first, second in pairs], tally, len(requests)
+        )
+        unreadable = [reply for reply in replies if verdict(reply) is None]
+        if len(unreadable) > LARGEST_UNREADABLE_SHARE * len(replies):
+            raise ValueError(
+                f"{len(unreadable)} of {len(replies)} replies of the judge {self.model!r} hold no single verdict [[A]], [[B]] or [[C]]; "
+                f"one of them: {unreadable[0][:200]!r}. Change the template, or take another judge."
+            )
+        for (row, first, second), reply in zip(pairs, replies, strict=True):
+            tables[row][first, second] = verdict(reply) or 0.0
+        tally.count("verdicts", len(replies))
+        tally.count("unreadable verdicts", len(unreadable))
+        tally.count("prompts", len(requests))
+        tally.count("answers", sum(len(request.candidates) for request in requests))
+        return tables
+
+    def question(self, request: Request, first: int, second: int) -> str:
+        """The judge's prompt about one ordered pair; braces in the texts stay as they are."""
+        values = {
+            "prompt": plain_text(request.prompt),
+            "answer_a": request.candidates[first],
+            "answer_b": request.candidates[second],
+        }
+        return _FIELD.sub(lambda match: values[match.group(1)], self.template)
+
+    def _replies(self, questions: Sequence[str], tally: Tally, rows: int) -> list[str]:
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(self._ask, question) for question in questions]
+            for future in futures:
+                future.add_done_callback(
+                    lambda f: None if f.cancelled() else tally.advance(rows=rows / len(questions))
+                )
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = next((future for future in done if future.exception() is not None), None)
+            if failed is not None:
+                self.client.stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                failed.result()
+        return [future.result() for future in futures]
+
+    def _ask(self, question: str) -> str:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": MAX_TOKENS,
+        }
+        return self.client.request("chat/completions", body, _message)
+
+
+def _message(reply: dict[str, Any]) -> str:
+    try:
+        content = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise AttemptFailed("its reply holds no message") from None
+    return content if isinstance(content, str) else ""
+
+
+def verdict(reply: str) -> float | None:
+    """The logit that a reply stands for, or None where it does not hold exactly one of the verdicts."""
+    found = set(_VERDICT.findall(reply))
+    return VERDICTS[found.pop()] if len(found) == 1 else None

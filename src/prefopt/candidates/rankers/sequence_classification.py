@@ -1,0 +1,128 @@
+"""Reward models with one score per answer: any of transformers' sequence classifiers, ArmoRM's kind, and our own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+
+from prefopt.candidates.pairs import Array
+from prefopt.candidates.rankers.base import (
+    Answer,
+    Request,
+    Tally,
+    encode_answers,
+    pad,
+    plain_text,
+    positions_of,
+    score_answers,
+)
+from prefopt.models.heads import RECORD
+from prefopt.models.reward import RewardModel
+
+UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
+
+
+class RewardRanker:
+    """Scores (R,) from a reward model that reads prompt and answer under its own chat template.
+
+    The score is the model's `score` output where it has one (ArmoRM: many objectives, one gated score), else its single logit.
+
+    Args:
+        path: folder.
+        dtype, device, trust_remote_code: of the model.
+        max_length: tokens of prompt and answer; None for as many as the model has positions.
+        tokens_per_batch: padded tokens in a batch.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        trust_remote_code: bool,
+        max_length: int | None,
+        tokens_per_batch: int,
+    ) -> None:
+        self.path = path
+        self.tokens_per_batch = tokens_per_batch
+        self.device = device
+        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        self.model = _load(path, dtype, trust_remote_code).to(device).eval()
+        known = [positions_of(self.model.config), self.tokenizer.model_max_length]
+        longest = min((limit for limit in known if limit is not None and limit < UNLIMITED), default=None)
+        if max_length and longest and max_length > longest:
+            raise ValueError(f"max_length is {max_length}, but {path} reads at most {longest} tokens.")
+        self.max_length = max_length or longest
+        self.reads_pairs = not self.tokenizer.chat_template and None not in (
+            self.tokenizer.cls_token_id,
+            self.tokenizer.sep_token_id,
+        )
+
+    def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
+        """See `Ranker.rank`."""
+        if self.reads_pairs:
+            answers = [self._encode_pairs(request, tally) for request in requests]
+        else:
+            answers = encode_answers(requests, self.tokenizer, self.max_length, tally)
+        scores = score_answers(answers, self._forward, tokens_per_batch=self.tokens_per_batch, tally=tally)
+        return [row.double().numpy() for row in scores]
+
+    def _encode_pairs(self, request: Request, tally: Tally) -> list[Answer]:
+        """Encoders without a chat template read prompt and answer as a pair of texts; the longer of the two is cut first."""
+        prompt = plain_text(request.prompt)
+        whole = self.tokenizer([prompt] * len(request.candidates), request.candidates, verbose=False)["input_ids"]
+        cut = self.tokenizer(
+            [prompt] * len(request.candidates), request.candidates, truncation=True, max_length=self.max_length
+        )["input_ids"]
+        tally.count("prompts")
+        tally.count("answers", len(cut))
+        tally.count("truncated answers", sum(len(short) < len(full) for short, full in zip(cut, whole)))
+        return [Answer(ids, 0) for ids in cut]
+
+    def _forward(self, answers: list[Answer]) -> Tensor:
+        pad_id = _pad_id(self.model.config, self.tokenizer, answers)
+        input_ids, mask = pad([answer.ids for answer in answers], pad_id, self.device)
+        output = self.model(input_ids=input_ids, attention_mask=mask)
+        if "score" in output:
+            return output["score"].reshape(len(answers))
+        if output.logits.shape != (len(answers), 1):
+            raise ValueError(
+                f"{self.path} gives {output.logits.shape[-1]} outputs per answer and no `score`: it is not a reward model with one score."
+            )
+        return output.logits[:, 0]
+
+
+def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    is_adapter = Path(path, "adapter_config.json").is_file()
+    config = {} if is_adapter else PretrainedConfig.get_config_dict(path)[0]
+    if is_adapter or config.get(RECORD):
+        return RewardModel.from_pretrained(path, dtype=dtype)
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a sequence classification model: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{path} has no trained classification head ({', '.join(missing[:3])} not found): it is not a reward model. "
+            "For PairRM use `ranker: pair-rm`, for a general preference model `ranker: general-preference`."
+        )
+    return model
+
+
+def _pad_id(config: Any, tokenizer: Any, answers: list[Answer]) -> int:
+    """The pad token. Decoders find an answer's end by the id of the pad token, so where the model names none, take one that occurs nowhere."""
+    known = config.get_text_config().pad_token_id
+    if known is not None:
+        return int(known)
+    used = {token for answer in answers for token in answer.ids}
+    config.pad_token_id = next(token for token in range(len(used) + 1) if token not in used)
+    return int(config.pad_token_id)
