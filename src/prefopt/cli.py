@@ -13,11 +13,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefopt.launch import USER_MISTAKE, launch, rank, split_launch_settings, without_launch_words
+from prefopt.launch import USER_MISTAKE, launch, rank, split_launch_settings, tell, without_launch_words
+from prefopt.recipes.convert import unknown_key
+from prefopt.recipes.recipe import build, load_settings, parse_settings
+from prefopt.recipes.source import Setting
 
 
 class Command(NamedTuple):
-    """Where a command lives. A method's dataclass is its trainer's config, and its function is the trainer."""
+    """Where a command lives.
+
+    A method's dataclass is its trainer's config, and its function is the trainer. A tool's function takes an instance of each of its
+    dataclasses; one without dataclasses takes the words of the command line, since its keys depend on them.
+    """
 
     summary: str
     module: str
@@ -72,9 +79,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command("write a report about runs", "prefopt.evaluation.report", ("ReportArguments",), "run"),
     "sweep": Command("run a recipe over a grid of settings", "prefopt.pipelines.sweep", ("SweepArguments",), "run"),
     "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run", ("PipelineArguments",), "run"),
-    "check": Command(
-        "show what a recipe would run, and what would stop it", "prefopt.check", ("CheckArguments",), "run"
-    ),
+    "check": Command("show what a recipe would run, and what would stop it", "prefopt.check", (), "run"),
 }
 METHODS = tuple(name for name, command in COMMANDS.items() if command.is_method)
 
@@ -110,6 +115,21 @@ def arguments_of(name: str) -> tuple[type, ...]:
     return (*own, *shared_arguments())
 
 
+def method_of(settings: list[Setting]) -> str:
+    """The method that settings are for: their key `method`, taken out unless a config has it.
+
+    Raises:
+        ValueError: there is no such key, or no such method.
+    """
+    named = [setting for setting in settings if setting.key == "method"]
+    if not named:
+        raise ValueError(f"the recipe does not say for which method it is: add --method ({', '.join(METHODS)}).")
+    name = str(named[-1].value).replace("_", "-")
+    if name not in METHODS:
+        raise ValueError(f"{named[-1].place}: {unknown_key(name, list(METHODS)).replace('key', 'method')}")
+    return name
+
+
 def function_of(name: str) -> Callable[..., Any]:
     """What the command `name` calls: a tool's function or a method's trainer class."""
     command = COMMANDS[name]
@@ -140,9 +160,9 @@ def _run(words: list[str]) -> int:
 def _run_command(name: str, words: list[str]) -> int:
     # the deprecated name is TRL's own default, not something that a user could mend
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-    from prefopt.recipes.recipe import build, load_settings, parse_settings
-
     command = COMMANDS[name]
+    if not command.arguments:
+        return int(function_of(name)(words) or 0)
     recipe_name, settings = load_settings(words)
     launch_settings, settings = split_launch_settings(settings)
     if launch_settings and not command.several:
@@ -151,9 +171,8 @@ def _run_command(name: str, words: list[str]) -> int:
     recipe = parse_settings(recipe_name, settings, classes)
     if launch_settings:
         return launch(launch_settings, [name, *without_launch_words(words)])
-    if rank() == 0:
-        for notice in recipe.notices:
-            print(f"prefopt: {notice}", file=sys.stderr)
+    for notice in recipe.notices:
+        tell(notice)
     if command.is_method:
         from prefopt.training import train
 

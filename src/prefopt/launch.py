@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
+from typing import Any
 
 from prefopt.recipes import locate
 from prefopt.recipes.source import Setting
@@ -37,6 +39,12 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tell(message: str, stream: Any = None) -> None:
+    """One line from the first process, on stderr by default."""
+    if rank() == 0:
+        print(f"prefopt: {message}", file=stream or sys.stderr, flush=True)
 
 
 def split_launch_settings(settings: list[Setting]) -> tuple[dict[str, str], list[Setting]]:

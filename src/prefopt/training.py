@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.data import TokenizationReport, describe_sample, load_datasets, tokenize_comparisons, tokenize_pairs
-from prefopt.launch import is_launched, rank, world_size
+from prefopt.launch import rank, tell, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
-from prefopt.recipes.recipe import Recipe, build, resolved_yaml
-from prefopt.run_folder import find_start, open_folder
+from prefopt.recipes.recipe import Recipe
+from prefopt.run_folder import open_folder
+from prefopt.run_settings import build_configs, check_devices, check_output, resolved_recipe
 from prefopt.trainers.policy import load_model, with_pad_token
 
 TOKENIZERS = {"pairs": tokenize_pairs, "comparisons": tokenize_comparisons}
-LM_HEADS = ("lm_head", "embed_out", "output")
 
 
 def shared_arguments() -> tuple[type, ...]:
@@ -47,7 +47,7 @@ def train(method: str, trainer_class: type, rows: str, recipe: Recipe, classes: 
     Raises:
         ValueError: a user's mistake; nothing is left in output_dir.
     """
-    resolved = resolved_yaml(recipe, classes, without_defaults=derived_keys(recipe))
+    resolved = resolved_recipe(recipe, classes)
     check_devices(recipe)
     output_dir, start = check_output(recipe, resolved)
     existed = output_dir.exists()
@@ -66,105 +66,6 @@ def train(method: str, trainer_class: type, rows: str, recipe: Recipe, classes: 
     trainer.accelerator.wait_for_everyone()
     fit(trainer, start)
     finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
-
-
-def derived_keys(recipe: Recipe) -> frozenset[str]:
-    """Keys whose value follows from another one, so that the resolved recipe must not fix them."""
-    return frozenset({"gradient_accumulation_steps"} if "global_batch_size" in recipe.values else set())
-
-
-def check_devices(recipe: Recipe) -> None:
-    """Refuse several visible GPUs without a launcher: one process would spread each batch over them.
-
-    Raises:
-        ValueError: says how to start on all of them, or on one.
-    """
-    count = torch.cuda.device_count()
-    if count > 1 and world_size() == 1 and not is_launched() and not recipe.values.get("use_cpu"):
-        raise ValueError(
-            f"{count} GPUs are visible, but there is one process: add --num_processes {count}, start with `accelerate launch`, or "
-            "show it one GPU with CUDA_VISIBLE_DEVICES=0."
-        )
-
-
-def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
-    """The output folder, and the checkpoint to start from, if any.
-
-    Raises:
-        ValueError: no output_dir, or one that holds another run.
-    """
-    if not recipe.values.get("output_dir"):
-        raise ValueError("output_dir is missing: set it in the recipe or with --output_dir.")
-    output_dir = Path(recipe.values["output_dir"]).expanduser()
-    resume = recipe.values.get("resume_from_checkpoint")
-    start = find_start(output_dir, resume, bool(recipe.values.get("overwrite_output_dir")), resolved)
-    if resume and start is None:
-        tell(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
-    return output_dir, start
-
-
-def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tuple[Any, ...]:
-    """The method's config, the data keys, the model's and the run's, with batch sizes for this number of processes.
-
-    Raises:
-        ValueError: values that a config refuses, or batch sizes that do not divide.
-    """
-    values = dict(recipe.values)
-    values.update(batch_sizes(values, classes[0], processes))
-    values.pop("resume_from_checkpoint", None)  # `train` has found the checkpoint
-    values.pop("push_to_hub", None)  # `finish` pushes, once everything is on disk
-    adjusted = Recipe(recipe.name, values, recipe.places, recipe.notices)
-    if adjusted.values.get("model_name_or_path") is None:
-        raise ValueError("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
-    check_adapter_keys(recipe)
-    return build(adjusted, classes)
-
-
-def batch_sizes(values: dict[str, Any], config: type, processes: int) -> dict[str, int]:
-    """Per-device batch and accumulation that make `global_batch_size` with this number of processes.
-
-    global_batch_size = per_device_train_batch_size x gradient_accumulation_steps x processes; the per-device batch is lowered where it is
-    too large for many processes.
-
-    Raises:
-        ValueError: the global batch cannot be divided evenly.
-    """
-    wanted = values.get("global_batch_size")
-    if wanted is None:
-        return {}
-    if wanted < 1 or wanted % processes:
-        raise ValueError(f"global_batch_size {wanted} cannot be divided evenly over {processes} processes.")
-    share = wanted // processes
-    per_device = min(values.get("per_device_train_batch_size", config.per_device_train_batch_size), share)  # type: ignore[attr-defined]
-    while share % per_device:
-        per_device -= 1
-    return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": share // per_device}
-
-
-def check_adapter_keys(recipe: Recipe) -> None:
-    """Refuse adapter settings that would be ignored, and an adapter on the LM head.
-
-    Raises:
-        ValueError: names the key.
-    """
-    values = recipe.values
-    needs_peft = [
-        key
-        for key in values
-        if key.startswith(("lora_", "use_rslora", "use_dora")) and values[key] not in (None, False)
-    ]
-    needs_peft += [key for key in ("load_in_4bit", "load_in_8bit") if values.get(key)]
-    if not values.get("use_peft") and needs_peft:
-        raise ValueError(
-            f"{recipe.places[needs_peft[0]]}: {needs_peft[0]} needs use_peft: true; without it, remove it."
-        )
-    targets = values.get("lora_target_modules") or []
-    heads = [name for name in ([targets] if isinstance(targets, str) else targets) if name in LM_HEADS]
-    if heads:
-        raise ValueError(
-            f"{recipe.places['lora_target_modules']}: an adapter on {heads[0]} would be ignored, since log-probs are computed from its "
-            "weight; remove it, or name it in lora_modules_to_save to train it whole."
-        )
 
 
 def make_trainer(
@@ -253,15 +154,27 @@ def prepare_data(
     rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[Dataset, Dataset | None]:
     """Tokenised training and evaluation rows; the counts and one decoded sample are printed."""
+    train_dataset, eval_dataset, reports = tokenise_data(rows, tokenizer, args, data_args)
+    if rank() == 0:
+        for report in reports:
+            print(report.table(), flush=True)
+        print(describe_sample(tokenizer, train_dataset[0]), flush=True)
+    return train_dataset, eval_dataset
+
+
+def tokenise_data(
+    rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+) -> tuple[Dataset, Dataset | None, list[TokenizationReport]]:
+    """The rows that the recipe names as token ids, and what became of them.
+
+    Returns:
+        Training rows, evaluation rows if there are any, and a report for each.
+    """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
     datasets = load_datasets(sources, rows, num_proc=args.dataset_num_proc)
-    tokenised: list[Dataset | None] = []
-    for name, dataset in zip(("train", "eval"), datasets):
-        if dataset is None:
-            tokenised.append(None)
-            continue
-        result, report = TOKENIZERS[rows](
+    done = [
+        TOKENIZERS[rows](
             dataset,
             tokenizer,
             max_length=args.max_length,
@@ -271,19 +184,10 @@ def prepare_data(
             num_proc=args.dataset_num_proc,
             name=name,
         )
-        tokenised.append(result)
-        show(report, describe_sample(tokenizer, result[0]) if name == "train" else None)
-    train_dataset, eval_dataset = tokenised
-    assert train_dataset is not None
-    return train_dataset, eval_dataset
-
-
-def show(report: TokenizationReport, sample: str | None) -> None:
-    """Print what became of the rows (main process only)."""
-    if rank() == 0:
-        print(report.table(), flush=True)
-        if sample is not None:
-            print(sample, flush=True)
+        for name, dataset in zip(("train", "eval"), datasets)
+        if dataset is not None
+    ]
+    return done[0][0], done[1][0] if len(done) > 1 else None, [report for _, report in done]
 
 
 def torch_dtype(model_args: ModelConfig) -> Any:
@@ -367,9 +271,3 @@ def finish(trainer: Any, data_args: DatasetArguments, *, push: bool) -> None:
             )
         else:
             trainer.push_to_hub()
-
-
-def tell(message: str, stream: Any = None) -> None:
-    """One line from the main process."""
-    if rank() == 0:
-        print(f"prefopt: {message}", file=stream or sys.stderr, flush=True)

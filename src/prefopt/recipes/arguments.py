@@ -7,19 +7,6 @@ from pathlib import Path
 
 from prefopt.data import DataArguments, DataSource
 
-# Keys that say the same thing in different ways, each with the keys that belong to it. One way may be used at a time;
-# a later source (the command line over the recipe, the recipe over its base) replaces another way of an earlier one.
-ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (
-        ("dataset_mixer", "dataset_splits", "dataset_configs"),
-        ("dataset_mixture",),
-        ("datasets",),
-        ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"),
-    ),
-    (("test_split_size",), ("dataset_test_split",)),
-    (("global_batch_size",), ("gradient_accumulation_steps",)),
-)
-
 
 @dataclass
 class MixtureSource:

@@ -11,10 +11,22 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from .arguments import ALTERNATIVES
 from .convert import convert, is_required, unknown_key
 from .legacy import LEGACY_KEYS, translate
 from .source import BASE_KEY, Setting, read_settings, split_recipe
+
+# Keys that say the same thing in different ways, each with the keys that belong to it. One way may be used at a time;
+# a later source (the command line over the recipe, the recipe over its base) replaces another way of an earlier one.
+ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (
+        ("dataset_mixer", "dataset_splits", "dataset_configs"),
+        ("dataset_mixture",),
+        ("datasets",),
+        ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"),
+    ),
+    (("test_split_size",), ("dataset_test_split",)),
+    (("global_batch_size",), ("gradient_accumulation_steps",)),
+)
 
 # annotations that are narrower than what is accepted here
 WIDENED: dict[str, Any] = {"resume_from_checkpoint": bool | str | None}

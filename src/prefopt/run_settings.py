@@ -1,0 +1,115 @@
+"""What a training run needs to know from its recipe before anything is loaded: devices, folder, batch sizes, configs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt.launch import is_launched, tell, world_size
+from prefopt.recipes.recipe import Recipe, build, resolved_yaml
+from prefopt.run_folder import find_start
+
+LM_HEADS = ("lm_head", "embed_out", "output")
+
+
+def resolved_recipe(recipe: Recipe, classes: Sequence[type]) -> str:
+    """The recipe with all defaults as YAML, without values that follow from others for this number of processes."""
+    derived = {"gradient_accumulation_steps"} if "global_batch_size" in recipe.values else set()
+    return resolved_yaml(recipe, classes, without_defaults=frozenset(derived | {"local_rank"}))
+
+
+def check_devices(recipe: Recipe) -> None:
+    """Refuse several visible GPUs without a launcher: one process would spread each batch over them.
+
+    Raises:
+        ValueError: says how to start on all of them, or on one.
+    """
+    count = torch.cuda.device_count()
+    if count > 1 and world_size() == 1 and not is_launched() and not recipe.values.get("use_cpu"):
+        raise ValueError(
+            f"{count} GPUs are visible, but there is one process: add --num_processes {count}, start with `accelerate launch`, or "
+            "show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
+    """The output folder, and the checkpoint to start from, if any.
+
+    Raises:
+        ValueError: no output_dir, or one that holds another run.
+    """
+    if not recipe.values.get("output_dir"):
+        raise ValueError("output_dir is missing: set it in the recipe or with --output_dir.")
+    output_dir = Path(recipe.values["output_dir"]).expanduser()
+    resume = recipe.values.get("resume_from_checkpoint")
+    start = find_start(output_dir, resume, bool(recipe.values.get("overwrite_output_dir")), resolved)
+    if resume and start is None:
+        tell(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
+    return output_dir, start
+
+
+def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tuple[Any, ...]:
+    """The method's config, the data keys, the model's and the run's, with batch sizes for this number of processes.
+
+    Raises:
+        ValueError: values that a config refuses, or batch sizes that do not divide.
+    """
+    values = dict(recipe.values)
+    values.update(batch_sizes(values, classes[0], processes))
+    values.pop("resume_from_checkpoint", None)  # `train` has found the checkpoint
+    values.pop("push_to_hub", None)  # `finish` pushes, once everything is on disk
+    adjusted = Recipe(recipe.name, values, recipe.places, recipe.notices)
+    if adjusted.values.get("model_name_or_path") is None:
+        raise ValueError("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
+    check_adapter_keys(recipe)
+    return build(adjusted, classes)
+
+
+def batch_sizes(values: dict[str, Any], config: type, processes: int) -> dict[str, int]:
+    """Per-device batch and accumulation that make `global_batch_size` with this number of processes.
+
+    global_batch_size = per_device_train_batch_size x gradient_accumulation_steps x processes; the per-device batch is lowered where it is
+    too large for many processes.
+
+    Raises:
+        ValueError: the global batch cannot be divided evenly.
+    """
+    wanted = values.get("global_batch_size")
+    if wanted is None:
+        return {}
+    if wanted < 1 or wanted % processes:
+        raise ValueError(f"global_batch_size {wanted} cannot be divided evenly over {processes} processes.")
+    share = wanted // processes
+    per_device = min(values.get("per_device_train_batch_size", config.per_device_train_batch_size), share)  # type: ignore[attr-defined]
+    while share % per_device:
+        per_device -= 1
+    return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": share // per_device}
+
+
+def check_adapter_keys(recipe: Recipe) -> None:
+    """Refuse adapter settings that would be ignored, and an adapter on the LM head.
+
+    Raises:
+        ValueError: names the key.
+    """
+    values = recipe.values
+    needs_peft = [
+        key
+        for key in values
+        if key.startswith(("lora_", "use_rslora", "use_dora")) and values[key] not in (None, False)
+    ]
+    needs_peft += [key for key in ("load_in_4bit", "load_in_8bit") if values.get(key)]
+    if not values.get("use_peft") and needs_peft:
+        raise ValueError(
+            f"{recipe.places[needs_peft[0]]}: {needs_peft[0]} needs use_peft: true; without it, remove it."
+        )
+    targets = values.get("lora_target_modules") or []
+    heads = [name for name in ([targets] if isinstance(targets, str) else targets) if name in LM_HEADS]
+    if heads:
+        raise ValueError(
+            f"{recipe.places['lora_target_modules']}: an adapter on {heads[0]} would be ignored, since log-probs are computed from its "
+            "weight; remove it, or name it in lora_modules_to_save to train it whole."
+        )
