@@ -1,0 +1,103 @@
+"""Generation with vLLM's offline engine, which is handed token ids: a templated prompt gets no second BOS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.candidates.backends import Completion, OnDone, Request, Sampling, completion_of
+
+
+class EngineBackend:
+    """Draws with `vllm.LLM`, each answer with its own seed.
+
+    Args:
+        model: folder or hub name.
+        tokenizer: decodes the answers, as for the other backends.
+        sampling: how tokens are drawn.
+        revision, dtype, trust_remote_code: how the model is loaded.
+        tensor_parallel_size: accelerators that one copy of the model is spread over.
+        max_model_len: tokens of prompt and answer together; None for the model's own limit.
+        gpu_memory_utilization: share of an accelerator's memory that the engine takes.
+        enforce_eager: leave out compilation and CUDA graphs: slower, but starts sooner.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        *,
+        revision: str | None,
+        dtype: str,
+        trust_remote_code: bool,
+        tensor_parallel_size: int,
+        max_model_len: int | None,
+        gpu_memory_utilization: float,
+        enforce_eager: bool,
+    ) -> None:
+        vllm = import_vllm()
+        self.parameters: Any = vllm.SamplingParams
+        self.engine: Any = vllm.LLM(
+            model=model,
+            revision=revision,
+            tokenizer_revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager,
+            generation_config="vllm",  # the model's own sampling defaults must not stand in for ours
+        )
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+
+    def complete(self, requests: Sequence[Request], seed: int, on_done: OnDone) -> list[Completion]:
+        """See `Backend.complete`."""
+        outputs = self.engine.generate(
+            [{"prompt_token_ids": request.prompt_ids} for request in requests],
+            [self._parameters(request) for request in requests],
+            use_tqdm=False,
+        )
+        completions = []
+        for output in outputs:
+            (answer,) = output.outputs
+            if answer.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended an answer with {answer.finish_reason!r}.")
+            completions.append(completion_of(answer.token_ids, self.sampling.stop_token_ids, self.tokenizer))
+        on_done(len(completions), sum(completion.num_tokens for completion in completions))
+        return completions
+
+    def _parameters(self, request: Request) -> Any:
+        return self.parameters(
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k or -1,
+            repetition_penalty=self.sampling.repetition_penalty,
+            stop_token_ids=list(self.sampling.stop_token_ids),
+            max_tokens=request.max_new_tokens,
+            seed=request.seed,
+            detokenize=False,
+        )
+
+
+def import_vllm() -> Any:
+    """The vllm module.
+
+    Raises:
+        ValueError: it is not installed here.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise ValueError(
+            f'backend "vllm" needs vLLM, which cannot be imported here ({error}): `pip install prefopt[vllm]`, best in an '
+            'environment of its own; or use backend "transformers" or "server".'
+        ) from error
+    return vllm

@@ -1,0 +1,124 @@
+"""Generation by an OpenAI-compatible server such as `vllm serve` or SGLang: token ids go in, many requests at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.candidates.backends import Completion, OnDone, Request, Sampling, completion_of
+from prefopt.candidates.backends.http import AttemptFailed, JsonClient, ServerError
+
+
+class ServerBackend:
+    """Draws through `/v1/completions`, one request an answer, each with its own seed.
+
+    Args:
+        client: talks to the server.
+        model: the name under which the server knows the model.
+        tokenizer: decodes the answers where the server returns token ids (vLLM does).
+        sampling: how tokens are drawn; every setting is sent, so that the server's own defaults play no part.
+        concurrency: requests under way at a time.
+    """
+
+    def __init__(
+        self,
+        client: JsonClient,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        *,
+        concurrency: int,
+    ) -> None:
+        self.client = client
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.concurrency = concurrency
+
+    def complete(self, requests: Sequence[Request], seed: int, on_done: OnDone) -> list[Completion]:
+        """See `Backend.complete`.
+
+        Raises:
+            ServerError: one request failed for good; the others are given up.
+        """
+        self.client.stopped.clear()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(self._answer, request) for request in requests]
+            for future in futures:
+                future.add_done_callback(
+                    lambda f: None if f.cancelled() or f.exception() else on_done(1, f.result().num_tokens)
+                )
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = next((future for future in done if future.exception() is not None), None)
+            if failed is not None:
+                self.client.stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                failed.result()
+        return [future.result() for future in futures]
+
+    def _answer(self, request: Request) -> Completion:
+        sampling = self.sampling
+        return self.client.request(
+            "completions",
+            {
+                "model": self.model,
+                "prompt": request.prompt_ids,
+                "max_tokens": request.max_new_tokens,
+                "n": 1,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or -1,
+                "repetition_penalty": sampling.repetition_penalty,
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "seed": request.seed,
+                "return_token_ids": True,
+            },
+            lambda reply: read_completion(reply, sampling, self.tokenizer),
+        )
+
+
+def read_completion(reply: dict[str, Any], sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> Completion:
+    """The answer in a server's reply.
+
+    Raises:
+        AttemptFailed: the reply lacks what a completion has.
+    """
+    try:
+        (choice,) = reply["choices"]
+        text, reason = choice["text"], choice["finish_reason"]
+        count = reply["usage"]["completion_tokens"]
+    except (KeyError, TypeError, ValueError):
+        raise AttemptFailed("its reply has not one choice with a text, a finish_reason and usage") from None
+    if not isinstance(text, str) or not isinstance(count, int) or reason not in ("stop", "length"):
+        raise AttemptFailed(f"it ended an answer with {reason!r}, not with stop or length")
+    ids = choice.get("token_ids")
+    if ids is None:
+        return Completion(text, reason, count)
+    return completion_of(ids, sampling.stop_token_ids, tokenizer)
+
+
+def find_model(client: JsonClient, wanted: str | None) -> tuple[str, int | None]:
+    """The name of the model that the server serves, and its context length where the server tells it.
+
+    Raises:
+        ServerError: nothing answers, or the server has no model of that name.
+    """
+    by_name = client.request("models", None, _read_models)
+    if wanted is None and len(by_name) == 1:
+        wanted = next(iter(by_name))
+    if wanted is None or wanted not in by_name:
+        raise ServerError(
+            f"The server at {client.address} serves {sorted(by_name)}; choose one of them with server_model."
+        )
+    length = by_name[wanted].get("max_model_len")
+    return wanted, length if isinstance(length, int) else None
+
+
+def _read_models(reply: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    models = reply.get("data")
+    if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
+        raise AttemptFailed("it does not list its models under /models")
+    return {str(model["id"]): model for model in models}

@@ -1,0 +1,287 @@
+"""`prefopt generate`: K answers of a model to each prompt, as candidate records."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from prefopt.candidates.backends import Backend, Request, Sampling, stop_ids_of
+from prefopt.candidates.generate_arguments import FLAG_ALIASES, GenerateArguments
+from prefopt.candidates.processes import Processes, current_processes
+from prefopt.candidates.prompts import PromptSet, load_prompts, tokenize
+from prefopt.candidates.records import Record, join_candidates, make_candidate, make_record, to_dataset, write_records
+from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards, shard_seed
+from prefopt.candidates.workers import work_in_children
+from prefopt.data.rows import CONTEXT_COLUMNS
+from prefopt.files import write_json, write_jsonl
+from prefopt.references.fingerprints import files_fingerprint, model_folder
+
+__all__ = ["FLAG_ALIASES", "GenerateArguments", "run"]
+
+TOOL = "generate"
+
+
+def run(args: GenerateArguments) -> Path:
+    """Sample `args.num_samples` answers to each prompt and write them with what the dataset already had.
+
+    Returns:
+        The file of candidate records. `report.json` and, where prompts got no samples, `skipped.jsonl` lie beside it.
+
+    Raises:
+        ValueError: a mistake in the settings or the data, or a shard that failed; see the modules of each step.
+    """
+    team = current_processes()
+    job = Job(args, team)
+    if args.backend == "vllm" and args.data_parallel_size > 1:
+        plan = job.plan()
+        work_in_children(
+            plan, work_in_child, args, workers=args.data_parallel_size, devices_each=args.tensor_parallel_size
+        )
+    else:
+        plan = run_shards(job.prompts.items, job.work, processes=team, **job.shard_settings())
+    output = Path(args.output_dir) / f"candidates.{args.output_format}"
+    if team.is_main:
+        records = merge(plan, job.prompts)
+        _write(args, job, plan, records, output)
+    return output
+
+
+def work_in_child(args: GenerateArguments, indices: list[int]) -> None:
+    """Make the shards `indices` in a child process of its own."""
+    job = Job(args, Processes())
+    job.plan().work(indices, job.work)
+
+
+class Job:
+    """All that one process knows about the run: prompts with ids, sampling settings, and a backend once it is needed."""
+
+    def __init__(self, args: GenerateArguments, team: Processes) -> None:
+        if args.backend == "vllm" and team.world > 1:
+            raise ValueError(
+                "backend vllm starts its own processes: run it without accelerate, with data_parallel_size and tensor_parallel_size."
+            )
+        self.args = args
+        self.team = team
+        self.server_model: str | None = None
+        server_length: int | None = None
+        if args.backend == "server":
+            self.server_model, server_length = _ask_server(args)
+        # one process hashes the weights
+        self.fingerprint = team.gather(_fingerprint(args) if team.is_main else None)[0]
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+        self.context = _context(args, server_length)
+        self.template = (
+            bool(self.tokenizer.chat_template) if args.prompt_format == "auto" else args.prompt_format == "chat"
+        )
+        read = load_prompts(args.source, column=args.prompt_column, off_policy_columns=args.off_policy_columns)
+        self.prompts: PromptSet = tokenize(read, self.tokenizer, template=self.template, context=self.context)
+        stops = stop_ids_of(self.tokenizer, args.model_name_or_path, args.model_revision, args.stop_token_ids)
+        self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, stops)
+        self.backend: Backend | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the candidates; finished shards that were made otherwise are refused."""
+        args = self.args
+        settings = {
+            "model": args.model_name_or_path,
+            "model_fingerprint": self.fingerprint,
+            "dtype": args.dtype,
+            "backend": args.backend,
+            "num_samples": args.num_samples,
+            "max_new_tokens": args.max_new_tokens,
+            "context": self.context,
+            "chat_template": self.template,
+            "sampling": asdict(self.sampling),
+        }
+        return settings | ({"server_model": self.server_model} if args.backend == "server" else {})
+
+    def shard_settings(self) -> dict[str, Any]:
+        """How the prompts are cut into shards."""
+        args = self.args
+        return {
+            "tool": TOOL,
+            "settings": self.settings(),
+            "output_dir": args.output_dir,
+            "shard_size": args.shard_size or min(max(len(self.prompts.items) // 64, 16), 256),
+            "seed": args.seed,
+            "notes": {
+                "batch_size": args.batch_size if args.backend == "transformers" else None,
+                "continuous_batching": args.continuous_batching,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "device": str(self.team.device),
+                "machine": platform.node(),
+            },
+        }
+
+    def plan(self) -> ShardPlan:
+        """The shards of this run."""
+        return ShardPlan(self.prompts.items, **self.shard_settings())
+
+    def work(self, shard: Shard) -> list[Row]:
+        """K answers to each prompt of a shard."""
+        if self.backend is None:
+            self.backend = BACKEND_MAKERS[self.args.backend](self)
+        k = self.args.num_samples
+        requests = [
+            Request(item["prompt_ids"], self._room(item), shard_seed(shard.seed, place * k + sample))
+            for place, item in enumerate(shard.items)
+            for sample in range(k)
+        ]
+        completions = self.backend.complete(
+            requests, shard.seed, lambda answers, tokens: shard.advance(rows=answers / k, tokens=tokens)
+        )
+        rows: list[Row] = []
+        for place, item in enumerate(shard.items):
+            answers = completions[place * k : (place + 1) * k]
+            candidates = [
+                make_candidate(
+                    answer.text,
+                    source=self.args.model_name_or_path,
+                    k=number,
+                    finish_reason=answer.finish_reason,
+                    num_tokens=answer.num_tokens,
+                )
+                for number, answer in enumerate(answers)
+            ]
+            context = {name: item[name] for name in CONTEXT_COLUMNS if name in item}
+            rows.append(make_record(item["prompt_id"], item["prompt"], candidates, **context))
+            shard.count("prompts with less room than max_new_tokens", self._room(item) < self.args.max_new_tokens)
+            for answer in answers:
+                shard.count("answers")
+                shard.count("tokens", answer.num_tokens)
+                shard.count(f"answers ended by {answer.finish_reason}")
+                shard.count("empty answers", not answer.text.strip())
+        return rows
+
+    def _room(self, item: Row) -> int:
+        """Tokens that the answer to a prompt may have: the setting, or what the context leaves."""
+        if self.context is None:
+            return self.args.max_new_tokens
+        return min(self.args.max_new_tokens, self.context - len(item["prompt_ids"]))
+
+
+def _ask_server(args: GenerateArguments) -> tuple[str, int | None]:
+    from prefopt.candidates.backends.server import find_model
+
+    return find_model(_client(args), args.server_model)
+
+
+def _client(args: GenerateArguments) -> Any:
+    from prefopt.candidates.backends.http import JsonClient
+
+    return JsonClient(args.base_url, args.key_variable, args.request_timeout, args.retries)
+
+
+def _fingerprint(args: GenerateArguments) -> str | None:
+    """Hash of the weights; a server's are not here to be read."""
+    if args.backend == "server":
+        return None
+    return files_fingerprint(model_folder(args.model_name_or_path, args.model_revision, download=True))
+
+
+def _context(args: GenerateArguments, server_length: int | None) -> int | None:
+    config = AutoConfig.from_pretrained(
+        args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [limit for limit in (own, server_length) if limit is not None]
+    if args.max_model_len is not None and limits and args.max_model_len > min(limits):
+        raise ValueError(f"max_model_len is {args.max_model_len}, but the model takes {min(limits)} tokens.")
+    return args.max_model_len or (min(limits) if limits else None)
+
+
+def _local(job: Job) -> Backend:
+    from prefopt.candidates.backends.local import TransformersBackend
+
+    args = job.args
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        attn_implementation=args.attn_implementation,
+    )
+    return TransformersBackend(
+        model.to(job.team.device),
+        job.tokenizer,
+        job.sampling,
+        batch_size=args.batch_size,
+        continuous=args.continuous_batching,
+    )
+
+
+def _engine(job: Job) -> Backend:
+    from prefopt.candidates.backends.engine import EngineBackend
+
+    args = job.args
+    return EngineBackend(
+        args.model_name_or_path,
+        job.tokenizer,
+        job.sampling,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        tensor_parallel_size=args.tensor_parallel_size,
+        max_model_len=job.context,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=args.enforce_eager,
+    )
+
+
+def _server(job: Job) -> Backend:
+    from prefopt.candidates.backends.server import ServerBackend
+
+    assert job.server_model is not None
+    return ServerBackend(
+        _client(job.args), job.server_model, job.tokenizer, job.sampling, concurrency=job.args.concurrency
+    )
+
+
+BACKEND_MAKERS: dict[str, Callable[[Job], Backend]] = {"transformers": _local, "vllm": _engine, "server": _server}
+
+
+def merge(plan: ShardPlan, prompts: PromptSet) -> list[Record]:
+    """The sampled records in prompt order, each with the responses that the dataset already had."""
+    return [join_candidates(row, prompts.off_policy.get(row["prompt_id"], [])) for row in plan.rows()]
+
+
+def _write(args: GenerateArguments, job: Job, plan: ShardPlan, records: list[Record], output: Path) -> None:
+    counts: Counter[str] = plan.counts()
+    skipped = output.parent / "skipped.jsonl"
+    skipped.unlink(missing_ok=True)
+    if job.prompts.skipped:
+        write_jsonl(skipped, job.prompts.skipped)
+    write_records(output, records)
+    report = {
+        "prompts sampled": len(records),
+        "prompts skipped": dict(job.prompts.reasons()),
+        "duplicate prompts": job.prompts.duplicates,
+        "responses of the dataset": sum(map(len, job.prompts.off_policy.values())),
+        "counts": {name: number for name, number in counts.items() if name != "seconds"},
+        "seconds of work": round(counts["seconds"], 1),
+        "settings": plan.settings,
+        "notes": plan.notes,
+    }
+    write_json(output.parent / "report.json", report)
+    print(f"generate: {len(records)} prompts with {counts['answers']} answers, {counts['tokens']} tokens -> {output}")
+    for name, number in [*job.prompts.reasons().items(), ("duplicate prompt", job.prompts.duplicates)]:
+        if number:
+            where = f" (listed in {skipped})" if name != "duplicate prompt" else ""
+            print(f"generate: {number} rows without samples: {name}{where}")
+    for name in ("answers ended by length", "empty answers", "prompts with less room than max_new_tokens"):
+        if counts[name]:
+            print(f"generate: {counts[name]} {name}")
+    if args.push_to_hub:
+        assert args.hub_dataset_id is not None
+        to_dataset(records).push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)

@@ -1,0 +1,169 @@
+"""Prompts for generation: read from any dataset, templated once, and none of them lost without a word."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, Json, Value
+from datasets import Features as DatasetFeatures
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.candidates.records import Candidate, off_policy_candidates
+from prefopt.data.encoding import check_chat_template
+from prefopt.data.faults import EMPTY_PROMPT, PROMPT_TOO_LONG, BadRow
+from prefopt.data.messages import as_messages, is_blank, without_none
+from prefopt.data.rows import CONTEXT_COLUMNS, Row, normalise_prompt
+from prefopt.data.sources import DataSource, load_source
+from prefopt.data.tokenization import tokenize_prompts
+
+NOT_TOKENISED = "cannot be tokenised"
+
+
+@dataclass
+class PromptSet:
+    """The prompts of a run.
+
+    Attributes:
+        items: `prompt_id`, `prompt`, `prompt_ids` and the row's `tools` and `chat_template_kwargs`, where it has them.
+        off_policy: prompt_id -> the responses that the dataset already had.
+        skipped: for every row without samples its number, `prompt_id` (where it has one), reason and detail.
+        duplicates: rows whose prompt had come before; their responses join the first.
+    """
+
+    items: list[Row] = field(default_factory=list)
+    off_policy: dict[str, list[Candidate]] = field(default_factory=dict)
+    skipped: list[Row] = field(default_factory=list)
+    duplicates: int = 0
+
+    def skip(self, number: int, prompt_id: str | None, reason: str, detail: str) -> None:
+        """Note that a row gets no samples."""
+        self.skipped.append({"row": number, "prompt_id": prompt_id, "reason": reason, "detail": detail})
+
+    def reasons(self) -> Counter[str]:
+        """How many rows were skipped for each reason."""
+        return Counter(row["reason"] for row in self.skipped)
+
+
+def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequence[str]) -> PromptSet:
+    """Read the prompts of a dataset and the responses that it already has.
+
+    Args:
+        source: where the rows are.
+        column: holds the prompt, a string or a list of messages. A dataset without a `prompt` column gives the prompts of
+            its conversations (`messages`) or pairs (`chosen`, `rejected`).
+        off_policy_columns: columns of responses, see `off_policy_candidates`.
+
+    Raises:
+        ValueError: no such dataset or column; two different prompts with one `prompt_id`.
+    """
+    prompts = PromptSet()
+    rows = load_source(source)
+    if column not in rows.column_names and column != "prompt":
+        raise ValueError(f"Dataset {source} has no column {column!r}; it has {sorted(rows.column_names)}.")
+    seen: dict[str, tuple[int, Any]] = {}
+    for number, row in enumerate(rows):
+        named = None if row.get("prompt_id") is None else str(row["prompt_id"])
+        try:
+            clean = _read_prompt(row, column)
+        except BadRow as fault:
+            prompts.skip(number, named, fault.reason, fault.detail)
+            continue
+        prompt_id = named or str(clean["row_id"])
+        prompt = without_none(clean["prompt"])
+        first, before = seen.setdefault(prompt_id, (number, prompt))
+        if before != prompt:
+            raise ValueError(
+                f"Dataset {source}: rows {first} and {number} have the prompt_id {prompt_id!r}, but other prompts."
+            )
+        context = {name: clean[name] for name in CONTEXT_COLUMNS if name in clean}
+        if first == number:
+            prompts.items.append({"prompt_id": prompt_id, "prompt": prompt, "row": number, **context})
+        else:
+            prompts.duplicates += 1
+        given = prompts.off_policy.setdefault(prompt_id, [])
+        given += _renumbered(given, off_policy_candidates(row, off_policy_columns))
+    return prompts
+
+
+def _read_prompt(row: Row, column: str) -> Row:
+    if column not in row:
+        return normalise_prompt(row)
+    return normalise_prompt({"prompt": row[column], **{name: row[name] for name in CONTEXT_COLUMNS if name in row}})
+
+
+def _renumbered(given: list[Candidate], more: list[Candidate]) -> list[Candidate]:
+    """`more` without what is there already, numbered on within each source."""
+    texts = {(candidate["source"], candidate["text"]) for candidate in given}
+    counts = Counter(candidate["source"] for candidate in given)
+    new = []
+    for candidate in more:
+        if (candidate["source"], candidate["text"]) not in texts:
+            new.append({**candidate, "k": counts[candidate["source"]]})
+            counts[candidate["source"]] += 1
+    return new
+
+
+def tokenize(
+    prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, *, template: bool, context: int | None
+) -> PromptSet:
+    """`prompts` with the token ids of each; those that cannot be sampled are put among the skipped.
+
+    Args:
+        prompts: as read.
+        tokenizer: gives ids and chat template.
+        template: read a string as a user's turn; else strings are continued as they are.
+        context: tokens of prompt and answer that the model takes together; None where unknown.
+
+    Raises:
+        ValueError: no prompt is left, or messages without a chat template.
+    """
+    if template:
+        check_chat_template(tokenizer)
+    items = []
+    for item in prompts.items:
+        if is_blank(item["prompt"]):
+            prompts.skip(item["row"], item["prompt_id"], EMPTY_PROMPT, "nothing but white space")
+        else:
+            items.append({**item, "prompt": as_messages(item["prompt"])} if template else item)
+    if not items:
+        raise ValueError(f"No prompt can be used ({_told(prompts)}).")
+    ids, detail = _ids_of(items, tokenizer)
+    prompts.items = []
+    for item in items:
+        prompt_ids = ids.get(item["prompt_id"])
+        if prompt_ids is None:
+            prompts.skip(item["row"], item["prompt_id"], NOT_TOKENISED, detail)
+        elif context is not None and len(prompt_ids) >= context:
+            found = f"{len(prompt_ids)} tokens leave no room for an answer in a context of {context}"
+            prompts.skip(item["row"], item["prompt_id"], PROMPT_TOO_LONG, found)
+        else:
+            kept = {name: value for name, value in item.items() if name != "row"}
+            prompts.items.append({**kept, "prompt_ids": list(prompt_ids)})
+    prompts.skipped.sort(key=lambda row: row["row"])
+    if not prompts.items:
+        raise ValueError(f"No prompt can be used ({_told(prompts)}).")
+    return prompts
+
+
+def _ids_of(items: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[int]], str]:
+    """prompt_id -> ids, and what was wrong with the first row that has none."""
+    kinds = {isinstance(item["prompt"], list) for item in items}
+    ids: dict[str, list[int]] = {}
+    details = []
+    for messages in sorted(kinds):
+        rows = [item for item in items if isinstance(item["prompt"], list) == messages]
+        features: dict[str, Any] = {"prompt_id": Value("string"), "prompt": Json() if messages else Value("string")}
+        features |= {name: Json() for name in CONTEXT_COLUMNS if any(name in row for row in rows)}
+        columns = {name: [row.get(name) for row in rows] for name in features}
+        dataset = Dataset.from_dict(columns, features=DatasetFeatures(features))
+        tokenised, report = tokenize_prompts(dataset, tokenizer, max_length=None)
+        ids |= dict(zip(tokenised["prompt_id"], tokenised["prompt_ids"]))
+        details += [detail for _, detail in report.examples.values()]
+    return ids, details[0] if details else ""
+
+
+def _told(prompts: PromptSet) -> str:
+    return ", ".join(f"{count} rows: {reason}" for reason, count in prompts.reasons().most_common())
