@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from prefopt.candidates.backends.http import ServerError
+from prefopt.candidates.backends.http import JsonClient, ServerError
 from prefopt.candidates.pairs import win_probabilities
 from prefopt.candidates.rankers import RankerOptions, build_ranker
 from prefopt.candidates.rankers.base import Request, check_scores, length_batches, plain_text
@@ -224,10 +224,8 @@ def test_general_preference_tables(tmp_path, gate):
 # --- the judge ------------------------------------------------------------------------------------------------------------------
 
 
-def judge(url, **options):
-    return JudgeRanker(
-        "judge", url=url, template=None, key_variable="NO_KEY", concurrency=4, timeout=10, first_pause=0.001, **options
-    )
+def judge(url):
+    return JudgeRanker("judge", JsonClient(url, "NO_KEY", 10, 4, first_pause=0.001), template=None, concurrency=4)
 
 
 def test_judge_sees_both_orders():
@@ -282,9 +280,9 @@ def test_failing_and_unreachable_judges():
 def test_templates_of_the_user(tmp_path):
     (tmp_path / "bad.txt").write_text("Which is better, {answer_a} or {answer_b}?")
     with pytest.raises(ValueError, match=r"has no \{prompt\}"):
-        build("judge", "judge", judge_url="http://localhost/v1", judge_template=str(tmp_path / "bad.txt"))
+        build("judge", "judge", base_url="http://localhost/v1", judge_template=str(tmp_path / "bad.txt"))
     (tmp_path / "good.txt").write_text("{prompt}|{answer_a}|{answer_b}|{other}")
-    ranker = build("judge", "judge", judge_url="http://localhost/v1", judge_template=str(tmp_path / "good.txt"))
+    ranker = build("judge", "judge", base_url="http://localhost/v1", judge_template=str(tmp_path / "good.txt"))
     assert ranker.question(Request("r", "{answer_a}", ["a", "b"]), 1, 0) == "{answer_a}|b|a|{other}"
 
 
@@ -307,7 +305,7 @@ def test_functions_by_file_and_by_module(tmp_path):
         build("function", f"{tmp_path}/mine.py:missing")
     with pytest.raises(ValueError, match="cannot be imported"):
         build("function", "no_such_module:score")
-    with pytest.raises(ValueError, match="file.py:function"):
+    with pytest.raises(ValueError, match=r"file\.py:function"):
         build("function", "score")
 
 

@@ -2,115 +2,37 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from prefopt.candidates.pairs import Array, score_differences
 from prefopt.candidates.processes import Processes, current_processes
-from prefopt.candidates.rankers import MODEL_RANKERS, RANKERS, RankerOptions, build_ranker
+from prefopt.candidates.rank_arguments import FLAG_ALIASES, RankArguments
+from prefopt.candidates.rankers import MODEL_RANKERS, RankerOptions, build_ranker
 from prefopt.candidates.rankers.base import Request, check_scores
 from prefopt.candidates.records import Record, read_records, to_dataset, write_records
-from prefopt.candidates.shards import Row, Shard, run_shards
+from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards
 from prefopt.data.messages import as_messages
 from prefopt.files import content_hash, write_json
 from prefopt.references.fingerprints import files_fingerprint, model_folder
 
+__all__ = ["FLAG_ALIASES", "RankArguments", "run", "with_scores"]
 
-@dataclass
-class RankArguments:
-    """What `prefopt rank` reads, which ranker scores it, and where the scored candidates go."""
-
-    candidates: str = field(
-        metadata={"help": "Candidates: the folder that `prefopt generate` wrote, a file, or a hub dataset."}
-    )
-    output_dir: str = field(metadata={"help": "Folder for the scored candidates and the shards on the way to them."})
-    ranker: str = field(metadata={"help": f"Kind of ranker: {', '.join(RANKERS)}.", "choices": list(RANKERS)})
-    model: str = field(
-        metadata={
-            "help": "The ranker: a folder or hub name; `module:function` or `file.py:function`; or the judge's model name."
-        }
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of the ranker's hub repository."})
-    score_name: str | None = field(
-        default=None, metadata={"help": "Name of the new scores; the last part of the ranker's name when unset."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of the candidates, where they come from a dataset."})
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of prompt and answer that a reward or preference model reads; all its positions when unset."
-        },
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={
-            "help": "Of the ranker's weights. auto: float32 on a CPU; on a GPU float16 for PairRM, as published, else bfloat16."
-        },
-    )
-    tokens_per_batch: int = field(
-        default=16384, metadata={"help": "Padded tokens in a batch; answers are batched by length."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the model code that the ranker's repository brings (ArmoRM)."}
-    )
-    policy_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model whose chat template is put around the prompt before the ranker sees it, as the published SPPO pipeline did; "
-            "rankers read the raw prompt when unset."
-        },
-    )
-    judge_url: str = field(
-        default="http://localhost:8000/v1", metadata={"help": "Base URL of the judge's OpenAI-compatible server."}
-    )
-    judge_template: str | None = field(
-        default=None,
-        metadata={"help": "File with the judge's prompt, with {prompt}, {answer_a} and {answer_b}; ours when unset."},
-    )
-    judge_key_variable: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds the judge's key."}
-    )
-    judge_concurrency: int = field(
-        default=16, metadata={"help": "Requests to the judge under way at once, of each process."}
-    )
-    judge_timeout: float = field(default=120.0, metadata={"help": "Seconds that one request to the judge may take."})
-    shard_size: int = field(
-        default=512, metadata={"help": "Prompts in a shard: the unit that is resumed and shared among processes."}
-    )
-    output_format: Literal["parquet", "jsonl"] = field(
-        default="parquet", metadata={"help": "File format of the scored candidates."}
-    )
-    push_to_hub: str | None = field(
-        default=None, metadata={"help": "Hub dataset to push the scored candidates to (private); none when unset."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.ranker not in RANKERS:
-            raise ValueError(f"There is no ranker {self.ranker!r}; known: {', '.join(RANKERS)}.")
-        for name in ("tokens_per_batch", "shard_size", "judge_concurrency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.max_length is not None and self.ranker not in ("reward-model", "general-preference"):
-            raise ValueError(f"max_length has no effect on the ranker {self.ranker!r}; leave it out.")
-        if Path(self.candidates).resolve() == Path(self.output_dir).resolve():
-            raise ValueError(
-                "output_dir is the folder of the candidates; give another one, so that they stay as they are."
-            )
-
-    @property
-    def name(self) -> str:
-        """Under which name the scores are stored."""
-        return self.score_name or self.model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+FEW = "prompts with fewer than two candidates"
 
 
-def run(args: RankArguments) -> None:
-    """Rank, and write `<output_dir>/candidates.<format>` with the new scores and `<output_dir>/rank_report.json`."""
+def run(args: RankArguments) -> Path:
+    """Rank, and write the candidates with their new scores.
+
+    Returns:
+        The file of candidate records; `report.json` lies beside it.
+
+    Raises:
+        ValueError: a mistake in the settings or the data, a ranker that cannot be used, or a shard that failed.
+    """
     records = read_records(args.candidates, split=args.split)
     scored = [record["prompt_id"] for record in records if args.name in _score_names(record)]
     if scored:
@@ -120,21 +42,29 @@ def run(args: RankArguments) -> None:
     processes = current_processes()
     folder, identity = _model(args, processes)
     work = _Work(args, folder, processes)
-    settings = {name: getattr(args, name) for name in ("ranker", "model", "max_length", "dtype", "policy_template")}
-    settings |= {"identity": identity, "score_name": args.name}
+    settings = {
+        name: getattr(args, name) for name in ("ranker", "model_name_or_path", "max_length", "policy_template")
+    }
+    settings |= {"fingerprint": identity, "score_name": args.name, "dtype": str(work.options.torch_dtype)}
     plan = run_shards(
         records,
         work,
         tool="rank",
         settings=settings,
         output_dir=args.output_dir,
-        shard_size=args.shard_size,
-        notes={"tokens_per_batch": args.tokens_per_batch, "device": str(processes.device), "revision": args.revision},
+        shard_size=args.shard_size or min(max(len(records) // 64, 16), 256),
+        notes={
+            "tokens_per_batch": args.tokens_per_batch,
+            "device": str(processes.device),
+            "revision": args.model_revision,
+        },
         processes=processes,
     )
+    output = Path(args.output_dir) / f"candidates.{args.output_format}"
     if processes.is_main:
-        _finish(args, records, list(plan.rows()), plan.counts())
+        _finish(args, records, plan, output)
     processes.gather(None)  # nobody leaves before the file is there
+    return output
 
 
 def _score_names(record: Record) -> set[str]:
@@ -143,25 +73,28 @@ def _score_names(record: Record) -> set[str]:
 
 def _model(args: RankArguments, processes: Processes) -> tuple[str, str | None]:
     """Where the ranker is, and a hash of what it is: found once, by the main process."""
-    found: tuple[str, str | None, str] = (args.model, None, "")
+    found: tuple[str, str | None, str] = ("", None, "")
     if processes.is_main:
         try:
-            if args.ranker in MODEL_RANKERS:
-                folder = model_folder(args.model, args.revision, download=True)
-                remembered = Path(args.output_dir) / "model_hashes.json"
-                found = (str(folder), files_fingerprint(folder, remembered=remembered), "")
-            elif args.ranker == "function" and args.model.rpartition(":")[0].endswith(".py"):
-                found = (args.model, content_hash(Path(args.model.rpartition(":")[0]).read_text(encoding="utf-8")), "")
-            elif args.judge_template:
-                found = (args.model, content_hash(Path(args.judge_template).read_text(encoding="utf-8")), "")
+            found = (*_identify(args), "")
         except (OSError, ValueError) as error:
-            found = (args.model, None, str(error))
-    folder_name, identity, error_text = processes.gather(found)[0]
-    if error_text:
-        raise ValueError(error_text)
+            found = ("", None, str(error))
+    place, identity, fault = processes.gather(found)[0]
+    if fault:
+        raise ValueError(fault)
     if args.ranker in MODEL_RANKERS and not processes.is_main:
-        folder_name = str(model_folder(args.model, args.revision, download=True))  # on its own node
-    return folder_name, identity
+        place = str(model_folder(args.model_name_or_path, args.model_revision, download=True))  # on its own node
+    return place, identity
+
+
+def _identify(args: RankArguments) -> tuple[str, str | None]:
+    name = args.model_name_or_path
+    if args.ranker in MODEL_RANKERS:
+        folder = model_folder(name, args.model_revision, download=True)
+        return str(folder), files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
+    module = name.rpartition(":")[0]
+    text = module if args.ranker == "function" and module.endswith(".py") else args.judge_template
+    return name, content_hash(Path(text).read_text(encoding="utf-8")) if text else None
 
 
 class _Work:
@@ -177,11 +110,12 @@ class _Work:
             max_length=args.max_length,
             tokens_per_batch=args.tokens_per_batch,
             trust_remote_code=args.trust_remote_code,
-            judge_url=args.judge_url,
+            base_url=args.base_url,
             judge_template=args.judge_template,
-            judge_key_variable=args.judge_key_variable,
-            judge_concurrency=args.judge_concurrency,
-            judge_timeout=args.judge_timeout,
+            key_variable=args.key_variable,
+            concurrency=args.concurrency,
+            request_timeout=args.request_timeout,
+            retries=args.retries,
         )
         self.ranker: Any = None
         self.template: Any = None
@@ -196,7 +130,7 @@ class _Work:
         filled = [request for request in requests if request.candidates]
         for request in requests:
             if len(request.candidates) < 2:
-                shard.count("prompts with fewer than two candidates")
+                shard.count(FEW)
         scores = iter(self.ranker.rank(filled, shard) if filled else [])
         rows = []
         for request in requests:
@@ -227,18 +161,22 @@ def _table_scores(table: Sequence[Sequence[float]]) -> Array | list[float]:
     return score_differences(table).mean(axis=1) if len(table) > 1 else [0.0]
 
 
-def _finish(args: RankArguments, records: Sequence[Record], rows: Sequence[Row], counts: Counter[str]) -> None:
-    scored = [with_scores(record, args.name, row["values"]) for record, row in zip(records, rows, strict=True)]
-    path = Path(args.output_dir) / f"candidates.{args.output_format}"
-    write_records(path, scored)
-    write_json(
-        Path(args.output_dir) / "rank_report.json", {"score_name": args.name, "prompts": len(records), **counts}
-    )
-    cut = ", ".join(
-        f"{counts[name]} {name}"
-        for name in ("truncated prompts", "truncated answers", "unreadable verdicts")
-        if counts[name]
-    )
-    print(f"rank: {len(records)} prompts scored as {args.name!r}{'; ' + cut if cut else ''}. {path}", file=sys.stderr)
+def _finish(args: RankArguments, records: Sequence[Record], plan: ShardPlan, output: Path) -> None:
+    scored = [with_scores(record, args.name, row["values"]) for record, row in zip(records, plan.rows(), strict=True)]
+    write_records(output, scored)
+    counts = plan.counts()
+    report = {
+        "score name": args.name,
+        "counts": {name: number for name, number in counts.items() if name != "seconds"},
+        "seconds of work": round(counts["seconds"], 1),
+        "settings": plan.settings,
+        "notes": plan.notes,
+    }
+    write_json(output.parent / "report.json", report)
+    print(f"rank: {len(records)} prompts scored as {args.name!r} -> {output}")
+    for name in ("truncated prompts", "truncated answers", "unreadable verdicts", FEW):
+        if counts[name]:
+            print(f"rank: {counts[name]} {name}")
     if args.push_to_hub:
-        to_dataset(scored).push_to_hub(args.push_to_hub, private=True)
+        assert args.hub_dataset_id is not None
+        to_dataset(scored).push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)

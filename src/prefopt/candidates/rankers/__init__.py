@@ -23,11 +23,12 @@ class RankerOptions:
     max_length: int | None = None
     tokens_per_batch: int = 16384
     trust_remote_code: bool = False
-    judge_url: str = ""
+    base_url: str = ""
     judge_template: str | None = None
-    judge_key_variable: str = "OPENAI_API_KEY"
-    judge_concurrency: int = 16
-    judge_timeout: float = 120.0
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 64
+    request_timeout: float = 600.0
+    retries: int = 5
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -88,15 +89,14 @@ def _function(options: RankerOptions) -> Ranker:
 
 
 def _judge(options: RankerOptions) -> Ranker:
+    from prefopt.candidates.backends.http import JsonClient
     from prefopt.candidates.rankers.judge import JudgeRanker
 
     return JudgeRanker(
         options.path,
-        url=options.judge_url,
+        JsonClient(options.base_url, options.key_variable, options.request_timeout, options.retries),
         template=options.judge_template,
-        key_variable=options.judge_key_variable,
-        concurrency=options.judge_concurrency,
-        timeout=options.judge_timeout,
+        concurrency=options.concurrency,
     )
 
 

@@ -35,7 +35,6 @@ Reply with nothing but [[A]] if answer A is better, [[B]] if answer B is better,
 VERDICT_LOGIT = math.log(9)  # a verdict given in both orders means a win with probability 0.9
 VERDICTS = {"A": VERDICT_LOGIT, "B": -VERDICT_LOGIT, "C": 0.0}
 LARGEST_UNREADABLE_SHARE = 0.5
-RETRIES = 4
 MAX_TOKENS = 2048  # room for a template that asks for reasons first
 _FIELD = re.compile(r"\{(prompt|answer_a|answer_b)\}")
 _VERDICT = re.compile(r"\[\[(A|B|C)\]\]")
@@ -49,28 +48,16 @@ class JudgeRanker:
 
     Args:
         model: the model's name at the server.
-        url: base URL, up to and including /v1.
+        client: talks to the server.
         template: file with the judge's prompt, with {prompt}, {answer_a} and {answer_b}; None for ours.
-        key_variable: environment variable with the key.
         concurrency: requests under way at once.
-        timeout: seconds for one request.
-        first_pause: seconds before a failed request is sent again; doubled each time.
 
     Raises:
         ValueError: the template lacks a field or cannot be read.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        url: str,
-        template: str | None,
-        key_variable: str,
-        concurrency: int,
-        timeout: float,
-        first_pause: float = 1.0,
-    ) -> None:
+    def __init__(self, model: str, client: JsonClient, *, template: str | None, concurrency: int) -> None:
+        self.client = client
         self.model = model
         self.concurrency = concurrency
         self.template = TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
@@ -79,9 +66,6 @@ class JudgeRanker:
             raise ValueError(
                 f"The judge's template {template} has no {{{missing[0]}}}; it needs {{prompt}}, {{answer_a}} and {{answer_b}}."
             )
-        self.client = JsonClient(
-            url, key_variable=key_variable, timeout=timeout, retries=RETRIES, first_pause=first_pause
-        )
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`.
