@@ -24,6 +24,7 @@ import numpy as np
 from prefopt.files import atomic_path, content_hash, read_json, write_json
 
 FORMAT = 1
+SCORER_VERSION = 1  # of the scoring code: raise it whenever the same model would give other scores
 FLUSH_RECORDS = 2048
 UNSCORABLE = 2**31 - 1  # length of a text that the scorer cannot take under any limit
 _COLUMNS: dict[str, Any] = {

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from torch import nn
+from transformers import PretrainedConfig
 
 from prefopt.references.cache import (
+    SCORER_VERSION,
     UNSCORABLE,
     ScoreCache,
     Scorer,
@@ -25,9 +28,33 @@ from prefopt.references.cache import (
     text_key,
 )
 from prefopt.references.filling import Job, ScoreGroups, fill, read_all, shared_lookup
+from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.layouts import Group
 
 SIDES = ("chosen", "rejected")
+
+
+def token_scorer(
+    model: nn.Module,
+    config: PretrainedConfig,
+    *,
+    name: str,
+    dtype: str,
+    adapter: str | None = None,
+    quantization: str = "",
+) -> Scorer:
+    """Who scores when the policy's own initial model scores the policy's token ids; all ranks call it.
+
+    Args:
+        model: with the weights that score, wrapped or not.
+        config: the base model's.
+        name: for people.
+        dtype: of the weights, and of the computation where autocast makes it another ("float32/bfloat16").
+        adapter: an adapter that is on while it scores.
+        quantization: such as "bnb-nf4".
+    """
+    weights = module_fingerprint(model, config, adapter=adapter)
+    return Scorer(name, weights, tokenizer="", dtype=dtype, quantization=quantization, version=SCORER_VERSION)
 
 
 def cached_reference_scores(

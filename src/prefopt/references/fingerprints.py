@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,20 @@ from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt.files import content_hash, read_json, write_json
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+# settings of a model that alter no score: where it came from, what trainers change in passing
+_IRRELEVANT = frozenset(
+    {
+        "_attn_implementation", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+        "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    }
+)  # fmt: skip
 # read while loading or tokenising; everything else in a repository is left where it is
 _NEEDED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
 
@@ -64,17 +73,15 @@ def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
     hashes = [(path.name, _file_hash(path, known)) for path in weights]
     if remembered is not None:
         write_json(remembered, known)
-    settings: list[Any] = [_config_values(path) for path in configs]
+    settings: list[Any] = [_relevant(read_json(path)) for path in configs]
     if (adapter := folder / "adapter_config.json").exists():
         base = read_json(adapter)["base_model_name_or_path"]
         settings.append(files_fingerprint(model_folder(base, download=False), remembered=remembered))
     return content_hash(settings, hashes)
 
 
-def _config_values(path: Path) -> dict[str, Any]:
-    # the writer's version and the place it was read from do not alter a score
-    ignored = ("transformers_version", "_name_or_path")
-    return {key: value for key, value in read_json(path).items() if key not in ignored}
+def _relevant(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _IRRELEVANT}
 
 
 def _file_hash(path: Path, known: dict[str, Any]) -> str:
@@ -93,8 +100,8 @@ def _file_hash(path: Path, known: dict[str, Any]) -> str:
     return str(entry[2])
 
 
-def module_fingerprint(model: nn.Module, *, adapter: str | None = None) -> str:
-    """Hash of the weights that a module has now, the same whether or not it is wrapped or sharded.
+def module_fingerprint(model: nn.Module, config: PretrainedConfig, *, adapter: str | None = None) -> str:
+    """Hash of the config and of the weights that a module has now, the same whether or not it is wrapped or sharded.
 
     All ranks must call it; each hashes a share of the parameters.
 
@@ -114,7 +121,7 @@ def module_fingerprint(model: nn.Module, *, adapter: str | None = None) -> str:
             if number % state.num_processes == state.process_index:
                 mine.append((name, _tensor_hash(whole)))
     everyone = gather_object(mine) if state.num_processes > 1 else mine
-    return content_hash(sorted(everyone))
+    return content_hash(json.loads(json.dumps(_relevant(config.to_dict()), default=str)), sorted(everyone))
 
 
 def _named_tensors(model: nn.Module, adapter: str | None) -> list[tuple[str, torch.Tensor]]:

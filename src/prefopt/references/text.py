@@ -26,7 +26,15 @@ from prefopt.data.encoding import prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.normalise import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.files import read_json, write_json
-from prefopt.references.cache import UNSCORABLE, ScoreCache, Scorer, describe_scorers, ids_digest, text_key
+from prefopt.references.cache import (
+    SCORER_VERSION,
+    UNSCORABLE,
+    ScoreCache,
+    Scorer,
+    describe_scorers,
+    ids_digest,
+    text_key,
+)
 from prefopt.references.filling import Job, ScoreGroups, choose_layout, fill, group_scorer, read_all, shared_lookup
 from prefopt.references.fingerprints import files_fingerprint, model_folder, module_fingerprint
 from prefopt.references.models import ReferenceModel, load_tokenizer, prepare_model
@@ -34,7 +42,6 @@ from prefopt.scoring.layouts import Group
 
 logger = logging.getLogger(__name__)
 
-SCORER_VERSION = 1
 CHECKED_ROWS = 8  # rows that are scored again one by one, to compare with their batched scores
 HASHES_FILE = "file_hashes.json"
 CHECKS_FILE = "checks.json"
@@ -99,7 +106,11 @@ def text_scorer(
         ValueError: nothing is known of the model here.
     """
     if isinstance(reference, ReferenceModel):
-        weights, tokenizer, name = module_fingerprint(reference.model), reference.tokenizer, reference.name
+        weights, tokenizer, name = (
+            module_fingerprint(reference.model, reference.model.config),
+            reference.tokenizer,
+            reference.name,
+        )
         dtype = str(reference.model.dtype).removeprefix("torch.")
         return Scorer(name, weights, tokenizer_fingerprint(tokenizer), dtype, version=SCORER_VERSION), tokenizer
     try:
