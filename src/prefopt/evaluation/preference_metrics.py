@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class RowPrediction:
         lengths: (R,) tokens of the responses.
         logits: (R, R) antisymmetric; sigmoid(logits[i, j]) is the model's probability that i beats j.
         rewards: (R,) where the model has one score per response, else None.
-        is_adversarial: whether the row pairs a golden answer with a sampled one.
+        vectors: what a model that compares by vectors has of the responses, for comparisons across rows; the trainer's own.
     """
 
     row_id: str
@@ -34,7 +35,7 @@ class RowPrediction:
     lengths: np.ndarray
     logits: np.ndarray
     rewards: np.ndarray | None = None
-    is_adversarial: bool = False
+    vectors: Any = None
 
 
 def ranked_logits(row: RowPrediction) -> np.ndarray:

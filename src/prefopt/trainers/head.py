@@ -172,32 +172,40 @@ class HeadTrainer(BaseTrainer):
             count = real.sum()
             sums.add_mean("loss", (total / count.clamp(min=1))[None], count[None])
 
-    def keep_predictions(self, logits: list[Tensor], batch: dict[str, Any], rewards: Tensor | None = None) -> None:
+    def keep_predictions(
+        self,
+        logits: list[Tensor],
+        batch: dict[str, Any],
+        rewards: Tensor | None = None,
+        vectors: list[tuple[Tensor | None, ...]] | None = None,
+    ) -> None:
         """In an evaluation, keep what the model says of each row.
 
         Args:
             logits: for each row, (R, R) logits that response i beats j.
             batch: the batch.
             rewards: (B, R), where there is one score per response.
+            vectors: for each row, tensors kept in `RowPrediction.vectors`.
         """
         if self._predictions_of_rows is None:
             return
-        columns = (batch[name].cpu().numpy() for name in ("mask", "ranks", "lengths", "is_adversarial", "real"))
-        scores = [None] * len(logits) if rewards is None else rewards.float().cpu().numpy()
-        for row_id, table, score, mask, ranks, lengths, adversarial, real in zip(
-            batch["row_ids"], logits, scores, *columns
-        ):
-            if real:
-                self._predictions_of_rows.append(
-                    RowPrediction(
-                        row_id=row_id,
-                        ranks=ranks[mask],
-                        lengths=lengths[mask],
-                        logits=table.float().cpu().numpy(),
-                        rewards=None if score is None else score[mask],
-                        is_adversarial=bool(adversarial),
-                    )
+        masks, ranks, lengths = (batch[name].cpu().numpy() for name in ("mask", "ranks", "lengths"))
+        scores = None if rewards is None else rewards.float().cpu().numpy()
+        for row, is_real in enumerate(batch["real"].tolist()):
+            if not is_real:
+                continue
+            there = masks[row]
+            kept = None if vectors is None else tuple(None if each is None else each.cpu() for each in vectors[row])
+            self._predictions_of_rows.append(
+                RowPrediction(
+                    row_id=batch["row_ids"][row],
+                    ranks=ranks[row][there],
+                    lengths=lengths[row][there],
+                    logits=logits[row].float().cpu().numpy(),
+                    rewards=None if scores is None else scores[row][there],
+                    vectors=kept,
                 )
+            )
 
     def more_metrics(self, rows: list[RowPrediction], dataset: Dataset) -> dict[str, float]:
         """Further metrics of one evaluated set."""
