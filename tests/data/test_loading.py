@@ -213,7 +213,7 @@ def test_sources_of_different_shapes_mix(tmp_path):
     assert list(dataset["margin"]) == [0.5, None] and "source" not in dataset.column_names
     write_jsonl(tmp_path / "c.jsonl", ROWS)
     with pytest.raises(
-        ValueError, match=r"do not mix: their 'chosen' columns have different types, string and messages"
+        ValueError, match=r"do not mix: their 'prompt' columns have different types, string and messages"
     ):
         load_datasets(DataArguments([DataSource(str(tmp_path / name)) for name in ("a.jsonl", "c.jsonl")]))
 

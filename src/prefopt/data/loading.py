@@ -132,8 +132,8 @@ def _join(datasets: list[Dataset], sources: list[DataSource]) -> Dataset:
             raise ValueError(
                 f"Dataset {source} and dataset {sources[0]} do not mix: one of them is tokenised already."
             )
-        for column in set(first.column_names) & set(dataset.column_names):
-            if first.features[column] != dataset.features[column]:
+        for column in first.column_names:
+            if column in dataset.column_names and first.features[column] != dataset.features[column]:
                 raise ValueError(
                     f"Dataset {source} and dataset {sources[0]} do not mix: their {column!r} columns have different types, "
                     f"{_type(dataset, column)} and {_type(first, column)}."
