@@ -32,6 +32,7 @@ class Command(NamedTuple):
     function: str
     several: bool = False  # may run on several processes
     rows: str = ""  # what a method trains on
+    aliases: str = ""  # the module's table of older names of its keys
 
     @property
     def is_method(self) -> bool:
@@ -54,11 +55,20 @@ COMMANDS: dict[str, Command] = {
     "adversarial-reward-model": _method(
         "the reward model of adversarial preference optimization", "adversarial", "AdversarialReward", "comparisons"
     ),
-    "general-preference-model": _method("a general preference model", "general_preference", "GeneralPreference"),
-    "generate": Command(
-        "sample candidates from a model", "prefopt.candidates.generate", ("GenerateArguments",), "run", several=True
+    "general-preference-model": _method(
+        "a general preference model", "general_preference", "GeneralPreference", "comparisons"
     ),
-    "rank": Command("score candidates", "prefopt.candidates.rank", ("RankArguments",), "run", several=True),
+    "generate": Command(
+        "sample candidates from a model",
+        "prefopt.candidates.generate",
+        ("GenerateArguments",),
+        "run",
+        several=True,
+        aliases="FLAG_ALIASES",
+    ),
+    "rank": Command(
+        "score candidates", "prefopt.candidates.rank", ("RankArguments",), "run", several=True, aliases="FLAG_ALIASES"
+    ),
     "build-pairs": Command(
         "choose pairs among scored candidates", "prefopt.candidates.build_pairs", ("BuildPairsArguments",), "run"
     ),
@@ -81,6 +91,8 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run", ("PipelineArguments",), "run"),
     "check": Command("show what a recipe would run, and what would stop it", "prefopt.check", (), "run"),
 }
+# said of names that TRL, accelerate and DeepSpeed use, over and over; nothing that a user could mend
+LIBRARY_WARNINGS = ("`gradient_checkpointing", "`torch.distributed")
 METHODS = tuple(name for name, command in COMMANDS.items() if command.is_method)
 
 
@@ -158,8 +170,8 @@ def _run(words: list[str]) -> int:
 
 
 def _run_command(name: str, words: list[str]) -> int:
-    # the deprecated name is TRL's own default, not something that a user could mend
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+    for message in LIBRARY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     command = COMMANDS[name]
     if not command.arguments:
         return int(function_of(name)(words) or 0)
@@ -168,6 +180,9 @@ def _run_command(name: str, words: list[str]) -> int:
     if launch_settings and not command.several:
         raise ValueError(f"`prefopt {name}` runs in one process: remove {', '.join(sorted(launch_settings))}.")
     classes = arguments_of(name)
+    if command.aliases:
+        names = getattr(importlib.import_module(command.module), command.aliases)
+        settings = [dataclasses.replace(setting, key=names.get(setting.key, setting.key)) for setting in settings]
     recipe = parse_settings(recipe_name, settings, classes)
     if launch_settings:
         return launch(launch_settings, [name, *without_launch_words(words)])

@@ -86,33 +86,42 @@ def make_trainer(
     check_model(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
     train_dataset, eval_dataset = prepare_data(rows, tokenizer, args, data_args)
-    if eval_dataset is None and args.eval_strategy != "no":
-        tell("There are no evaluation rows, so eval_strategy is off (test_split_size: 0.05 would hold some out).")
+    if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
+        tell("There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out).")
         args.eval_strategy = type(args.eval_strategy)("no")
     args.model_init_kwargs = {**model_options(model_args), **(args.model_init_kwargs or {})}
-    reference = load_reference(run_args, args, model_args)
-    quantization = get_quantization_config(model_args)
-    model: Any = name
-    adapter = get_peft_config(model_args)
-    if is_adapter(name):
-        model = AutoPeftModelForCausalLM.from_pretrained(
-            name,
-            is_trainable=True,
-            quantization_config=quantization,
-            **{**args.model_init_kwargs, "dtype": torch_dtype(model_args)},
-        )
-        args.model_init_kwargs = quantization = adapter = None
-        tell(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
-    return trainer_class(
-        model=model,
-        ref_model=reference,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        quantization_config=quantization,
-        peft_config=adapter,
+    models = (
+        pair_models(name, args, model_args, run_args)
+        if rows == "pairs"
+        else single_model(name, args, model_args, run_args)
     )
+    return trainer_class(
+        args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **models
+    )
+
+
+def single_model(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:
+    """The model of a method without a reference, as its trainer takes it."""
+    if run_args.ref_model_name_or_path is not None:
+        raise ValueError("ref_model_name_or_path: this method has no reference model; remove it.")
+    return {
+        "model": name,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+
+
+def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:
+    """Policy and reference of a pair method, as its trainer takes them."""
+    models = {**single_model(name, args, model_args, RunArguments()), "ref_model": load_reference(run_args, args)}
+    if is_adapter(name):
+        options = {**args.model_init_kwargs, "dtype": torch_dtype(model_args)}
+        models["model"] = AutoPeftModelForCausalLM.from_pretrained(
+            name, is_trainable=True, quantization_config=models["quantization_config"], **options
+        )
+        args.model_init_kwargs = models["quantization_config"] = models["peft_config"] = None
+        tell(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
+    return models
 
 
 def check_model(name: str, model_args: ModelConfig, args: Any) -> None:
@@ -152,7 +161,7 @@ def load_tokenizer(name: str, model_args: ModelConfig, args: Any, run_args: RunA
 
 def prepare_data(
     rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
-) -> tuple[Dataset, Dataset | None]:
+) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
     """Tokenised training and evaluation rows; the counts and one decoded sample are printed."""
     train_dataset, eval_dataset, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
@@ -164,17 +173,24 @@ def prepare_data(
 
 def tokenise_data(
     rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
-) -> tuple[Dataset, Dataset | None, list[TokenizationReport]]:
+) -> tuple[Dataset, Dataset | dict[str, Dataset] | None, list[TokenizationReport]]:
     """The rows that the recipe names as token ids, and what became of them.
 
     Returns:
-        Training rows, evaluation rows if there are any, and a report for each.
+        Training rows; evaluation rows if there are any, by name where the recipe names several sets; a report for each.
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
-    datasets = load_datasets(sources, rows, num_proc=args.dataset_num_proc)
-    done = [
-        TOKENIZERS[rows](
+    train_dataset, eval_dataset = load_datasets(sources, rows, num_proc=args.dataset_num_proc)
+    named = {
+        name: load_datasets(source, rows, num_proc=args.dataset_num_proc)[0]
+        for name, source in data_args.named_evaluations()
+    }
+    raw = {"train": train_dataset, **({"eval": eval_dataset} if eval_dataset is not None else {}), **named}
+    done = {}
+    reports = []
+    for name, dataset in raw.items():
+        done[name], report = TOKENIZERS[rows](
             dataset,
             tokenizer,
             max_length=args.max_length,
@@ -184,10 +200,9 @@ def tokenise_data(
             num_proc=args.dataset_num_proc,
             name=name,
         )
-        for name, dataset in zip(("train", "eval"), datasets)
-        if dataset is not None
-    ]
-    return done[0][0], done[1][0] if len(done) > 1 else None, [report for _, report in done]
+        reports.append(report)
+    train_dataset = done.pop("train")
+    return train_dataset, done if named else done.get("eval"), reports
 
 
 def torch_dtype(model_args: ModelConfig) -> Any:
@@ -203,7 +218,7 @@ def model_options(model_args: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def load_reference(run_args: RunArguments, args: Any, model_args: ModelConfig) -> Any:
+def load_reference(run_args: RunArguments, args: Any) -> Any:
     """The reference model that the recipe names, or `None`: the policy before training."""
     name = run_args.ref_model_name_or_path
     if name is None:
@@ -230,7 +245,8 @@ class readable_errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (OSError, ValueError, KeyError)):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{self.key} {self.name!r} cannot be read: {reason}") from error
+            where = "cannot be read" if Path(self.name).exists() else "is no folder here, and the hub does not give it"
+            raise ValueError(f"{self.key} {self.name!r} {where}: {reason}") from error
 
 
 def fit(trainer: Any, start: str | None) -> None:

@@ -44,6 +44,12 @@ class DatasetArguments:
             "help": "Several sources, each a mapping with path, split, fraction (its share of the mixture), ..."
         },
     )
+    eval_datasets: dict[str, DataSource | str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several evaluation sets by name: each a path (its `test` split, or a whole file), or a mapping as in `datasets`."
+        },
+    )
     test_split_size: float | int | None = field(
         default=None,
         metadata={"help": "Hold out this part (below 1) or number of the training rows for evaluation, by prompt."},
@@ -105,6 +111,20 @@ class DatasetArguments:
             else [DataSource(self.dataset_name, self.dataset_config, test)]
         )
         return DataArguments(train=[train], test=tests, test_split_size=self.test_split_size, seed=seed)
+
+    def named_evaluations(self) -> list[tuple[str, DataArguments]]:
+        """Each set of `eval_datasets` with its name.
+
+        Raises:
+            ValueError: a name that is taken.
+        """
+        named = []
+        for name, source in (self.eval_datasets or {}).items():
+            if name in ("train", "eval"):
+                raise ValueError(f"eval_datasets: choose another name than {name!r}.")
+            whole = DataSource(source, split=_split(source, "test")) if isinstance(source, str) else source
+            named.append((name, DataArguments(train=[whole])))
+        return named
 
     def _from_mixer(self, mixer: dict[str, float], seed: int) -> DataArguments:
         splits = self.dataset_splits or ["train", "test"]

@@ -1,0 +1,171 @@
+"""Every YAML file in the repository: recipes parse strictly and make configs, accelerate configs load."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of
+from prefopt.launch import split_launch_settings
+from prefopt.memory import Launch
+from prefopt.recipes import build, locate, packaged_names
+from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
+from prefopt.run_settings import batch_sizes, check_adapter_keys
+
+ROOT = Path(__file__).parents[2]
+# pipelines name stages, not one command's keys; their own tests read them
+RECIPES = [name for name in packaged_names("training_configs") if not name.startswith(("fragments/", "pipelines/"))]
+ACCELERATE = packaged_names("accelerate_configs")
+PAPERS = {
+    "mistral": {
+        "beta": 0.01,
+        "learning_rate": 5e-7,
+        "num_train_epochs": 1,
+        "max_length": 1024,
+        "max_prompt_length": 512,
+        "global_batch_size": 128,
+    },
+    "llama3_instruct": {
+        "beta": 0.01,
+        "learning_rate": 1e-6,
+        "num_train_epochs": 2,
+        "max_length": 2048,
+        "max_prompt_length": 1800,
+    },
+    "llama3/wpo_hb_v2": {
+        "dataset_name": "wzhouad/llama3-ultrafeedback-hybrid-v2",
+        "seed": 1,
+        "learning_rate": 1e-6,
+        "max_length": 2048,
+    },
+    "gemma2/wpo_hb": {
+        "model_name_or_path": "google/gemma-2-9b-it",
+        "seed": 1,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 1,
+    },
+    "mistral/sppo": {
+        "beta": 1e-3,
+        "learning_rate": 5e-7,
+        "optim": "rmsprop",
+        "lr_scheduler_type": "linear",
+        "global_batch_size": 64,
+    },
+    "gemma2/sppo_27b": {"beta": 1e-3, "per_device_train_batch_size": 1, "global_batch_size": 64, "max_length": 1024},
+}
+
+
+def read(name, *words):
+    recipe_name, settings = load_settings([str(locate(name, "training_configs")), *words])
+    _, settings = split_launch_settings(settings)
+    method = method_of(settings)
+    if importlib.util.find_spec(COMMANDS[method].module) is None:
+        pytest.skip(f"{method} is not part of this version")
+    classes = arguments_of(method)
+    return parse_settings(recipe_name, settings, classes), classes
+
+
+def test_the_folders_are_those_of_the_checkout():
+    assert {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")} == set(ACCELERATE)
+    assert (ROOT / "training_configs" / "llama3" / "wpo.yaml").read_text() == locate(
+        "llama3/wpo", "training_configs"
+    ).read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name):
+    recipe, classes = read(name)
+    assert recipe.notices == []  # our own recipes use today's keys
+    check_adapter_keys(recipe)
+    for processes in (1, 2, 4, 8, 16):
+        recipe.values.update(use_cpu=True, **batch_sizes(recipe.values, classes[0], processes))
+        config = build(Recipe(name, recipe.values), classes)[0]
+        if "global_batch_size" in recipe.values:
+            total = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+            assert total == recipe.values["global_batch_size"]
+    assert not config.push_to_hub
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "/" in name])
+def test_values_carry_their_source(name):
+    path = locate(name, "training_configs")
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        key = line.split(":")[0]
+        if (
+            not line
+            or line.startswith(("#", " ", "-"))
+            or key in ("base_recipe", "method")
+            or line.rstrip().endswith(":")
+        ):
+            continue
+        assert "# " in line, f"{path}, line {number}: {line!r} does not say where its value comes from"
+
+
+@pytest.mark.parametrize(("name", "expected"), PAPERS.items())
+def test_papers_settings(name, expected):
+    values = read(name)[0].values
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_quantised_recipes_keep_the_papers_batches_and_data():
+    plain, quantised = read("llama3/wpo")[0].values, read("llama3/wpo_qlora")[0].values
+    changed = {key for key in quantised if plain.get(key) != quantised[key]}
+    assert {key for key in changed if not key.startswith("lora_")} == {
+        "use_peft", "load_in_4bit", "bnb_4bit_quant_type", "dtype", "learning_rate", "optim", "output_dir", "hub_model_id",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_accelerate_config(name):
+    path = locate(name, "accelerate_configs")
+    load_config_from_file(str(path))
+    launch = Launch.read(path)
+    assert launch.batch_keys == ()
+    values = yaml.safe_load(path.read_text())
+    if launch.zero_stage == 3:
+        assert values["deepspeed_config"]["zero3_save_16bit_model"] is True
+    assert (launch.mixed_precision == "no") == launch.use_cpu
+
+
+def test_the_named_configs_are_there():
+    assert {
+        "single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2", "deepspeed_zero3_multinode",
+        "cpu_zero3_2ranks", "cpu_zero2_2ranks", "cpu_ddp_2ranks",
+    } <= set(ACCELERATE)  # fmt: skip
+    assert {"mistral", "llama3_instruct", "llama3/wpo", "gemma2/wpo_hb_qlora", "mistral/wpo_hb"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama3/wpo", "llama3/wpo.yaml", "training_configs/llama3/wpo.yaml", "./training_configs/llama3/wpo"],
+)
+def test_packaged_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate(name, "training_configs").read_text().startswith("# Llama3-Instruct-8B-WPO-FP")
+
+
+def test_a_file_beside_us_wins_over_a_packaged_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "single_gpu").write_text("mine")
+    assert locate("single_gpu", "accelerate_configs") == Path("single_gpu")
+
+
+def test_unknown_names_give_the_nearest():
+    with pytest.raises(ValueError, match=r"did you mean deepspeed_zero3\?"):
+        locate("deepspeed_zer3", "accelerate_configs")
+    with pytest.raises(ValueError, match=r"packaged ones: .*fsdp2"):
+        locate("xyz", "accelerate_configs")
+
+
+def test_every_script_is_a_command():
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    expected = {f"run_{name}".replace("-", "_") for name in (*METHODS, "pipeline")}
+    expected |= {name.replace("-", "_") for name in COMMANDS if name not in (*METHODS, "pipeline")}
+    assert scripts == expected
+    for path in (ROOT / "scripts").glob("*.py"):
+        named = path.stem.removeprefix("run_").replace("_", "-")
+        assert f'script("{named}")' in path.read_text()
