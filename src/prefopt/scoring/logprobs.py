@@ -67,14 +67,15 @@ def install_scoring(model: PreTrainedModel) -> None:
 
 
 def attention_mask_of(batch: dict[str, torch.Tensor], *, attn_implementation: str, dtype: torch.dtype):
-    """The `attention_mask` of a layout's batch; a packed one is built once and kept in the batch."""
+    """The `attention_mask` of a layout's batch; a packed one is built once per implementation and kept in the batch."""
     if "group_ids" not in batch:
         return batch["attention_mask"]
-    if "packed_mask" not in batch:
-        batch["packed_mask"] = packed_attention_mask(
+    key = f"packed_mask_{attn_implementation}"
+    if key not in batch:
+        batch[key] = packed_attention_mask(
             batch["group_ids"], batch["branch_ids"], implementation=attn_implementation, dtype=dtype
         )
-    return batch["packed_mask"]
+    return batch[key]
 
 
 def score_completions(

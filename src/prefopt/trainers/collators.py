@@ -54,14 +54,7 @@ class PairCollator:
         groups = [Group(e["prompt_ids"], (e["chosen_ids"], e["rejected_ids"])) for e in examples]
         batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch), row_length=micro_batch.row_length)
         batch |= step_columns(examples, micro_batch)
-        for name in PAIR_COLUMNS:
-            if name in examples[0]:
-                batch[name] = torch.tensor([e[name] for e in examples], dtype=torch.float32)
-        for name in REFERENCE_COLUMNS:
-            if name in examples[0]:
-                batch[name] = (
-                    torch.tensor([e[name] for e in examples], dtype=torch.float32).reshape(len(examples), -1).T
-                )
+        batch |= _pair_columns(examples)
         if self.ld_alpha is not None:
             batch["score_weights"] = self._length_desensitised(groups)
         return batch
@@ -113,7 +106,21 @@ class CustomCollator:
             "prompt_index": rows * length + first - 1,
             "last_index": rows * length + length - 1 - scored.flip(1).argmax(1),
         }
-        return batch | step_columns(examples, micro_batch)
+        return batch | step_columns(examples, micro_batch) | _pair_columns(examples)
+
+
+def _pair_columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    present = examples[0]
+    columns = {
+        name: torch.tensor([e[name] for e in examples], dtype=torch.float32)
+        for name in PAIR_COLUMNS
+        if name in present
+    }
+    for name in REFERENCE_COLUMNS:
+        if name in present:
+            values = torch.tensor([e[name] for e in examples], dtype=torch.float32)
+            columns[name] = values.reshape(len(examples), -1).T
+    return columns
 
 
 def step_columns(examples: Sequence[Mapping[str, Any]], micro_batch: MicroBatch) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Read `PreferenceTrainer.step_loss` first; a method overrides one of the function
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prefopt import losses as pure
-from prefopt._trl import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.scoring.logprobs import CompletionScores, install_scoring, score_completions
 from prefopt.trainers.base import BaseTrainer
@@ -24,7 +22,6 @@ from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import PAIR_LOSSES, REFERENCE_FREE_LOSSES, SFT, SORTING_LOSSES, PairLoss, PairScores
 from prefopt.trainers.policy import (
-    REFERENCE_ADAPTER,
     base_model_of,
     frozen_copy,
     load_model,
@@ -32,6 +29,7 @@ from prefopt.trainers.policy import (
     with_adapter,
     with_pad_token,
 )
+from prefopt.trainers.reference import Reference, with_reference_scores
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,16 @@ class PreferenceTrainer(BaseTrainer):
             raise ValueError(
                 f"`router_aux_loss_coef` is set, but {policy.config.model_type} is not a mixture of experts."
             )
-        self.ref_model = self._shard_reference(reference)
         self._margin_checked = False
+        if args.precompute_ref_log_probs:
+            self._use_cached_scores(reference)
+            reference = None
+        self.reference = Reference(self, reference) if self.needs_reference else None
+
+    @property
+    def ref_model(self):
+        """The reference as a module; None where the policy holds it or its scores are cached."""
+        return None if self.reference is None else self.reference.module
 
     # ---- the spine -------------------------------------------------------------------------------------------------------------
 
@@ -159,13 +165,10 @@ class PreferenceTrainer(BaseTrainer):
         """Score all completions of the batch under the reference, or read what was cached: (K, B) each."""
         if self.args.precompute_ref_log_probs:
             return ReferenceScores(batch["ref_chosen_logps"], batch["ref_rejected_logps"])
-        if not self.needs_reference:
+        if self.reference is None:
             zeros = torch.zeros(1, len(batch["row_ids"]), device=self.args.device)
             return ReferenceScores(zeros, zeros)
-        with torch.no_grad(), self._reference_in_place() as reference:
-            logps = score_completions(
-                reference, batch, attn_implementation=self._ref_attention(), dtype=self.model.dtype
-            ).logps
+        logps = self.reference.logps(batch)
         return ReferenceScores(logps[None, 0::2], logps[None, 1::2])
 
     def pair_scores(self, scores: CompletionScores, reference: ReferenceScores, batch: dict[str, Any]) -> PairScores:
@@ -316,18 +319,34 @@ class PreferenceTrainer(BaseTrainer):
 
     def check_columns(self, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
         """Refuse data without the columns that the losses need."""
-        if args.precompute_ref_log_probs and (
-            missing := [c for c in REFERENCE_COLUMNS[:2] if c not in dataset.column_names]
-        ):
-            raise ValueError(f"`precompute_ref_log_probs` is on, but the {name} data has no column {missing[0]!r}.")
+
+    def _use_cached_scores(self, reference) -> None:
+        """Give every data set the columns of cached reference scores."""
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        datasets = {"train": self.train_dataset, **named}
+        done = with_reference_scores(self, {name: d for name, d in datasets.items() if d is not None}, reference)
+        self.train_dataset = done.pop("train", None)
+        self.eval_dataset = done if isinstance(self.eval_dataset, dict) else done.get("eval")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Evaluate; a data set given here is tokenised like the one of the constructor."""
+        """Evaluate; a data set given here is prepared like the one of the constructor."""
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
-        elif isinstance(eval_dataset, Dataset) and eval_dataset is not self.eval_dataset:
-            eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
+            eval_dataset = {name: self._prepare_late(dataset, name) for name, dataset in eval_dataset.items()}
+        elif isinstance(eval_dataset, Dataset) and eval_dataset not in self._datasets():
+            eval_dataset = self._prepare_late(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _prepare_late(self, dataset: Dataset, name: str) -> Dataset:
+        """Prepare a data set that comes after the constructor."""
+        prepared = self._prepare(dataset, name)
+        if not self.args.precompute_ref_log_probs or REFERENCE_COLUMNS[0] in prepared.column_names:
+            return prepared
+        if self.state.global_step > 0 and not isinstance(self.model, PeftModel):
+            raise ValueError(
+                f"The {name} data has no cached reference scores, and the policy has trained since: give it to the constructor as "
+                "`eval_dataset`, or turn `precompute_ref_log_probs` off."
+            )
+        return with_reference_scores(self, {name: prepared}, None)[name]
 
     def why_not_packed(self) -> str | None:
         """A user's collator makes padded batches."""
@@ -339,9 +358,9 @@ class PreferenceTrainer(BaseTrainer):
         """The reference as a module of its own, or None where the policy holds it or scores are cached."""
         free = set(args.loss_type) <= set(REFERENCE_FREE_LOSSES)
         if ref_model is not None:
-            if args.precompute_ref_log_probs or free:
+            if free:
                 raise ValueError(
-                    "`ref_model` would not be used: reference scores are precomputed, or the loss has no reference."
+                    f"`ref_model` would not be used: {', '.join(args.loss_type)} has no reference. Leave it out."
                 )
             install_scoring(base_model_of(ref_model))
             return ref_model.requires_grad_(False).eval()
@@ -352,40 +371,6 @@ class PreferenceTrainer(BaseTrainer):
             install_scoring(reference)
             return reference.requires_grad_(False).eval()
         return frozen_copy(loaded)
-
-    def _shard_reference(self, reference):
-        if reference is None:
-            return None
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
-
-    def _ref_attention(self) -> str:
-        if self.ref_model is None:
-            return self.attn_implementation
-        return self.accelerator.unwrap_model(self.ref_model).config._attn_implementation
-
-    @contextlib.contextmanager
-    def _reference_in_place(self):
-        """The module to score the reference with: the frozen one, or the policy with its adapter off or exchanged."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        policy = self.accelerator.unwrap_model(self.model)
-        wrapped = self.model_wrapped if self.model.training else self.model
-        with disable_gradient_checkpointing(policy, self.args.gradient_checkpointing_kwargs):
-            if REFERENCE_ADAPTER not in policy.peft_config:
-                with policy.disable_adapter():
-                    yield wrapped
-                return
-            active = policy.active_adapter
-            policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-            try:
-                yield wrapped
-            finally:
-                policy.set_adapter(active)
 
     def _check_initial_margin(self, pair: PairScores) -> None:
         """Before the first step, a reference that is the initial policy must score like it."""

@@ -1,0 +1,154 @@
+"""The reference of a pair trainer: a frozen module, the policy without its adapter, or scores that were kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+
+from prefopt._trl import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from prefopt.references.columns import cached_reference_scores, token_scorer
+from prefopt.references.filling import group_scorer
+from prefopt.scoring.logprobs import score_completions
+from prefopt.trainers.collators import REFERENCE_COLUMNS
+from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of
+
+if TYPE_CHECKING:
+    from prefopt.trainers.preference import PreferenceTrainer
+
+GPU_ROW_TOKENS = 16384
+"""Tokens of one forward of the reference pass on a GPU: no gradient is kept, so it can be larger than a training row."""
+
+
+def default_cache_folder() -> Path:
+    """Where reference scores are kept when `ref_logps_dir` is not set: PREFOPT_CACHE, or ~/.cache/prefopt."""
+    return Path(os.environ.get("PREFOPT_CACHE", "~/.cache/prefopt")).expanduser() / "reference_scores"
+
+
+class Reference:
+    """Scores micro-batches under the reference.
+
+    Args:
+        trainer: whose policy holds the reference where there is no module.
+        module: a frozen model with its scoring path, not yet sharded; None: the policy with its adapter off, or with the frozen copy of
+            an adapter that it was given with.
+    """
+
+    def __init__(self, trainer: PreferenceTrainer, module: nn.Module | None) -> None:
+        self.trainer = trainer
+        self.config = None if module is None else base_model_of(module).config
+        self.module = None if module is None else self._shard(module)
+
+    def _shard(self, module: nn.Module) -> nn.Module:
+        accelerator = self.trainer.accelerator
+        if self.trainer.is_deepspeed_enabled:
+            return prepare_deepspeed(module, accelerator)
+        if self.trainer.is_fsdp_enabled:
+            return prepare_fsdp(module, accelerator)
+        return accelerator.prepare_model(module, evaluation_mode=True)
+
+    def logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(C,) float32 summed log-probs of the batch's completions."""
+        trainer = self.trainer
+        wrapped = trainer.model_wrapped if trainer.is_in_train else self._evaluated_model()
+        with torch.no_grad(), self.in_place(wrapped) as (model, config):
+            return score_completions(
+                model, batch, attn_implementation=config._attn_implementation, dtype=trainer.model.dtype
+            ).logps
+
+    def _evaluated_model(self) -> nn.Module:
+        # outside training the policy may be wrapped (after it) or plain (before it); both hold the same weights
+        return self.trainer.model_wrapped
+
+    @contextlib.contextmanager
+    def in_place(self, wrapped_policy: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+        """The model to score with, and its config, while the context is open."""
+        if self.module is not None:
+            yield self.module, self.config
+            return
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        kwargs = self.trainer.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(policy, kwargs), adapter_of_reference(policy):
+            yield wrapped_policy, policy.config
+
+
+@contextlib.contextmanager
+def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
+    """While open, a policy scores as its reference does; a policy without an adapter is its own reference until it trains."""
+    if not isinstance(policy, PeftModel):
+        yield
+        return
+    if REFERENCE_ADAPTER not in policy.peft_config:
+        with policy.disable_adapter():
+            yield
+        return
+    active = policy.active_adapter
+    policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+    try:
+        yield
+    finally:
+        policy.set_adapter(active)
+
+
+def with_reference_scores(
+    trainer: PreferenceTrainer, datasets: dict[str, Dataset], module: nn.Module | None
+) -> dict[str, Dataset]:
+    """The data sets with the columns of cached reference scores; what the cache lacks is scored now, by all ranks.
+
+    Args:
+        trainer: built, not yet training.
+        datasets: tokenised pairs by name; one that has the columns is left as it is.
+        module: the reference, or None: the policy's present weights are.
+
+    Returns:
+        The data sets under the same names.
+    """
+    missing = {
+        name: dataset
+        for name, dataset in datasets.items()
+        if not set(REFERENCE_COLUMNS[:2]) <= set(dataset.column_names)
+    }
+    if not missing:
+        return datasets
+    args, accelerator = trainer.args, trainer.accelerator
+    model = module if module is not None else trainer.model
+    base = base_model_of(model)
+    dtype = str(base.dtype).removeprefix("torch.")
+    if accelerator.mixed_precision != "no":
+        dtype = f"{dtype}/{accelerator.mixed_precision}"
+    adapter = REFERENCE_ADAPTER if isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config else None
+    scorer = token_scorer(
+        model, base.config, name=base.config._name_or_path or "in memory", dtype=dtype, adapter=adapter
+    )
+    longest = max(group.packed for dataset in missing.values() for group in trainer.lengths(dataset))
+    tokens = max(longest, 1024 if args.device.type == "cpu" else GPU_ROW_TOKENS)
+    folder = Path(args.ref_logps_dir) if args.ref_logps_dir else default_cache_folder()
+    engine = prepare_deepspeed(model, accelerator) if trainer.is_deepspeed_enabled else model.to(args.device)
+    score = group_scorer(
+        engine,
+        base.config,
+        trainer.layout,
+        device=args.device,
+        dtype=base.dtype,
+        row_length=-(-tokens // 128) * 128 if args.device.type == "cuda" else None,
+        autocast=accelerator.autocast,
+    )
+    done = dict(datasets)
+    with disable_gradient_checkpointing(base, args.gradient_checkpointing_kwargs), adapter_of_reference(model):
+        for name, dataset in missing.items():
+            done[name], scored = cached_reference_scores(
+                dataset, score, scorer, folder, max_tokens=tokens, padded=trainer.layout.name == "padded"
+            )
+            if trainer.is_world_process_zero():
+                read = 2 * len(dataset) - scored
+                print(f"Reference scores of the {name} data: {read} read from {folder}, {scored} scored now.")
+    if engine is not model:
+        engine.destroy()
+    return done
