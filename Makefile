@@ -1,0 +1,62 @@
+# Every target sets itself up: a virtual environment in .venv with the packages that constraints.txt pins.
+# The set-up runs once and again only after constraints.txt or pyproject.toml has changed.
+#
+#   make quickstart        train a tiny chat model with WPO on this machine's CPU (about two minutes)
+#   make test              the whole offline test suite
+#   make quality           what CI checks: lint, format, types;  make style mends the first two
+#   make bench             our padded path against TRL's DPOTrainer on this machine
+#
+# PYTHON picks the interpreter (3.11 to 3.13), TORCH_INDEX where pip looks for further torch builds.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/prefopt-ready
+
+# A machine without an NVIDIA driver gets the CPU build of torch, a tenth of the size.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Nothing is downloaded at run time, and no target reports to a tracker.
+RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_DISABLED=true TOKENIZERS_PARALLELISM=false
+SOURCES := src tests scripts benchmarks examples
+
+.DEFAULT_GOAL := help
+.PHONY: help setup style quality test quickstart bench clean
+
+help:
+	@sed -n '/^#   make/s/^#   //p' Makefile
+
+setup: $(READY)
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "prefopt: constraints.txt needs Python 3.11 to 3.13; name one, as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (once; a few minutes)"
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch setuptools wheel
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+style: $(READY)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(READY)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+test: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+quickstart: $(READY)
+	$(RUN) $(BIN)/python examples/quickstart/quickstart.py
+
+bench: $(READY)
+	$(RUN) $(BIN)/python benchmarks/step_throughput.py --layouts padded $(ARGS)
+
+# Removes what the targets leave behind; keeps .venv.
+clean:
+	rm -rf build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf
