@@ -193,11 +193,18 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def _check_policy(policy: str, probabilities: str, temperature: float, include_self: bool) -> None:
+def check_policy(policy: str, probabilities: str, temperature: float, include_self: bool) -> None:
+    """Refuse settings of `select_pairs` that are unknown or that the policy would ignore.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
     if policy not in POLICIES:
         raise ValueError(f"Unknown pair policy {policy!r}; known: {', '.join(POLICIES)}.")
     if probabilities not in ("pairwise", "aggregate"):
         raise ValueError(f"probabilities must be 'pairwise' or 'aggregate', got {probabilities!r}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}.")
     if policy == "sppo_paper" and (probabilities, temperature, include_self) != ("pairwise", 1.0, True):
         raise ValueError(
             "sppo_paper fixes probabilities, temperature and the self term; use policy 'sppo' to set them."
@@ -248,9 +255,7 @@ def select_pairs(
 
     Reference: WPO arXiv 2406.11827; SPPO arXiv 2405.00675 and its released code (`sppo_paper`); GPO arXiv 2410.02197.
     """
-    _check_policy(policy, probabilities, temperature, include_self)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}.")
+    check_policy(policy, probabilities, temperature, include_self)
     differences = score_differences(scores)
     if not len(texts) == len(differences) == len(eligible if eligible is not None else texts):
         raise ValueError(

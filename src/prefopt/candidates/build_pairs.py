@@ -1,0 +1,275 @@
+"""`prefopt build-pairs`: from scored candidates to a preference dataset, with a report of what was dropped and of lengths and gaps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset
+
+from prefopt.candidates.pairs import POLICIES, Pair, Probabilities, check_policy, select_pairs
+from prefopt.candidates.pairs_report import PairRecord, summarise, write_report
+from prefopt.candidates.records import Record, read_records
+from prefopt.data.messages import as_messages
+from prefopt.data.rows import CONTEXT_COLUMNS
+from prefopt.files import atomic_path, content_hash, write_jsonl
+
+FILTERS = ("empty", "duplicate", "length")
+# settings that only some policies read: setting -> policies
+ONLY_FOR = {
+    "probabilities": ("best_worst", "sppo"),
+    "temperature": ("best_worst", "sppo", "gpo"),
+    "include_self": ("sppo", "gpo"),
+    "seed": ("best_random",),
+}
+TOO_FEW = "fewer than two candidates"
+TOO_FEW_LEFT = "fewer than two candidates after the filters"
+ALL_TIED = "all candidates tie"
+GAP_TOO_SMALL = "gap below min_gap"
+SAME_TEXT = "chosen and rejected are the same text"
+
+
+def _setting(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class BuildPairsArguments:
+    """What `prefopt build-pairs` reads, how it chooses pairs, and where they go."""
+
+    candidates: str = _setting(
+        "", "Scored candidates: the folder that `prefopt rank` wrote, a file, or a hub dataset."
+    )
+    output_dir: str = _setting("", "Folder for train.parquet (or train.jsonl) and the report.")
+    policy: str = _setting("best_worst", f"How pairs are chosen: {', '.join(POLICIES)}.", choices=list(POLICIES))
+    score: str | None = _setting(None, "Name of the scores to use; may be left out where there is only one.")
+    split: str = _setting("train", "Split of the candidates, where they come from a dataset.")
+
+    probabilities: str = _setting(
+        "pairwise",
+        "Win probabilities from the table of pairwise logits, or from each candidate's mean logit.",
+        choices=["pairwise", "aggregate"],
+    )
+    temperature: float = _setting(1.0, "Divides the logits of the win probabilities.")
+    include_self: bool = _setting(True, "Count a candidate's tie with itself in its mean win probability.")
+    min_gap: float = _setting(0.0, "Least difference between chosen and rejected in what the policy ranks by.")
+    keep: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Candidates that may be chosen or rejected although they are empty, duplicate (of an earlier one) or length (cut off "
+            "by the token limit). Such candidates are passed over unless named here, but count in the means; sppo_paper keeps all."
+        },
+    )
+    seed: int = _setting(42, "Seed of best_random; each prompt draws with one made of it and its prompt_id.")
+
+    output_format: str = _setting("parquet", "parquet or jsonl.", choices=["parquet", "jsonl"])
+    plots: bool = _setting(True, "Draw lengths and gaps (needs matplotlib, the extra `plots`).")
+    push_to_hub: bool = _setting(False, "Also push the pairs to the hub, after everything is written here.")
+    hub_dataset_id: str | None = _setting(None, "Dataset repository to push to.")
+    hub_private_repo: bool = _setting(True, "Whether that repository is private when it is made.")
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
+        for name in ("policy", "probabilities", "output_format"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        check_policy(self.policy, self.probabilities, self.temperature, self.include_self)
+        for name, policies in ONLY_FOR.items():
+            if self.policy not in policies and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} has no effect on the policy {self.policy}, only on {', '.join(policies)}.")
+        if self.policy == "sppo_paper" and self.keep:
+            raise ValueError("sppo_paper passes over no candidate; leave `keep` out.")
+        if self.min_gap < 0:
+            raise ValueError(f"min_gap must not be negative, got {self.min_gap}.")
+        unknown = [name for name in self.keep if name not in FILTERS]
+        if unknown:
+            raise ValueError(f"keep takes {', '.join(FILTERS)}, not {unknown[0]!r}.")
+        if self.push_to_hub != (self.hub_dataset_id is not None):
+            raise ValueError("push_to_hub and hub_dataset_id belong together: give both or neither.")
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """The filters in force."""
+        return () if self.policy == "sppo_paper" else tuple(name for name in FILTERS if name not in self.keep)
+
+
+def run(args: BuildPairsArguments) -> Path:
+    """Build the pairs, and write `train.<format>`, `pairs_report.md`, `.json` and (with plots) `.png` to `output_dir`.
+
+    Returns:
+        The file of pairs.
+
+    Raises:
+        ValueError: a candidate without the score, no pair at all, or pairs of another format in the folder.
+    """
+    other = Path(args.output_dir) / ("train.jsonl" if args.output_format == "parquet" else "train.parquet")
+    if other.exists():
+        raise ValueError(
+            f"{other} is there already, and would be mixed up with train.{args.output_format}; remove it or give another output_dir."
+        )
+    records = read_records(args.candidates, split=args.split)
+    score = _score_name(records, args)
+    dropped: Counter[str] = Counter()
+    filtered: Counter[str] = Counter()
+    found = [
+        PairRecord(record, pair)
+        for record in records
+        for pair in pairs_of(record, score, args, dropped=dropped, filtered=filtered)
+    ]
+    if not found:
+        reasons = ", ".join(f"{number} x {reason}" for reason, number in dropped.most_common())
+        raise ValueError(f"{args.candidates}: none of {len(records)} prompts gives a pair ({reasons}).")
+    summary = summarise(found, prompts=len(records), dropped=dropped, filtered=filtered)
+    settings = {
+        name: getattr(args, name)
+        for name in ("policy", "probabilities", "temperature", "include_self", "min_gap", "seed")
+    }
+    summary["settings"] = {**settings, "score": score, "filters": list(args.filters)}
+    dataset_rows = pair_rows(found, POLICIES[args.policy].columns)
+    write_report(args.output_dir, summary, found, plots=args.plots)
+    path = Path(args.output_dir) / f"train.{args.output_format}"
+    dataset = _write(path, dataset_rows, args.output_format)
+    print(f"build-pairs: {len(found)} pairs from {summary['prompts_with_pairs']} of {len(records)} prompts -> {path}")
+    for name, number in [
+        *dropped.items(),
+        *((f"candidates not eligible: {reason}", count) for reason, count in filtered.items()),
+    ]:
+        print(f"build-pairs: {number} {name}")
+    for warning in summary["warnings"]:
+        print(f"build-pairs: warning: {warning}", file=sys.stderr)
+    if args.push_to_hub:
+        assert args.hub_dataset_id is not None
+        dataset.push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
+    return path
+
+
+def _score_name(records: Sequence[Record], args: BuildPairsArguments) -> str:
+    names = sorted(
+        {name for record in records for c in record["candidates"] for name in c["scores"]}
+        | {n for r in records for n in r["tables"]}
+    )
+    if args.score is not None and args.score not in names:
+        raise ValueError(
+            f"{args.candidates} has no scores named {args.score!r}; it has {names or 'none: run `prefopt rank` first'}."
+        )
+    if args.score is None and len(names) != 1:
+        hint = "run `prefopt rank` first." if not names else f"choose one with --score: {', '.join(names)}."
+        raise ValueError(f"{args.candidates} has {len(names)} kinds of scores; {hint}")
+    return args.score or names[0]
+
+
+def pairs_of(
+    record: Record, score: str, args: BuildPairsArguments, *, dropped: Counter[str], filtered: Counter[str]
+) -> list[Pair]:
+    """The pairs of one record; counts in `dropped` why there is none, in `filtered` the candidates that were not eligible."""
+    candidates = record["candidates"]
+    if len(candidates) < 2:
+        dropped[TOO_FEW] += 1
+        return []
+    scores = _scores(record, score)
+    eligible = _eligible(candidates, args.filters, filtered)
+    if sum(eligible) < 2:
+        dropped[TOO_FEW_LEFT] += 1
+        return []
+    texts = [candidate["text"] for candidate in candidates]
+
+    def select(min_gap: float) -> list[Pair]:
+        return select_pairs(
+            texts,
+            scores,
+            policy=args.policy,
+            seed=content_hash(args.seed, record["prompt_id"]),
+            probabilities=cast(Probabilities, args.probabilities),
+            temperature=args.temperature,
+            include_self=args.include_self,
+            min_gap=min_gap,
+            eligible=eligible,
+        )
+
+    pairs = select(args.min_gap)
+    if not pairs:
+        dropped[GAP_TOO_SMALL if args.min_gap > 0 and select(0.0) else ALL_TIED] += 1
+        return []
+    different = [pair for pair in pairs if texts[pair.chosen] != texts[pair.rejected]]
+    if not different:
+        dropped[SAME_TEXT] += 1
+    return different
+
+
+def _scores(record: Record, score: str) -> Any:
+    if score in record["tables"]:
+        return record["tables"][score]
+    missing = [number for number, candidate in enumerate(record["candidates"]) if score not in candidate["scores"]]
+    if missing:
+        raise ValueError(
+            f"Row {record['prompt_id']!r}: candidate {missing[0]} has no score {score!r}; rank the candidates again."
+        )
+    return [candidate["scores"][score] for candidate in record["candidates"]]
+
+
+def _eligible(candidates: Sequence[dict[str, Any]], filters: Sequence[str], filtered: Counter[str]) -> list[bool]:
+    seen: set[str] = set()
+    eligible = []
+    for candidate in candidates:
+        text = candidate["text"]
+        reasons = {
+            "empty": not text.strip(),
+            "length": candidate["finish_reason"] == "length",
+            "duplicate": text in seen,
+        }
+        reason = next((name for name, holds in reasons.items() if holds and name in filters), None)
+        if reason is None:
+            seen.add(text)
+        else:
+            filtered[reason] += 1
+        eligible.append(reason is None)
+    return eligible
+
+
+def pair_rows(found: Sequence[PairRecord], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows in the trainers' columns: `prompt_id`, `prompt`, `chosen`, `rejected`, the policy's own, and who wrote either side.
+
+    Completions are messages where prompts are; a column has one type, so where any prompt is a message list, all become one.
+    """
+    as_lists = any(isinstance(item.record["prompt"], list) for item in found)
+    rows = []
+    for item in found:
+        record, pair = item.record, item.pair
+        row: dict[str, Any] = {
+            "prompt_id": record["prompt_id"],
+            "prompt": as_messages(record["prompt"]) if as_lists else record["prompt"],
+        }
+        for side, index in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            text = record["candidates"][index]["text"]
+            row[side] = [{"role": "assistant", "content": text}] if as_lists else text
+        row |= {column: getattr(pair, column) for column in columns}
+        row |= {
+            f"{side}_source": record["candidates"][getattr(pair, side)]["source"] for side in ("chosen", "rejected")
+        }
+        # as text: rows differ in the keys of their tools, and a parquet column has one type
+        row |= {
+            name: json.dumps(record[name], ensure_ascii=False)
+            for name in CONTEXT_COLUMNS
+            if record.get(name) is not None
+        }
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _write(path: Path, rows: list[dict[str, Any]], output_format: str) -> Dataset:
+    dataset = Dataset.from_list(rows)
+    if output_format == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        with atomic_path(path) as temporary:
+            dataset.to_parquet(str(temporary))
+    return dataset
