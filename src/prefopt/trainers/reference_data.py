@@ -1,0 +1,73 @@
+"""What DPO against several references asks of its data: whole scores, a held-out part, references that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from prefopt.references.weights import fixed_weights
+from prefopt.trainers.collators import REFERENCE_COLUMNS
+from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
+from prefopt.trainers.reference_weighting import ReferenceTable
+
+
+def reference_spread(dataset: Dataset, *, beta: float, normalize: str) -> float:
+    """Mean over pairs of the standard deviation over references of beta * (chosen - rejected), in the unit of the loss."""
+    table = ReferenceTable.of(dataset, unit="byte" if normalize == "byte" else "token")
+    chosen, rejected = (table.chosen, table.rejected) if normalize == "none" else table.means
+    return float(beta * (chosen - rejected).std(dim=0, correction=0).mean())
+
+
+def short_names(references: Sequence[str]) -> list[str]:
+    """Last parts of the names where they differ, else the whole names."""
+    short = [Path(name).name for name in references]
+    return short if len(set(short)) == len(short) else list(references)
+
+
+def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
+    """Refuse data whose scores are missing, not finite, or of another number of references."""
+    for column in REFERENCE_COLUMNS:
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"The {name} data has no column {column!r}. Name the `references` and `ref_logps_dir`, or give data with their scores."
+            )
+        values = dataset[column]
+        if not isinstance(values[0], list):
+            raise ValueError(
+                f"Column {column!r} of the {name} data must hold a list with one number for each reference."
+            )
+        count = len(args.references) if args.references else len(dataset[0]["ref_chosen_logps"])
+        wrong = next((row for row, numbers in enumerate(values) if None in numbers or len(numbers) != count), None)
+        if wrong is None:
+            finite = torch.isfinite(torch.tensor(values)).all(dim=1)
+            wrong = None if bool(finite.all()) else int((~finite).nonzero()[0])
+        if wrong is not None:
+            raise ValueError(
+                f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be {count} finite numbers."
+            )
+    if args.reference_weights is not None:
+        fixed_weights(args.reference_weights, count)
+
+
+def hold_out_by_prompt(dataset: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
+    """The training rows and at least `rows` validation rows, no prompt in both."""
+    if rows >= len(dataset):
+        raise ValueError(
+            f"`validation_rows` is {rows}, but the train set has {len(dataset)} rows: none would be left."
+        )
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(dataset["prompt_ids"]):
+        groups.setdefault(tuple(prompt), []).append(row)
+    members = list(groups.values())
+    held: list[int] = []
+    for number in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist():
+        if len(held) >= rows:
+            break
+        held += members[number]
+    kept = sorted(set(range(len(dataset))) - set(held))
+    if not kept:
+        raise ValueError(f"`validation_rows: {rows}` leaves no training rows, since rows of one prompt stay together.")
+    return dataset.select(kept), dataset.select(sorted(held))
