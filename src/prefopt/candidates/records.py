@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Json, List, Value
 
 from prefopt.data.messages import Text, clean_text, without_none
 from prefopt.data.sources import DataSource, load_source
-from prefopt.files import atomic_path, write_jsonl
+from prefopt.files import atomic_path, read_jsonl, write_jsonl
 
 Candidate: TypeAlias = dict[str, Any]
 Record: TypeAlias = dict[str, Any]
@@ -119,7 +119,12 @@ def read_records(path: str | Path, *, split: str = "train") -> list[Record]:
     """
     folder = Path(path)
     found = next((folder / name for name in RECORD_FILES if (folder / name).is_file()), folder)
-    rows = load_source(DataSource(str(found if folder.is_dir() else path), split=split))
+    name = str(found if folder.is_dir() else path)
+    rows: Iterable[Record]
+    if found.is_file() and name.endswith((".jsonl", ".jsonl.gz")) and split == "train":
+        rows = read_jsonl(found)  # the JSON reader of `datasets` may change the last digit of a score
+    else:
+        rows = load_source(DataSource(name, split=split))
     records = [check_record(row, f"{path}, row {number}") for number, row in enumerate(rows)]
     seen: set[str] = set()
     for number, record in enumerate(records):

@@ -95,9 +95,10 @@ def read_completion(reply: dict[str, Any], sampling: Sampling, tokenizer: PreTra
     if not isinstance(text, str) or not isinstance(count, int) or reason not in ("stop", "length"):
         raise AttemptFailed(f"it ended an answer with {reason!r}, not with stop or length")
     ids = choice.get("token_ids")
-    if ids is None:
-        return Completion(text, reason, count)
-    return completion_of(ids, sampling.stop_token_ids, tokenizer)
+    answer = None if ids is None else completion_of(ids, sampling.stop_token_ids, tokenizer)
+    if answer is None or answer.finish_reason != reason:  # an end token that only the server knows
+        return Completion(text, reason, count, ids and tuple(ids))
+    return answer
 
 
 def find_model(client: JsonClient, wanted: str | None) -> tuple[str, int | None]:

@@ -1,0 +1,172 @@
+"""`prefopt split`: sets of prompts without a common prompt, for the reward model, the policy and the test."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from prefopt.data.faults import BadRow
+from prefopt.data.messages import as_messages, without_none
+from prefopt.data.rows import Row, normalise_prompt
+from prefopt.data.sources import DataSource, load_source
+from prefopt.files import content_hash, read_jsonl, write_json, write_jsonl
+
+SETS = ("reward_model", "policy", "test")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SplitArguments:
+    """Which rows to split, and how large each set is: shares of the prompts (below 1) or numbers of prompts."""
+
+    prompts: str = _setting("", "Rows with prompts (prompts, pairs, records, ...): hub name, file or folder.")
+    output_dir: str = _setting("", "Folder for reward_model.jsonl, policy.jsonl and test.jsonl.")
+    prompts_config: str | None = _setting(None, "Configuration (subset) of a hub dataset.")
+    prompts_split: str = _setting("train", "Split to read.")
+    reward_model: float = _setting(0.45, "Share or number of prompts for the reward model; 0 for none.")
+    policy: float = _setting(0.45, "Share or number of prompts for the policy; 0 for none.")
+    test: float = _setting(0.1, "Share or number of prompts for the test; 0 for none.")
+    seed: int = _setting(42, "Which prompt goes where; it does not depend on the order of the rows.")
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
+        sizes = self.sizes
+        for name, size in sizes.items():
+            if size < 0 or (size > 1 and size != int(size)):
+                raise ValueError(f"{name} is {size}; it must be a share up to 1 or a whole number of prompts.")
+        used = [size for size in sizes.values() if size]
+        if len(used) < 2:
+            raise ValueError("A split makes at least two sets; give two of reward_model, policy and test a size.")
+        if any(size < 1 for size in used) and any(size >= 1 for size in used):
+            raise ValueError(f"The sizes {sizes} mix shares and numbers of prompts; give one kind.")
+        if all(size < 1 for size in used) and sum(used) > 1 + 1e-9:
+            raise ValueError(f"The shares {sizes} add up to {sum(used):g}, more than 1.")
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Set -> share or number."""
+        return {"reward_model": self.reward_model, "policy": self.policy, "test": self.test}
+
+
+def prompt_text_key(prompt: Any) -> str:
+    """What makes two prompts the same: roles and texts, whatever their white space and letter case."""
+    turns = [
+        (turn["role"], " ".join(str(turn.get("content") or "").split()).casefold()) for turn in as_messages(prompt)
+    ]
+    return content_hash(turns)
+
+
+def assign(keys: Sequence[str], sizes: Mapping[str, float], *, seed: int) -> dict[str, str]:
+    """Which set each prompt goes to: prompts in the order of their seeded hashes, one set after another.
+
+    Args:
+        keys: one for each row; equal keys are one prompt.
+        sizes: set -> share of the prompts (below 1) or their number.
+        seed: of the hashes.
+
+    Returns:
+        key -> set, without the prompts that are left over.
+
+    Raises:
+        ValueError: more prompts asked for than there are, or a set that would be empty.
+    """
+    order = sorted(set(keys), key=lambda key: content_hash(seed, key))
+    used = {name: size for name, size in sizes.items() if size}
+    if all(size < 1 for size in used.values()):
+        # cumulated, so that the rounding of the shares neither loses nor repeats a prompt
+        ends, total = {}, 0.0
+        for name, share in used.items():
+            total += share
+            ends[name] = round(total * len(order))
+    else:
+        ends, count = {}, 0
+        for name, number in used.items():
+            count += int(number)
+            ends[name] = count
+    if max(ends.values()) > len(order):
+        raise ValueError(f"{max(ends.values())} prompts are asked for, but there are {len(order)} different ones.")
+    places: dict[str, str] = {}
+    start = 0
+    for name, end in ends.items():
+        if end <= start:
+            raise ValueError(f"{name} would get none of {len(order)} prompts; give it a larger size.")
+        places |= dict.fromkeys(order[start:end], name)
+        start = end
+    return places
+
+
+def run(args: SplitArguments) -> Path:
+    """Write the sets, read them back, and check that no two have a prompt in common.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: too few prompts, or no row with one.
+    """
+    source = DataSource(args.prompts, name=args.prompts_config, split=args.prompts_split)
+    rows, keys, dropped = _read(source)
+    places = assign(keys, args.sizes, seed=args.seed)
+    folder = Path(args.output_dir)
+    names = [name for name in SETS if args.sizes[name]]
+    for name in SETS:
+        (folder / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier split, with other prompts
+    for name in names:
+        write_jsonl(folder / f"{name}.jsonl", (row for row, key in zip(rows, keys) if places.get(key) == name))
+    found = check_disjoint(folder, names)
+    report = {
+        "seed": args.seed,
+        "sizes": args.sizes,
+        "prompts": {name: len(found[name]) for name in names},
+        "rows": {name: sum(places.get(key) == name for key in keys) for name in names},
+        "prompts in no set": len(set(keys) - set(places)),
+        "rows without a prompt": dict(dropped),
+    }
+    write_json(folder / "split_report.json", report)
+    for name in names:
+        print(f"split: {name}: {len(found[name])} prompts, {report['rows'][name]} rows -> {folder / name}.jsonl")  # type: ignore[index]
+    for reason, number in dropped.items():
+        print(f"split: {number} rows dropped: {reason}")
+    return folder
+
+
+def _read(source: DataSource) -> tuple[list[Row], list[str], Counter[str]]:
+    rows, keys = [], []
+    dropped: Counter[str] = Counter()
+    for row in load_source(source):
+        clean = without_none(row)
+        try:
+            keys.append(prompt_text_key(normalise_prompt(clean)["prompt"]))
+        except BadRow as fault:
+            dropped[fault.reason] += 1
+            continue
+        rows.append(clean)
+    if not rows:
+        raise ValueError(f"Dataset {source}: no row has a prompt ({dict(dropped)}).")
+    return rows, keys, dropped
+
+
+def check_disjoint(folder: Path, names: Sequence[str]) -> dict[str, set[str]]:
+    """The prompts of each written set.
+
+    Raises:
+        ValueError: two sets have a prompt in common.
+    """
+    found = {
+        name: {prompt_text_key(normalise_prompt(row)["prompt"]) for row in read_jsonl(folder / f"{name}.jsonl")}
+        for name in names
+    }
+    for one, other in combinations(names, 2):
+        common = found[one] & found[other]
+        if common:
+            raise ValueError(f"{folder}: {one} and {other} have {len(common)} prompts in common.")
+    return found

@@ -1,0 +1,119 @@
+"""A real HTTP server in a thread that speaks /v1/completions and misbehaves on command."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Endpoint:
+    """What the server saw, and what it does next.
+
+    `faults` are taken in turn, one a POST request, before anything is answered well: an HTTP status, "hang" (longer than any
+    time limit here), "drip" (a byte now and then), "cut" (less than announced), "text" (no JSON), "list", "empty" (an object
+    without choices), "aborted" (another finish_reason), "close" (no answer at all) or "redirect".
+    """
+
+    def __init__(self, *, models=("tiny",), max_model_len=512, faults=(), return_ids=True, key=None, always=None):
+        self.models, self.max_model_len = list(models), max_model_len
+        self.faults, self.return_ids, self.key, self.always = list(faults), return_ids, key, always
+        self.bodies, self.keys, self.open_requests, self.most_at_once = [], [], 0, 0
+        self.lock = threading.Lock()
+        self.answer = lambda body: ([7, 8, 9], "stop")
+        self.delay = 0.0
+
+    def take_fault(self):
+        with self.lock:
+            return self.always or (self.faults.pop(0) if self.faults else None)
+
+
+def handler_for(endpoint):
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            if self.path == "/stolen/completions":
+                endpoint.keys.append(("elsewhere", self.headers.get("Authorization")))
+            models = [{"id": name, "max_model_len": endpoint.max_model_len} for name in endpoint.models]
+            self.reply(200, json.dumps({"data": models}).encode())
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with endpoint.lock:
+                endpoint.bodies.append(body)
+                endpoint.keys.append(("here", self.headers.get("Authorization")))
+                endpoint.open_requests += 1
+                endpoint.most_at_once = max(endpoint.most_at_once, endpoint.open_requests)
+            try:
+                self.answer(body, endpoint.take_fault())
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # the client had enough
+            finally:
+                with endpoint.lock:
+                    endpoint.open_requests -= 1
+
+        def answer(self, body, fault):
+            time.sleep(endpoint.delay)
+            if endpoint.key is not None and self.headers.get("Authorization") != f"Bearer {endpoint.key}":
+                said = f"wrong key {self.headers.get('Authorization')}"
+                return self.reply(401, json.dumps({"error": said}).encode())
+            if isinstance(fault, int):
+                return self.reply(fault, json.dumps({"error": "as told"}).encode(), {"Retry-After": "0"})
+            ids, reason = endpoint.answer(body)
+            choice = {"index": 0, "text": "from the server", "finish_reason": reason}
+            if endpoint.return_ids:
+                choice["token_ids"] = ids
+            good = json.dumps({"choices": [choice], "usage": {"completion_tokens": len(ids)}}).encode()
+            if fault == "hang":
+                time.sleep(2.0)
+            elif fault == "drip":
+                self.start(200, len(good))
+                for byte in good:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(0.1)
+            elif fault == "cut":
+                self.start(200, len(good) + 100)
+                self.wfile.write(good)
+            elif fault == "close":
+                self.close_connection = True
+            elif fault == "redirect":
+                self.reply(302, b"", {"Location": "/stolen/completions"})
+            else:
+                choice = {**choice, "finish_reason": "abort"}
+                bad = {
+                    "text": b"<html>busy</html>",
+                    "list": b"[1, 2]",
+                    "empty": b"{}",
+                    "aborted": json.dumps({"choices": [choice], "usage": {"completion_tokens": 1}}).encode(),
+                }
+                self.reply(200, bad.get(fault, good))
+
+        def start(self, status, length, headers=()):
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(length))
+            for name, value in dict(headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def reply(self, status, content, headers=()):
+            self.start(status, len(content), headers)
+            self.wfile.write(content)
+
+    return Handler
+
+
+@contextmanager
+def serving(endpoint):
+    """The address of a running server."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(endpoint))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()

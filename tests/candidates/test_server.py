@@ -1,0 +1,230 @@
+"""The server backend against a real HTTP server on this machine, well and badly behaved."""
+
+import logging
+import socket
+import time
+
+import pytest
+
+from prefopt.candidates.backends import Request, Sampling
+from prefopt.candidates.backends.http import JsonClient, ServerError
+from prefopt.candidates.backends.server import ServerBackend, find_model
+from prefopt.candidates.generate import GenerateArguments, run
+from prefopt.candidates.records import read_records
+from prefopt.candidates.shards import ShardFailed
+from tests.candidates.endpoint import Endpoint, serving
+from tests.candidates.folders import HARD_PROMPTS, save_prompts, save_tiny
+from tests.tiny import tiny_tokenizer
+
+KEY_VARIABLE = "PREFOPT_TEST_KEY"
+SECRET = "sk-very-secret"
+
+
+def backend_for(address, *, timeout=5.0, retries=3, concurrency=4, tokenizer=None):
+    client = JsonClient(address, KEY_VARIABLE, timeout, retries, first_pause=0.01)
+    sampling = Sampling(0.7, 0.9, 0, 1.1, (5, 9))
+    return ServerBackend(client, "tiny", tokenizer or tiny_tokenizer("llama3"), sampling, concurrency=concurrency)
+
+
+def complete(endpoint, number=1, **changes):
+    with serving(endpoint) as address:
+        requests = [Request([1, 20 + n], 16, seed=100 + n) for n in range(number)]
+        return backend_for(address, **changes).complete(requests, 0, lambda answers, tokens: None)
+
+
+def test_every_setting_is_sent_with_token_ids():
+    endpoint = Endpoint()
+    tokenizer = tiny_tokenizer("llama3")
+    (answer,) = complete(endpoint, tokenizer=tokenizer)
+    assert endpoint.bodies == [
+        {
+            "model": "tiny",
+            "prompt": [1, 20],
+            "max_tokens": 16,
+            "n": 1,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "top_k": -1,
+            "repetition_penalty": 1.1,
+            "stop_token_ids": [5, 9],
+            "seed": 100,
+            "return_token_ids": True,
+        }
+    ]
+    assert (answer.text, answer.finish_reason, answer.num_tokens) == (tokenizer.decode([7, 8]), "stop", 3)
+    (answer,) = complete(Endpoint(return_ids=False))
+    assert (answer.text, answer.finish_reason, answer.num_tokens) == ("from the server", "stop", 3)
+
+
+def test_requests_run_at_once_and_come_back_in_order():
+    endpoint = Endpoint()
+    endpoint.delay = 0.05
+    endpoint.answer = lambda body: ([body["seed"], 9], "stop")
+    answers = complete(endpoint, 12, concurrency=4)
+    assert [answer.token_ids for answer in answers] == [(100 + n, 9) for n in range(12)]
+    assert endpoint.most_at_once == 4
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "text", "list", "empty", "aborted", "close", "cut"])
+def test_a_passing_fault_is_retried(fault):
+    endpoint = Endpoint(faults=[fault, fault])
+    answers = complete(endpoint, 3)
+    assert len(answers) == 3 and all(answer.num_tokens == 3 for answer in answers)
+    assert len(endpoint.bodies) == 5
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_a_request_has_a_time_limit(fault):
+    endpoint = Endpoint(faults=[fault])
+    started = time.monotonic()
+    (answer,) = complete(endpoint, timeout=0.4)
+    assert answer.num_tokens == 3
+    assert time.monotonic() - started < 1.9
+    with pytest.raises(ServerError, match=r"failed 2 times; the last time: no answer within 0\.3 s"):
+        complete(Endpoint(always=fault), timeout=0.3, retries=1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (500, r"failed 3 times; the last time: HTTP 500, '\{\"error\": \"as told\"\}'"),
+        ("text", "not JSON"),
+        ("list", "not a JSON object"),
+        ("empty", "its reply has not one choice"),
+        ("aborted", "it ended an answer with 'abort'"),
+        ("close", "the connection broke"),
+        ("cut", "cut off|connection broke"),
+    ],
+)
+def test_a_lasting_fault_is_told_after_the_last_attempt(fault, reason):
+    endpoint = Endpoint(always=fault)
+    with pytest.raises(ServerError, match=reason):
+        complete(endpoint, retries=2)
+    assert len(endpoint.bodies) == 3
+
+
+@pytest.mark.parametrize(("status", "reason"), [(400, "HTTP 400, .*as told"), (404, "HTTP 404"), (403, KEY_VARIABLE)])
+def test_a_refusal_is_not_repeated(status, reason):
+    endpoint = Endpoint(always=status)
+    with pytest.raises(ServerError, match=reason):
+        complete(endpoint)
+    assert len(endpoint.bodies) == 1
+
+
+def test_pauses_grow_and_follow_the_server(monkeypatch):
+    pauses = []
+    client = JsonClient("http://127.0.0.1:9/v1", KEY_VARIABLE, 1.0, 4)
+    monkeypatch.setattr(client.stopped, "wait", pauses.append)
+    with pytest.raises(ServerError, match="failed 5 times; the last time: it cannot be reached"):
+        client.request("models", None, lambda reply: reply)
+    assert [0.75 * 2**n <= pause <= 1.25 * 2**n for n, pause in enumerate(pauses)] == [True] * 4
+
+
+def test_one_request_that_fails_for_good_ends_the_others():
+    endpoint = Endpoint(faults=[400])
+    endpoint.delay = 0.05
+    with pytest.raises(ServerError, match="HTTP 400"):
+        complete(endpoint, 50, concurrency=2)
+    assert len(endpoint.bodies) < 10
+
+
+def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv(KEY_VARIABLE, SECRET)
+    endpoint = Endpoint(key=SECRET)
+    complete(endpoint)
+    assert endpoint.keys == [("here", f"Bearer {SECRET}")]
+    monkeypatch.setenv(KEY_VARIABLE, SECRET + "x")
+    with pytest.raises(ServerError, match="HTTP 401") as caught:
+        complete(Endpoint(key=SECRET))
+    assert SECRET not in str(caught.value) and "[key]" in str(caught.value)
+    assert SECRET not in repr(backend_for("http://localhost/v1").client)
+    monkeypatch.delenv(KEY_VARIABLE)
+    with pytest.raises(ServerError, match=f"{KEY_VARIABLE}, which is not set"):
+        complete(Endpoint(key=SECRET))
+    output = capfd.readouterr()
+    assert SECRET not in caplog.text + output.out + output.err
+
+
+def test_a_redirect_is_refused_and_carries_no_key(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, SECRET)
+    endpoint = Endpoint(always="redirect")
+    with pytest.raises(ServerError, match="wants to redirect"):
+        complete(endpoint)
+    assert [place for place, _ in endpoint.keys] == ["here"]
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("localhost:8000", "is not an address"),
+        ("ftp://host/v1", "is not an address"),
+        (f"http://me:{SECRET}@host/v1", "holds a password"),
+    ],
+)
+def test_bad_addresses_are_told_without_their_secrets(address, reason):
+    with pytest.raises(ServerError, match=reason) as caught:
+        JsonClient(address, KEY_VARIABLE, 1.0, 0)
+    assert SECRET not in str(caught.value)
+
+
+def test_the_served_model_is_found():
+    with serving(Endpoint(models=["a", "b"], max_model_len=77)) as address:
+        client = JsonClient(address, KEY_VARIABLE, 5.0, 0)
+        assert find_model(client, "b") == ("b", 77)
+        with pytest.raises(ServerError, match=r"serves \['a', 'b'\]; choose one of them with server_model"):
+            find_model(client, None)
+        with pytest.raises(ServerError, match="serves"):
+            find_model(client, "c")
+    with serving(Endpoint(models=["only"], max_model_len=None)) as address:
+        assert find_model(JsonClient(address, KEY_VARIABLE, 5.0, 0), None) == ("only", None)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+def arguments(tmp_path, model, address, **changes):
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "num_samples": 2,
+        "retries": 0,
+        "shard_size": 2,
+        "max_new_tokens": 600,
+        "key_variable": KEY_VARIABLE,
+    }
+    prompts = save_prompts(tmp_path / "prompts.jsonl", HARD_PROMPTS)
+    return GenerateArguments(model, prompts, backend="server", base_url=address, **{**settings, **changes})
+
+
+def test_generate_through_a_server_that_dies_and_comes_back(tmp_path, model_folder, capsys):
+    endpoint = Endpoint(max_model_len=300)
+    endpoint.answer = lambda body: ([body["prompt"][-1], body["seed"] % 400, 9], "stop")
+    with serving(endpoint) as address:
+        whole = read_records(run(arguments(tmp_path, model_folder, address, output_dir=str(tmp_path / "whole"))))
+    assert [record["prompt"][0]["content"] for record in whole] == HARD_PROMPTS
+    assert all(body["max_tokens"] == 300 - len(body["prompt"]) for body in endpoint.bodies)
+    assert len({(tuple(body["prompt"]), body["seed"]) for body in endpoint.bodies}) == 10
+    dying = Endpoint(max_model_len=300, faults=[None, None, None, None, 500])
+    dying.answer = endpoint.answer
+    with serving(dying) as address, pytest.raises(ShardFailed, match=r"shard 1 of 3 failed.*HTTP 500"):
+        run(arguments(tmp_path, model_folder, address, concurrency=1))
+    assert not (tmp_path / "out" / "candidates.parquet").exists()
+    with serving(Endpoint(max_model_len=300, models=["other"])) as address:
+        with pytest.raises(ValueError, match="server_model: 'tiny' there, 'other' now"):
+            run(arguments(tmp_path, model_folder, address))
+    back = Endpoint(max_model_len=300)
+    back.answer = endpoint.answer
+    with serving(back) as address:
+        assert read_records(run(arguments(tmp_path, model_folder, address))) == whole
+    assert len(back.bodies) == 6  # the first shard was kept
+
+
+def test_an_unreachable_server_is_told_before_anything_is_written(tmp_path, model_folder):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+        with pytest.raises(ServerError, match=r"failed once.*cannot be reached"):
+            run(arguments(tmp_path, model_folder, address))
+    assert not (tmp_path / "out").exists()
