@@ -273,6 +273,21 @@ def test_hold_outs_are_disjoint_whole_and_independent_of_order(prompts, seed, da
     assert set(hold_out(Dataset.from_list(shuffled), size, seed=seed)[1]["place"]) == set(held["place"])
 
 
+def test_hold_outs_follow_the_seed():
+    dataset = Dataset.from_list(ROWS)
+    assert len({tuple(hold_out(dataset, 3, seed=seed)[1]["prompt"]) for seed in range(5)}) > 1
+
+
+def test_strings_among_messages_are_counted(tmp_path):
+    chosen, rejected = messages(1)
+    write_jsonl(
+        tmp_path / "a.jsonl", [{"chosen": chosen, "rejected": rejected}, {"chosen": "x yes", "rejected": "x no"}]
+    )
+    dataset = load(tmp_path / "a.jsonl")
+    assert list(dataset["fault"]) == [None, "wrong type"]
+    assert dataset["fault_detail"][1] == "`prompt` is a string, unlike the rows before"
+
+
 def test_tokenised_sources(tmp_path):
     dataset, _ = tokenize_pairs(Dataset.from_list(ROWS), tiny_tokenizer(None), max_length=64)
     dataset.save_to_disk(str(tmp_path / "ids"))

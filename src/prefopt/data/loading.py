@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from prefopt.data.normalise import normalise_rows
-from prefopt.data.rows import Kind, check_columns, is_tokenised
+from prefopt.data.rows import Kind, is_tokenised
 from prefopt.data.sources import DataSource, load_source
 from prefopt.data.tokenization import main_process_first
 from prefopt.files import content_hash
@@ -93,7 +93,6 @@ def load_datasets(
 
 def _read(source: DataSource, kind: Kind, num_proc: int | None) -> Dataset:
     dataset = load_source(source)
-    check_columns(dataset.column_names, kind, where=f"Dataset {source}")
     return normalise_rows(dataset, kind, num_proc=num_proc, where=f"Dataset {source}")
 
 
