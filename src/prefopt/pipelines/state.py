@@ -1,0 +1,243 @@
+"""What a run remembers on disk: which stages are done, with which settings, and what they made; and its lock."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from prefopt.files import content_hash, read_json, write_json
+from prefopt.pipelines.process import end_session
+
+VERSION = 1
+STATE_FILE = "state.json"
+PREVIOUS_FILE = "state.previous.json"
+LOCK_FILE = ".lock"
+RUNNING, DONE, FAILED = "running", "done", "failed"
+
+
+@dataclass
+class StageRecord:
+    """What is known of one stage.
+
+    Attributes:
+        status: running (or killed while it ran), done, or failed.
+        settings: what decided its result.
+        inputs: path -> hash of what it read from outside the run.
+        consumed: earlier stage -> digest of the outputs that it read.
+        files: path within the run -> [size, mtime in ns, SHA-256] of what it made.
+        digest: one hash of all files' contents.
+        seconds: how long it took, over all attempts.
+    """
+
+    status: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    consumed: dict[str, str]
+    files: dict[str, list[Any]] = field(default_factory=dict)
+    digest: str = ""
+    seconds: float = 0.0
+
+
+class RunState:
+    """The state file of a run; each change is on disk before anything follows from it.
+
+    Args:
+        run_dir: the run's folder.
+
+    Raises:
+        ValueError: the state file is damaged or from another version.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.path = run_dir / STATE_FILE
+        self.stages: dict[str, StageRecord] = {}
+        if self.path.exists():
+            self.stages = self._read()
+
+    def _read(self) -> dict[str, StageRecord]:
+        remedy = f"Copy {self.path.with_name(PREVIOUS_FILE)} (the state one step earlier) over it, or give another run_dir to start afresh."
+        try:
+            value = read_json(self.path)
+            version = value["version"]
+            records = {name: StageRecord(**record) for name, record in value["stages"].items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is damaged ({type(error).__name__}: {error}). {remedy}") from error
+        if version != VERSION:
+            raise ValueError(
+                f"{self.path} was written by another version of prefopt (state {version}, not {VERSION})."
+            )
+        return records
+
+    def save(self, name: str, record: StageRecord) -> None:
+        """Put a stage's record on disk."""
+        self.stages[name] = record
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            write_json(self.path.with_name(PREVIOUS_FILE), read_json(self.path))
+        write_json(
+            self.path, {"version": VERSION, "stages": {name: asdict(record) for name, record in self.stages.items()}}
+        )
+
+
+def describe_files(run_dir: Path, patterns: Sequence[str], known: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Size, time and SHA-256 of the files that match; a file whose size and time are as in `known` is not read again.
+
+    Raises:
+        FileNotFoundError: a pattern that matches nothing.
+    """
+    found: dict[str, list[Any]] = {}
+    for pattern in patterns:
+        paths = sorted(path for path in run_dir.glob(pattern) if path.is_file())
+        if not paths:
+            raise FileNotFoundError(pattern)
+        for path in paths:
+            name = path.relative_to(run_dir).as_posix()
+            stat = path.stat()
+            seen = [stat.st_size, stat.st_mtime_ns]
+            before = known.get(name)
+            found[name] = before if before is not None and before[:2] == seen else [*seen, sha256(path)]
+    return found
+
+
+def digest_of(files: dict[str, list[Any]]) -> str:
+    """One hash of the contents of described files."""
+    return content_hash({name: entry[2] for name, entry in files.items()})
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class InputHashes:
+    """Hashes of what a run reads from outside, kept in the run's folder so that a large file is read once."""
+
+    def __init__(self, run_dir: Path, *, keep: bool) -> None:
+        self.path = run_dir / "input_hashes.json"
+        self.keep = keep
+        self._known: dict[str, list[Any]] = {}
+        with suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            self._known = read_json(self.path)  # only saves time: a damaged one is made again
+
+    def of(self, path: Path) -> str:
+        """Hash of a file, or of every file in a folder with its name.
+
+        Raises:
+            ValueError: there is nothing.
+        """
+        if not path.exists():
+            raise ValueError(f"{path} is read by this run, but does not exist.")
+        place = path.resolve()
+        files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+        before = dict(self._known)
+        value = content_hash([[file.relative_to(place).as_posix(), self._file(file)] for file in files])
+        if self.keep and self._known != before:
+            write_json(self.path, self._known)
+        return value
+
+    def _file(self, path: Path) -> str:
+        stat = path.stat()
+        seen = [stat.st_size, stat.st_mtime_ns]
+        entry = self._known.get(str(path))
+        if entry is None or entry[:2] != seen:
+            entry = self._known[str(path)] = [*seen, sha256(path)]
+        return str(entry[2])
+
+
+class RunLock:
+    """One runner at a time in a run's folder.
+
+    The lock is the kernel's: it goes when the last process that holds it ends. Stages inherit it, so that a stage that outlives a killed
+    runner is noticed; the next runner on that machine ends it and takes over.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / LOCK_FILE
+        self._file: Any = None
+
+    @contextmanager
+    def held(self) -> Iterator[RunLock]:
+        """Hold the lock for a block.
+
+        Raises:
+            ValueError: another runner is at work there.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+", encoding="utf-8") as file:
+            if not _try(file):
+                self._take_over(file)
+            self._file = file
+            self.note(session=None)
+            try:
+                yield self
+            finally:
+                self._file = None
+
+    @property
+    def descriptor(self) -> int:
+        """The open lock file, for stages to inherit."""
+        return int(self._file.fileno())
+
+    def note(self, *, session: int | None) -> None:
+        """Write down who holds the lock, and the session of the stage at work."""
+        me = {"pid": os.getpid(), "born": _born(os.getpid()), "host": platform.node(), "session": session}
+        me["session_born"] = None if session is None else _born(session)
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(json.dumps(me))
+        self._file.flush()
+
+    def _take_over(self, file: Any) -> None:
+        """End what a killed runner has left at work, or refuse where the runner lives."""
+        holder = _holder(file)
+        here = holder.get("host") == platform.node()
+        alive = here and holder.get("born") is not None and _born(holder.get("pid", -1)) == holder["born"]
+        session, born = holder.get("session"), holder.get("session_born")
+        if not here or alive or session is None or born is None or _born(session) != born:
+            who = f"process {holder.get('pid', '?')} on {holder.get('host', 'some machine')}"
+            raise ValueError(f"{self.path.parent}: another runner is at work there ({who}). Wait for it, or end it.")
+        print(f"pipeline: ending the stage that a killed runner left at work (session {session}).", flush=True)
+        end_session(session)
+        deadline = time.monotonic() + 10
+        while not _try(file):
+            if time.monotonic() > deadline:
+                raise ValueError(f"{self.path}: still locked after the stage of a killed runner was ended; try again.")
+            time.sleep(0.1)
+
+
+def _try(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(file: Any) -> dict[str, Any]:
+    file.seek(0)
+    with suppress(json.JSONDecodeError):
+        value = json.loads(file.read() or "{}")
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _born(pid: int) -> float | None:
+    with suppress(psutil.Error):
+        return psutil.Process(pid).create_time()
+    return None
