@@ -89,7 +89,8 @@ class PreferenceTrainer(BaseTrainer):
                 "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a copy."
             )
         self.tokenization_reports: dict[str, Any] = {}
-        loaded = load_model(model, args, quantization_config)
+        # with the tokenizer at hand, mistakes in the data are found before any weights are loaded
+        loaded = None if processing_class is not None else load_model(model, args, quantization_config)
         processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
         self._args_for_data = args, processing_class
         train_dataset = self._prepare(train_dataset, "train")
@@ -97,6 +98,8 @@ class PreferenceTrainer(BaseTrainer):
             eval_dataset = {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
         else:
             eval_dataset = self._prepare(eval_dataset, "eval")
+        if loaded is None:
+            loaded = load_model(model, args, quantization_config)
         self._reference_is_initial = ref_model is None
         reference = self._reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
         policy = with_adapter(loaded, args, peft_config)
@@ -319,6 +322,18 @@ class PreferenceTrainer(BaseTrainer):
 
     def check_columns(self, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
         """Refuse data without the columns that the losses need."""
+        given = [
+            column
+            for column in REFERENCE_COLUMNS[:2]
+            if args.precompute_ref_log_probs and column in dataset.column_names
+        ]
+        for column in given:
+            missing = next((row for row, value in enumerate(dataset[column]) if value is None), None)
+            if missing is not None:
+                raise ValueError(
+                    f"Row {missing} of the {name} data has no {column}, though others have: give every row its scores, or leave the "
+                    "column out and they are computed."
+                )
 
     def _use_cached_scores(self, reference) -> None:
         """Give every data set the columns of cached reference scores."""

@@ -1,0 +1,205 @@
+"""What users get wrong, end to end: one line that says what, where and how to mend it; status 2; nothing left behind.
+
+Weights must not be loaded for any of these: the loader is replaced by one that fails the test.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from prefopt import WPOConfig, WPOTrainer
+from prefopt.cli import main
+from prefopt.data import DataArguments, DataSource, load_datasets
+from tests.tiny_runs import tiny_recipe, write_model, write_pairs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data"), {"train": 6, "test": 2})
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", load)
+
+
+def without_template(folder: Path, model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+def without_pad_and_end(folder: Path, model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+def write(name: str, text: str):
+    def prepare(folder: Path, model: Path) -> None:
+        (folder / name).write_text(text)
+
+    return prepare
+
+
+def earlier_run(folder: Path, model: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "recipe.yaml").write_text("beta: 3\n")
+    (folder / "out" / "model.safetensors").write_text("precious")
+
+
+def earlier_checkpoint(folder: Path, model: Path) -> None:
+    (folder / "out" / "checkpoint-7").mkdir(parents=True)
+    (folder / "out" / "recipe.yaml").write_text("beta: 3\nlearning_rate: 1.0\n")
+
+
+ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+SCORED = '{{"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": {score}, "ref_rejected_logps": -4.5}}\n'
+# name: (what the recipe says, how the folder is prepared, what the line must contain)
+CASES = {
+    "unknown key": ({"learning_rte": 1}, None, ["recipe.yaml, line", "unknown key 'learning_rte'", "'learning_rate'"]),
+    "wrong type": ({"beta": "strong"}, None, ["recipe.yaml, line", "beta: expected a number, found 'strong'"]),
+    "wrong choice": ({"lr_scheduler_type": "cosin"}, None, ["lr_scheduler_type", "cosine"]),
+    "no model": ({"model_name_or_path": None}, None, ["model_name_or_path is missing"]),
+    "missing model": ({"model_name_or_path": "./nowhere"}, None, ["model_name_or_path './nowhere'"]),
+    "empty model folder": ({"model_name_or_path": "{folder}"}, None, ["holds no model"]),
+    "no data": ({"dataset_name": None}, None, ["dataset_name, datasets, dataset_mixer"]),
+    "missing data": ({"dataset_name": "{folder}/no.jsonl"}, None, ["no.jsonl", "no such file"]),
+    "empty data": ({"dataset_name": "{folder}/rows.jsonl"}, write("rows.jsonl", ""), ["rows.jsonl", "empty"]),
+    "wrong columns": (
+        {"dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", '{"question": "a", "answer": "b"}\n'),
+        ["rows.jsonl", "chosen"],
+    ),
+    "broken data": ({"dataset_name": "{folder}/rows.jsonl"}, write("rows.jsonl", "{not json\n"), ["rows.jsonl"]),
+    "no usable row": (
+        {"dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
+        ["No row of the train set can be used"],
+    ),
+    "unknown split": ({"dataset_train_split": "trian"}, None, ["no split 'trian'", "train"]),
+    "no chat template": ({"model_name_or_path": "{folder}/model"}, without_template, ["chat template"]),
+    "no pad token": (
+        {"model_name_or_path": "{folder}/model", "dataset_name": "{folder}/rows.jsonl"},
+        lambda folder, model: (without_pad_and_end(folder, model), write("rows.jsonl", ROW)(folder, model)),
+        ["pad token"],
+    ),
+    "prompt as long as everything": ({"max_prompt_length": 96}, None, ["max_prompt_length", "96"]),
+    "beta not positive": ({"beta": 0}, None, ["beta", "positive"]),
+    "no output folder": ({"output_dir": None}, None, ["output_dir is missing"]),
+    "another run in the folder": ({}, earlier_run, ["already holds", "--overwrite_output_dir", "--resume_from_checkpoint"]),
+    "resuming another run": ({"resume_from_checkpoint": True}, earlier_checkpoint, ["other settings", "learning_rate was 1.0"]),
+    "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None, ["give one of them"]),
+    "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no checkpoint"]),
+    "adapter on the head": (
+        {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]},
+        None,
+        ["recipe.yaml, line", "lm_head", "lora_modules_to_save"],
+    ),
+    "adapter settings without adapter": ({"lora_r": 8}, None, ["lora_r needs use_peft: true"]),
+    "uneven batch": ({"global_batch_size": 0}, None, ["global_batch_size 0"]),
+    "two batch sizes": ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, None, ["two ways to say one thing"]),
+    "attention that needs a GPU": ({"attn_implementation": "flash_attention_2"}, None, ["needs a GPU"]),
+    "WPO without weights": ({"use_weighting": False}, None, ["use_weighting"]),
+    "streamed data": ({"dataset_streaming": True}, None, ["dataset_streaming", "only False is possible"]),
+    "reference scores for some rows": (
+        {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", SCORED.format(score="-3.5") + SCORED.format(score="null").replace('"a"', '"d"')),
+        ["ref_chosen_logps"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_recipe(name, tmp_path, model, data, capsys, request):
+    changes, prepare, expected = CASES[name]
+    if prepare is not None:
+        prepare(tmp_path, model)
+    request.getfixturevalue("no_weights")  # after `prepare`, which may need a model
+    filled = {
+        key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in changes.items()
+    }
+    recipe = tiny_recipe(tmp_path, model, data, **filled)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    assert main(["wpo", str(recipe)]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in printed if line.startswith("prefopt: error: ")]
+    assert len(errors) == 1
+    assert not any("Traceback" in line for line in printed)
+    for words in expected:
+        assert words in errors[0], errors[0]
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_good_recipe_does_load_weights(tmp_path, model, data, no_weights):
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        main(["wpo", str(tiny_recipe(tmp_path, model, data))])
+
+
+def test_missing_recipe(capsys):
+    assert main(["wpo", "no/such/recipe.yaml"]) == 2
+    assert "no/such/recipe.yaml is neither a file nor one of the packaged" in capsys.readouterr().err
+
+
+def test_several_gpus_without_a_launcher(tmp_path, model, data, capsys, monkeypatch, no_weights):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    recipe = tiny_recipe(tmp_path, model, data, use_cpu=None)
+    assert main(["wpo", str(recipe)]) == 2
+    line = capsys.readouterr().err
+    assert "4 GPUs are visible" in line
+    assert "--num_processes 4" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_policy_and_reference_are_one_object(tmp_path, model, data):
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    train, _ = load_datasets(DataArguments(train=[DataSource(str(data))]))
+    args = WPOConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with pytest.raises(ValueError, match="same object"):
+        WPOTrainer(policy, ref_model=policy, args=args, train_dataset=train, processing_class=tokenizer)
+
+
+def test_a_library_error_while_preparing_is_one_line_too(tmp_path, model, data, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{broken")
+    recipe = tiny_recipe(tmp_path, model, data, model_name_or_path=str(tmp_path / "model"))
+    assert main(["wpo", str(recipe)]) == 2
+    printed = capsys.readouterr().err
+    assert "model_name_or_path" in printed.splitlines()[-1]
+    assert "Traceback" not in printed
+
+
+def test_the_traceback_can_be_had(monkeypatch):
+    monkeypatch.setenv("PREFOPT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown command"):
+        main(["wop"])
+
+
+def test_recipe_written_beside_the_model_is_never_half_there(tmp_path, model, data, monkeypatch, capsys):
+    """A failure of the trainer itself (weights are loaded by then) leaves no folder either."""
+
+    def fail(self, *args, **kwargs):
+        raise ValueError("the trainer cannot be built")
+
+    monkeypatch.setattr(WPOTrainer, "check_settings", fail)
+    recipe = tiny_recipe(tmp_path, model, data)
+    assert main(["wpo", str(recipe)]) == 2
+    assert "the trainer cannot be built" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert yaml.safe_load(recipe.read_text())["output_dir"] == str(tmp_path / "out")
