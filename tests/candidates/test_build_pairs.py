@@ -288,3 +288,43 @@ def test_real_candidates_by_every_policy(tmp_path, size):
     v1 = report(tmp_path / "best_worst")
     assert kept["pairs"] == v1["pairs"] and kept["characters"]["chosen"]["mean"] <= v1["characters"]["chosen"]["mean"]
     assert np.isfinite(list(v1["gap"].values())).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="the candidate set is not there")
+@pytest.mark.parametrize("policy", ["wpo_v2", "best_random"])
+def test_wpo_trains_on_the_pairs(tmp_path, policy):
+    from prefopt import WPOConfig, WPOTrainer
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    with gzip.open(REAL, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][:200]
+    records = [
+        make_record(row["prompt_id"], row["prompt"], off_policy_candidates(row, ["candidates"])[:5]) for row in rows
+    ]
+    write_records(tmp_path / "in.parquet", records)
+    built = build(str(tmp_path / "in.parquet"), tmp_path / "pairs", policy=policy, plots=False)
+    train, _ = load_datasets(DataArguments(train=[DataSource(str(tmp_path / "pairs"))]))
+    tokenizer = tiny_tokenizer("llama3")
+    args = WPOConfig(
+        str(tmp_path / "out"),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        max_length=128,
+        learning_rate=1e-3,
+        report_to="none",
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        bf16=False,
+    )
+    trainer = WPOTrainer(
+        tiny_model("llama", vocab_size=len(tokenizer)), args=args, train_dataset=train, processing_class=tokenizer
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = [entry["wpo/weight_mean"] for entry in trainer.state.log_history if "wpo/weight_mean" in entry]
+    assert len(losses) == 4 and np.isfinite(losses).all() and all(0 < weight <= 1 for weight in weights)
+    # with both answers scored alike by policy and reference, each pair costs its weight times ln 2
+    assert losses[0] == pytest.approx(weights[0] * np.log(2), rel=1e-3)
+    print(f"WPO on {len(built)} pairs by {policy}: losses {[round(loss, 4) for loss in losses]}")
