@@ -1,0 +1,100 @@
+"""Whose folder it is, and where a run starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefopt.run_folder import RECIPE_FILE, find_start, holds_run, open_folder, package_versions
+
+MINE = "beta: 0.1\nlearning_rate: 1.0e-06\noutput_dir: out\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "out"
+
+
+def start(folder, *, resume=None, overwrite=False, resolved=MINE):
+    return find_start(folder, resume, overwrite, resolved)
+
+
+def checkpoint(folder, step):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "trainer_state.json").write_text("{}")
+    return str(path)
+
+
+def test_a_new_folder_starts_at_the_beginning(folder):
+    assert start(folder) is None
+    assert not folder.exists()
+    assert start(folder, resume=True) is None  # the same command may be given again and again on a cluster
+
+
+def test_notes_of_the_user_are_no_run(folder):
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert not holds_run(folder)
+    assert start(folder) is None
+
+
+def test_the_last_checkpoint_of_the_same_run(folder):
+    open_folder(folder, MINE, overwrite=False)
+    checkpoint(folder, 9)
+    last = checkpoint(folder, 10)
+    assert start(folder, resume=True) == last
+    assert start(folder, resume="true") == last
+    assert start(folder, resume=str(folder / "checkpoint-9")) == str(folder / "checkpoint-9")
+
+
+def test_a_run_without_a_checkpoint_may_start_again(folder):
+    open_folder(folder, MINE, overwrite=False)
+    assert start(folder) is None
+    with pytest.raises(ValueError, match="already holds another run"):
+        start(folder, resolved=MINE.replace("0.1", "0.2"))
+
+
+def test_finished_and_unfinished_runs_are_told_apart(folder):
+    open_folder(folder, MINE, overwrite=False)
+    checkpoint(folder, 10)
+    with pytest.raises(
+        ValueError, match=r"a run that reached step 10: continue it with --resume_from_checkpoint true"
+    ):
+        start(folder)
+    (folder / "model.safetensors").write_text("")
+    (folder / "checkpoint-10" / "trainer_state.json").unlink()
+    (folder / "checkpoint-10").rmdir()
+    with pytest.raises(ValueError, match="a trained model"):
+        start(folder)
+
+
+def test_only_what_changes_the_result_matters_for_resuming(folder):
+    open_folder(folder, MINE, overwrite=False)
+    last = checkpoint(folder, 10)
+    assert (
+        start(folder, resume=True, resolved=MINE.replace("output_dir: out", "output_dir: elsewhere\nlogging_steps: 3"))
+        == last
+    )
+    with pytest.raises(ValueError, match=r"learning_rate was 1e-06 and is 0\.1"):
+        start(folder, resume=True, resolved=MINE.replace("1.0e-06", "0.1"))
+
+
+def test_overwriting_removes_the_earlier_run_and_nothing_else(folder):
+    open_folder(folder, MINE, overwrite=False)
+    checkpoint(folder, 10)
+    for name in ("model.safetensors", "trainer_state.json", "notes.txt"):
+        (folder / name).write_text("")
+    assert start(folder, overwrite=True) is None
+    open_folder(folder, MINE.replace("0.1", "0.2"), overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "package_versions.json", "recipe.yaml"]
+    assert "0.2" in (folder / RECIPE_FILE).read_text()
+
+
+def test_a_file_is_no_folder(folder):
+    folder.write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        start(folder)
+
+
+def test_versions_name_what_computes():
+    assert {"python", "torch", "transformers", "trl", "accelerate", "prefopt"} <= set(package_versions())
