@@ -79,7 +79,7 @@ COMMANDS: dict[str, Command] = {
     "score-references": Command(
         "fill the cache of reference scores",
         "prefopt.references.score",
-        ("ScoreReferencesArguments",),
+        (),
         "run",
         several=True,
     ),

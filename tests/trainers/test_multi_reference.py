@@ -357,7 +357,6 @@ def test_evaluation_reports_accuracies_that_compare(tmp_path):
             "1 values for 2",
         ),
         ({"references": ["a", "a"], "ref_logps_dir": "x"}, "each once"),
-        ({"references": ["a", "b"]}, "needs `ref_logps_dir`"),
         ({"references": ["a", "b"], "ref_logps_dir": "x", "anchor": "c"}, "not among the references"),
         ({"sync_ref_model": True}, "sync_ref_model"),
         ({"loss_type": "simpo"}, "has no reference"),

@@ -12,6 +12,7 @@ and a killed one loses at most the records that it had not yet flushed.
 from __future__ import annotations
 
 import hashlib
+import os
 import uuid
 import zipfile
 from collections.abc import Sequence
@@ -35,6 +36,11 @@ _COLUMNS: dict[str, Any] = {
     "truncated": np.bool_,
     "ids": np.uint64,
 }
+
+
+def default_folder() -> Path:
+    """Where scores are kept unless a recipe says otherwise: under PREFOPT_CACHE, or ~/.cache/prefopt."""
+    return Path(os.environ.get("PREFOPT_CACHE", "~/.cache/prefopt")).expanduser() / "reference_scores"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prefopt import losses as pure
+from prefopt.references.cache import default_folder
 from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.text import text_scorer
 from prefopt.scoring.logprobs import CompletionScores, score_completions
@@ -95,6 +96,10 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         args = args or MultiReferenceDPOConfig()
+        if ref_model is not None:
+            raise ValueError(
+                "`ref_model` would not be used: the references' scores come from the cache. Leave it out."
+            )
         self.join_reports: dict[str, JoinReport] = {}
         self._validation: Dataset | None = None
         self._plan: BatchPlan | None = None
@@ -249,7 +254,7 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             return None
         args, _ = self._args_for_data
         if args.references is not None:
-            root = Path(args.ref_logps_dir)
+            root = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
             scorers = [text_scorer(reference, root, dtype=args.reference_dtype)[0] for reference in args.references]
             dataset, report = join_reference_scores(dataset, scorers, root, max_length=args.max_length, name=name)
             self.join_reports[name] = report

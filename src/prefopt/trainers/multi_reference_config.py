@@ -115,10 +115,6 @@ class MultiReferenceDPOConfig(PreferenceConfig):
         if names is not None:
             if not names or len(set(names)) < len(names):
                 raise ValueError("`references` must name at least one model, and each once.")
-            if self.ref_logps_dir is None:
-                raise ValueError(
-                    "`references` needs `ref_logps_dir`, the folder that `prefopt score-references` fills."
-                )
             if self.anchor is not None and self.anchor not in names:
                 raise ValueError(f"`anchor` {self.anchor!r} is not among the references {names}.")
         if (self.weighting == "fixed") != (self.reference_weights is not None):

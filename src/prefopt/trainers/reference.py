@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from prefopt._trl import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
 from prefopt.scoring.logprobs import score_completions
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 
 GPU_ROW_TOKENS = 16384
 """Tokens of one forward of the reference pass on a GPU: no gradient is kept, so it can be larger than a training row."""
-
-
-def default_cache_folder() -> Path:
-    """Where reference scores are kept when `ref_logps_dir` is not set: PREFOPT_CACHE, or ~/.cache/prefopt."""
-    return Path(os.environ.get("PREFOPT_CACHE", "~/.cache/prefopt")).expanduser() / "reference_scores"
 
 
 class Reference:
@@ -129,7 +124,7 @@ def with_reference_scores(
     )
     longest = max(group.packed for dataset in missing.values() for group in trainer.lengths(dataset))
     tokens = max(longest, 1024 if args.device.type == "cpu" else GPU_ROW_TOKENS)
-    folder = Path(args.ref_logps_dir) if args.ref_logps_dir else default_cache_folder()
+    folder = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
     engine = prepare_deepspeed(model, accelerator) if trainer.is_deepspeed_enabled else model.to(args.device)
     score = group_scorer(
         engine,

@@ -1,0 +1,191 @@
+"""A health card for each reference, before anything is trained against it: is it any good, and were its scores made right?
+
+K references, N pairs. Accuracy at chance is reported and no more: such a reference is useless, not broken. A reference is
+*quarantined* where its scores cannot be right:
+
+- its median nats per byte is at least twice its peers' and more than five robust standard deviations (1.4826 MAD of log
+  nats per byte) above their median, with three references or more: text that fluent models find likely is not that
+  surprising to another fluent model, so weights, tokenizer, template or dtype are wrong;
+- the scores of a batch differ from those of single texts by more than 5 % (bfloat16 stays below 2 %): padding or masks
+  are wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MIN_PEERS = 2
+OUTLIER_RATIO = 2.0
+OUTLIER_DEVIATIONS = 5.0
+BATCH_TOLERANCE = 0.05
+MANY_TIES = 0.05
+HEAVY_TAIL = 50.0
+
+
+@dataclass(frozen=True)
+class HealthCard:
+    """What is known of one reference from its scores on N pairs.
+
+    Attributes:
+        name: the reference.
+        rows: N.
+        accuracy, accuracy_low, accuracy_high: share of pairs whose chosen completion has the higher log-prob per token, with
+            its 95 % Wilson interval; a tie is wrong.
+        ties: share of pairs with equal log-probs per token.
+        confidence_mean, confidence_median, confidence_p99: of |m(chosen) - m(rejected)|, nats per token.
+        nats_per_token, nats_per_byte: medians over completions.
+        not_prefix: rows whose prompt is not a token prefix of prompt + completion; None where unknown.
+        batched_vs_single: largest relative difference between batched and single scores; None where unknown.
+        remarks: what a user should know.
+        quarantine: why the reference must not be used, or "".
+    """
+
+    name: str
+    rows: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    ties: float
+    confidence_mean: float
+    confidence_median: float
+    confidence_p99: float
+    nats_per_token: float
+    nats_per_byte: float
+    not_prefix: int | None
+    batched_vs_single: float | None
+    remarks: tuple[str, ...] = ()
+    quarantine: str = ""
+
+
+def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Confidence interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+
+    Args:
+        successes: 0 to `trials`.
+        trials: at least 1.
+        z: normal quantile; the default gives 95 %.
+
+    Reference: E. B. Wilson, JASA 22 (1927).
+    """
+    assert 0 <= successes <= trials and trials > 0
+    share, ratio = successes / trials, z * z / trials
+    centre = (share + ratio / 2) / (1 + ratio)
+    reach = z / (1 + ratio) * math.sqrt(share * (1 - share) / trials + ratio / (4 * trials))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def health_cards(
+    names: Sequence[str],
+    *,
+    logps: tuple[np.ndarray, np.ndarray],
+    tokens: tuple[np.ndarray, np.ndarray],
+    num_bytes: tuple[np.ndarray, np.ndarray],
+    checks: Sequence[dict[str, Any]] | None = None,
+) -> list[HealthCard]:
+    """The cards of K references on N pairs, each compared with its peers.
+
+    Args:
+        names: K names.
+        logps: chosen and rejected, (K, N) summed log-probs in nats.
+        tokens: chosen and rejected, (K, N) scored tokens.
+        num_bytes: chosen and rejected, (K, N) or (N,) UTF-8 bytes of the completions.
+        checks: for each reference what scoring noted (`not_prefix`, `batched_vs_single`).
+
+    Raises:
+        ValueError: no pairs, or shapes that do not agree.
+    """
+    shape = (len(names), np.asarray(logps[0]).shape[-1])
+    arrays = [np.asarray(side, dtype=np.float64) for pair in (logps, tokens) for side in pair]
+    if shape[1] == 0 or any(array.shape != shape for array in arrays):
+        raise ValueError(
+            f"scores of {len(names)} references must have shape {shape}, got {[a.shape for a in arrays]}."
+        )
+    sizes = [np.broadcast_to(np.maximum(side, 1), shape) for side in num_bytes]
+    surprise = [
+        float(np.median(np.concatenate([-arrays[0][k] / sizes[0][k], -arrays[1][k] / sizes[1][k]])))
+        for k in range(len(names))
+    ]
+    notes = list(checks) if checks is not None else [{} for _ in names]
+    return [
+        _card(name, [array[k] for array in arrays], surprise[k], surprise[:k] + surprise[k + 1 :], notes[k])
+        for k, name in enumerate(names)
+    ]
+
+
+def _card(
+    name: str, arrays: Sequence[np.ndarray], nats_per_byte: float, peers: Sequence[float], check: dict[str, Any]
+) -> HealthCard:
+    chosen, rejected, chosen_tokens, rejected_tokens = arrays
+    means = chosen / chosen_tokens, rejected / rejected_tokens
+    right, rows = int((means[0] > means[1]).sum()), len(chosen)
+    confidence = np.abs(means[0] - means[1])
+    low, high = wilson_interval(right, rows)
+    ties = float((means[0] == means[1]).mean())
+    median, p99 = (float(np.quantile(confidence, q)) for q in (0.5, 0.99))
+    remarks = []
+    if low <= 0.5:
+        remarks.append("accuracy is below chance" if high < 0.5 else "accuracy is not above chance")
+    if ties > MANY_TIES:
+        remarks.append(f"{ties:.0%} ties")
+    if p99 > HEAVY_TAIL * max(median, 1e-12):
+        remarks.append("a few pairs dominate its confidence")
+    if check.get("not_prefix"):
+        remarks.append(f"{check['not_prefix']} prompts are no token prefix")
+    if len(peers) >= MIN_PEERS and nats_per_byte * OUTLIER_RATIO <= float(np.median(peers)):
+        remarks.append("far less surprised than its peers: it may have been trained on these texts")
+    return HealthCard(
+        name=name,
+        rows=rows,
+        accuracy=right / rows,
+        accuracy_low=low,
+        accuracy_high=high,
+        ties=ties,
+        confidence_mean=float(confidence.mean()),
+        confidence_median=median,
+        confidence_p99=p99,
+        nats_per_token=float(np.median(-np.concatenate(means))),
+        nats_per_byte=nats_per_byte,
+        not_prefix=check.get("not_prefix"),
+        batched_vs_single=check.get("batched_vs_single"),
+        remarks=tuple(remarks),
+        quarantine=_why_quarantined(nats_per_byte, peers, check.get("batched_vs_single")),
+    )
+
+
+def _why_quarantined(nats_per_byte: float, peers: Sequence[float], batched_vs_single: float | None) -> str:
+    if batched_vs_single is not None and not batched_vs_single <= BATCH_TOLERANCE:
+        return f"its batched scores differ from single ones by {batched_vs_single:.1%}"
+    if len(peers) < MIN_PEERS:
+        return ""
+    logs = np.log(np.maximum(peers, 1e-12))
+    centre = float(np.median(logs))
+    deviation = 1.4826 * float(np.median(np.abs(logs - centre)))
+    excess = math.log(max(nats_per_byte, 1e-12)) - centre
+    if excess >= max(math.log(OUTLIER_RATIO), OUTLIER_DEVIATIONS * deviation):
+        return f"{nats_per_byte:.2f} nats per byte, {math.exp(excess):.1f} times its peers' median"
+    return ""
+
+
+def cards_table(cards: Sequence[HealthCard]) -> str:
+    """The cards as lines of text, one reference a line, with remarks and quarantines below."""
+    width = max(9, *(len(card.name) for card in cards))
+    head = (
+        f"{'reference':<{width}}  {'rows':>6}  {'accuracy (95 %)':>20}  {'ties':>5}  {'confidence mean/p50/p99':>24}"
+    )
+    lines = [f"{head}  {'nats/token':>10}  {'nats/byte':>9}  {'batched':>8}"]
+    for card in cards:
+        accuracy = f"{card.accuracy:.3f} [{card.accuracy_low:.3f}, {card.accuracy_high:.3f}]"
+        confidence = f"{card.confidence_mean:.3f}/{card.confidence_median:.3f}/{card.confidence_p99:.3f}"
+        batched = "-" if card.batched_vs_single is None else f"{card.batched_vs_single:.0e}"
+        lines.append(
+            f"{card.name:<{width}}  {card.rows:>6}  {accuracy:>20}  {card.ties:>5.1%}  {confidence:>24}  "
+            f"{card.nats_per_token:>10.3f}  {card.nats_per_byte:>9.3f}  {batched:>8}"
+        )
+    lines += [f"{card.name}: {'; '.join(card.remarks)}." for card in cards if card.remarks]
+    lines += [f"QUARANTINED {card.name}: {card.quarantine}." for card in cards if card.quarantine]
+    return "\n".join(lines)
