@@ -275,7 +275,7 @@ def test_thompson_sampling_measures_the_policy_and_updates(tmp_path):
 
 def test_the_measured_accuracy_is_the_policys_own(tmp_path):
     run = trainer(tmp_path, scored_pairs(16), weighting="tsw", validation_rows=6, per_device_eval_batch_size=2)
-    run._step_model = run.model
+    run.step_model = run.model
     right = 0
     for row in run._validation:
         means = []
@@ -395,6 +395,17 @@ def test_data_that_cannot_work_is_refused(tmp_path):
             train_dataset=data,
             processing_class=TOKENIZER,
         )
+
+
+def test_a_reference_whose_scores_cannot_be_right_is_refused_unless_accepted(tmp_path):
+    data = scored_pairs()
+    for side in ("chosen", "rejected"):
+        column = f"ref_{side}_logps"
+        data = data.add_column("bad", [[*row[:2], 30 * row[2]] for row in data[column]])
+        data = data.remove_columns(column).rename_column("bad", column)
+    with pytest.raises(ValueError, match=r"Quarantined: 2 \(.*times its peers' median\).*accept_outliers"):
+        trainer(tmp_path, data)
+    trainer(tmp_path, data, accept_outliers=True)
 
 
 def test_references_that_hardly_matter_are_pointed_out(tmp_path, caplog):

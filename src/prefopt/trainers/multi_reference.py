@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
@@ -18,22 +17,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from prefopt import losses as pure
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import JoinReport, join_reference_scores
-from prefopt.references.text import text_scorer
-from prefopt.scoring.logprobs import CompletionScores, score_completions
+from prefopt.references.text import read_checks, text_scorer
+from prefopt.scoring.logprobs import CompletionScores
 from prefopt.scoring.plan import BatchPlan
-from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.multi_reference_config import VALIDATED, MultiReferenceDPOConfig
 from prefopt.trainers.pair_losses import PairScores
+from prefopt.trainers.policy_measure import measure_policy
 from prefopt.trainers.preference import PreferenceTrainer, ReferenceScores
-from prefopt.trainers.reference_data import check_scores, hold_out_by_prompt, reference_spread, short_names
+from prefopt.trainers.reference_data import advise, check_health, check_scores, hold_out_by_prompt, short_names
 from prefopt.trainers.reference_weighting import Weighting, make_weighting
 
 __all__ = ["MultiReferenceDPOConfig", "MultiReferenceDPOTrainer"]
 
 logger = logging.getLogger(__name__)
 
-SMALL_SPREAD = 0.05  # nats; below it sigma(beta * margin) moves by about 1 % from one reference to another
 DOMINANT = 0.99
 # what stands for the references where a loss has no mixture of its own: in metrics and rewards
 _REPORTED_MIXTURE = {"multi_dpo": "geometric", "forward_kl": "arithmetic"}
@@ -129,13 +127,14 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         self.weighting = self._make_weighting()
         self.add_callback(_AfterStep(self))
         if self.is_world_process_zero() and self.train_dataset is not None:
-            self._advise()
+            for advice in advise(self.train_dataset, args, has_anchor=self.anchor is not None):
+                logger.warning(advice)
 
     # ---- the spine -------------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `BaseTrainer.compute_loss`; online weights are brought up to date before a step's first micro-batch."""
-        self._step_model = model
+        self.step_model = model
         self.weighting.start_step(self.state.global_step)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -253,14 +252,18 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         if dataset is None:
             return None
         args, _ = self._args_for_data
+        checks = None
         if args.references is not None:
             root = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
             scorers = [text_scorer(reference, root, dtype=args.reference_dtype)[0] for reference in args.references]
             dataset, report = join_reference_scores(dataset, scorers, root, max_length=args.max_length, name=name)
             self.join_reports[name] = report
+            checks = [read_checks(root, scorer) for scorer in scorers]
             if args.process_index == 0:
                 print(f"{name}: scores of {len(scorers)} references taken from {root}; {report}.", flush=True)
         check_scores(dataset, args, name)
+        if name == "train":
+            check_health(dataset, args, checks)
         if name == "train" and args.weighting in VALIDATED:
             dataset, self._validation = hold_out_by_prompt(dataset, args.validation_rows, args.seed)
         return dataset
@@ -305,42 +308,8 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
 
     def measure(self, indices: Sequence[int]) -> float:
         """The policy's metric on these validation pairs, more is better; all ranks call it and share the work."""
-        dataset = self._validation.select(indices)
-        lengths = self.collate.lengths(dataset, share_prompt=self.args.share_prompt)
-        size = self.args.per_device_eval_batch_size
-        plan = BatchPlan(
-            lengths,
-            groups_per_micro_batch=size,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            max_tokens_per_row=self._row_capacity(lengths, size),
-            shuffle=False,
-        )
-        batches, total = PlannedBatches(dataset, self.collate, self.layout), 0.0
-        model = self._step_model
-        model.eval()
-        for (micro_batch,) in plan:
-            batch = self._prepare_inputs(batches[micro_batch])
-            with torch.no_grad(), self.compute_loss_context_manager():
-                scores = score_completions(
-                    model, batch, attn_implementation=self.attn_implementation, dtype=self.model.dtype
-                )
-            total = total + torch.where(batch["real"], self._merit(scores, batch), 0.0).sum().double()
-        model.train()
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        return float(total) / len(indices)
-
-    def _merit(self, scores: CompletionScores, batch: dict[str, Any]) -> Tensor:
-        """(B,) whether the policy is right per token, or minus its loss against all references alike."""
-        if self.args.sampling_metric == "accuracy":
-            means = scores.logps / scores.counts
-            return (means[0::2] > means[1::2]).float()
-        reference = self.reference_scores(batch)
-        pair = self.pair_scores(scores, reference, batch)
-        margins = pair.chosen_logps - pair.rejected_logps
-        margins = margins - (reference.chosen_logps - reference.rejected_logps).mean(dim=0)
-        return torch.nn.functional.logsigmoid(self.args.beta * margins)
+        assert self._validation is not None
+        return measure_policy(self, self._validation.select(indices), metric=self.args.sampling_metric)
 
     def method_state(self) -> dict[str, Any]:
         """See `BaseTrainer.method_state`; holds the online weights."""
@@ -350,27 +319,3 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         """Take up what `method_state` gave."""
         super().load_method_state(state)
         self.weighting.load_state_dict(state["weighting"])
-
-    # ---- advice ----------------------------------------------------------------------------------------------------------------
-
-    def _advise(self) -> None:
-        """Say what will make the references matter less than the user may think."""
-        args = self.args
-        if self.num_references > 1:
-            spread = reference_spread(self.train_dataset, beta=args.beta, normalize=args.normalize)
-            if spread < SMALL_SPREAD:
-                logger.warning(
-                    "The references' margins times beta differ by only %.3g nats in the mean, so which references are used will "
-                    "hardly matter; raise `beta`%s.",
-                    spread,
-                    " or set `normalize: none`" if args.normalize != "none" else "",
-                )
-        if self.anchor is None:
-            logger.warning(
-                "The policy's own initial model is not among the references (`anchor`): its DPO is the baseline to beat."
-            )
-        if args.mode in ("harmonic", "arithmetic") and args.normalize != "byte":
-            logger.warning(
-                "`mode: %s` on scores that are not per byte follows one reference nearly alone (see references/harmonic_dominance).",
-                args.mode,
-            )

@@ -66,6 +66,10 @@ class MultiReferenceDPOConfig(PreferenceConfig):
             "help": "MRPO's trust region: keep references within this relative distance of the anchor (0.1 there)."
         },
     )
+    accept_outliers: bool = field(
+        default=False,
+        metadata={"help": "Train with references that the health check quarantines, instead of refusing."},
+    )
     max_exponent: float = field(default=20.0, metadata={"help": "Cap of the exponent of `mode: forward_kl`."})
     validation_rows: int = field(
         default=1000,

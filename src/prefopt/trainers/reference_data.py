@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 
+from prefopt.references.health import cards_table, health_cards
 from prefopt.references.weights import fixed_weights
 from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
-from prefopt.trainers.reference_weighting import ReferenceTable
+from prefopt.trainers.reference_table import ReferenceTable
+
+SMALL_SPREAD = 0.05  # nats; below it sigma(beta * margin) moves by about 1 % from one reference to another
 
 
 def reference_spread(dataset: Dataset, *, beta: float, normalize: str) -> float:
@@ -71,3 +76,50 @@ def hold_out_by_prompt(dataset: Dataset, rows: int, seed: int) -> tuple[Dataset,
     if not kept:
         raise ValueError(f"`validation_rows: {rows}` leaves no training rows, since rows of one prompt stay together.")
     return dataset.select(kept), dataset.select(sorted(held))
+
+
+def check_health(dataset: Dataset, args: MultiReferenceDPOConfig, checks: Sequence[dict[str, Any]] | None) -> None:
+    """Refuse references whose scores cannot be right, unless the recipe accepts them.
+
+    Raises:
+        ValueError: names each such reference and the reason.
+    """
+    table = ReferenceTable.of(dataset, unit="token")
+    names = args.references or [str(k) for k in range(len(table.chosen))]
+    cards = health_cards(
+        names,
+        logps=(table.chosen.numpy(), table.rejected.numpy()),
+        tokens=(table.chosen_lengths.numpy(), table.rejected_lengths.numpy()),
+        num_bytes=(np.array(dataset["chosen_bytes"]), np.array(dataset["rejected_bytes"])),
+        checks=checks,
+    )
+    if args.process_index == 0:
+        print(cards_table(cards), flush=True)
+    bad = [f"{card.name} ({card.quarantine})" for card in cards if card.quarantine]
+    if bad and not args.accept_outliers:
+        raise ValueError(
+            f"Quarantined: {'; '.join(bad)}. Take it out of `references` or score it again; `accept_outliers: true` trains with it."
+        )
+
+
+def advise(dataset: Dataset, args: MultiReferenceDPOConfig, *, has_anchor: bool) -> list[str]:
+    """What will make the references matter less than the user may think."""
+    advice = []
+    if len(dataset[0]["ref_chosen_logps"]) > 1:
+        spread = reference_spread(dataset, beta=args.beta, normalize=args.normalize)
+        if spread < SMALL_SPREAD:
+            other = " or set `normalize: none`" if args.normalize != "none" else ""
+            advice.append(
+                f"The references' margins times beta differ by only {spread:.3g} nats in the mean, so which references are used "
+                f"will hardly matter; raise `beta`{other}."
+            )
+    if not has_anchor:
+        advice.append(
+            "The policy's own initial model is not among the references (`anchor`): its DPO is the baseline to beat."
+        )
+    if args.mode in ("harmonic", "arithmetic") and args.normalize != "byte":
+        advice.append(
+            f"`mode: {args.mode}` on scores that are not per byte follows one reference nearly alone (see "
+            "references/harmonic_dominance)."
+        )
+    return advice
