@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
-from trl import get_peft_config
 
 from prefopt.data import TokenizationReport
 from prefopt.launch import split_launch_settings, world_size
@@ -20,7 +19,7 @@ from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.locate import locate
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.run_settings import batch_sizes, check_adapter_keys, check_output, resolved_recipe
-from prefopt.training import check_model, is_adapter, load_tokenizer, readable_errors, tokenise_data
+from prefopt.training import adapter_config, check_model, is_adapter, load_tokenizer, readable_errors, tokenise_data
 
 # settings that need a package which is not among our own dependencies: (key, value begins with, module, what to install)
 OPTIONAL = (
@@ -188,7 +187,7 @@ def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory | N
     with readable_errors("model_name_or_path", name):
         model_config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust)
     shape = ModelShape.of(model_config, trust_remote_code=trust)
-    adapter = get_peft_config(model_args)
+    adapter = adapter_config(model_args)
     trained = (
         adapter_parameters(model_config, shape, adapter, trust_remote_code=trust) if adapter else shape.parameters
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from trl import ModelConfig
 
 from prefopt.launch import is_launched, tell, world_size
 from prefopt.recipes.recipe import Recipe, build, resolved_yaml
@@ -96,12 +98,9 @@ def check_adapter_keys(recipe: Recipe) -> None:
         ValueError: names the key.
     """
     values = recipe.values
-    needs_peft = [
-        key
-        for key in values
-        if key.startswith(("lora_", "use_rslora", "use_dora")) and values[key] not in (None, False)
-    ]
-    needs_peft += [key for key in ("load_in_4bit", "load_in_8bit") if values.get(key)]
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    of_adapters = [key for key in defaults if key.startswith(("lora_", "use_rslora", "use_dora", "load_in_"))]
+    needs_peft = [key for key in of_adapters if values.get(key, defaults[key]) != defaults[key]]
     if not values.get("use_peft") and needs_peft:
         raise ValueError(
             f"{recipe.places[needs_peft[0]]}: {needs_peft[0]} needs use_peft: true; without it, remove it."

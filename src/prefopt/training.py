@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import get_token
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -107,8 +107,17 @@ def single_model(name: str, args: Any, model_args: ModelConfig, run_args: RunArg
     return {
         "model": name,
         "quantization_config": get_quantization_config(model_args),
-        "peft_config": get_peft_config(model_args),
+        "peft_config": adapter_config(model_args),
     }
+
+
+def adapter_config(model_args: ModelConfig) -> PeftConfig | None:
+    """The adapter that the recipe describes, if any."""
+    config = get_peft_config(model_args)
+    targets = model_args.lora_target_modules
+    if config is not None and isinstance(targets, str) and targets.isidentifier():
+        config.target_modules = {targets}  # TRL makes a list of one name a pattern, which no full name would match
+    return config
 
 
 def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:

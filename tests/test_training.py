@@ -1,0 +1,237 @@
+"""Training from a recipe, in this process: what is kept, how it continues, and which models it starts from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt.cli import arguments_of, main
+from prefopt.recipes import build, read_recipe
+from prefopt.run_settings import batch_sizes
+from tests.tiny import tiny_model
+from tests.tiny_runs import tiny_recipe, write_model, write_pairs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data"), {"train": 12, "test": 4})
+
+
+def run(recipe, *words, command="wpo", capsys=None):
+    status = main([command, str(recipe), *words])
+    assert status == 0, capsys.readouterr().err if capsys else status
+    return yaml.safe_load(recipe.read_text())["output_dir"]
+
+
+def history(folder):
+    with open(f"{folder}/trainer_state.json") as file:
+        return {entry["step"]: entry["loss"] for entry in json.load(file)["log_history"] if "loss" in entry}
+
+
+def test_what_is_kept_and_printed(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data, do_eval=True, torch_dtype="float32", global_batch_size=4)
+    folder = tmp_path / "out"
+    run(recipe, capsys=capsys)
+    printed = capsys.readouterr()
+    assert "train: 12 rows read, 12 kept, 0 dropped, 0 cut" in printed.out
+    assert "⟦" in printed.out  # one decoded sample with the scored tokens marked
+    assert printed.err.count("torch_dtype is an older key; read as dtype: float32") == 1
+    assert f"The model is in {folder}" in printed.out
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        "recipe.yaml",
+        "package_versions.json",
+    } <= names
+    assert {"train_results.json", "eval_results.json", "trainer_state.json"} <= names
+    assert json.loads((folder / "eval_results.json").read_text())["eval_samples_per_second"] > 0
+    assert "WPO" in (folder / "README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+
+
+def same(one, other):
+    return one == other or str(one) == str(other)  # 0 is 0.0; devices and configs compare by what they say
+
+
+def test_the_resolved_recipe_is_the_same_run(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data, global_batch_size=4)
+    run(recipe, "--learning_rate=0.002", capsys=capsys)
+    written = tmp_path / "out" / "recipe.yaml"
+    resolved = yaml.safe_load(written.read_text())
+    assert resolved["learning_rate"] == 0.002
+    assert resolved["max_weight"] == 1.0  # a default of the method
+    assert "gradient_accumulation_steps" not in resolved  # follows from the global batch
+    again = read_recipe([str(written)], arguments_of("wpo"))
+    assert again.notices == []
+    first = read_recipe([str(recipe), "--learning_rate=0.002"], arguments_of("wpo"))
+    for ours, theirs in zip(build(first, arguments_of("wpo")), build(again, arguments_of("wpo"))):
+        differing = {key for key, value in vars(ours).items() if not same(vars(theirs)[key], value)}
+        assert differing == set()
+    first_losses = history(tmp_path / "out")
+    assert main(["wpo", str(written), "--output_dir", str(tmp_path / "again")]) == 0
+    assert history(tmp_path / "again") == first_losses
+
+
+def test_resumed_equals_uninterrupted(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data, max_steps=4, save_strategy="steps", save_steps=2)
+    whole = run(recipe, "--output_dir", str(tmp_path / "whole")) and tmp_path / "whole"
+    folder = tmp_path / "out"
+    run(recipe)
+    for name in ("model.safetensors", "trainer_state.json"):
+        (folder / name).unlink()
+    for path in sorted((folder / "checkpoint-4").rglob("*"), reverse=True):
+        path.unlink()
+    (folder / "checkpoint-4").rmdir()  # as if killed after step 3
+    run(recipe, "--resume_from_checkpoint", "true", capsys=capsys)
+    assert history(folder) == history(whole)
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resuming_before_the_first_checkpoint_starts_at_the_beginning(tmp_path, model, data, capsys):
+    run(tiny_recipe(tmp_path, model, data), "--resume_from_checkpoint", capsys=capsys)
+    assert "holds no checkpoint yet" in capsys.readouterr().err
+
+
+def test_overwriting(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data, max_steps=1)
+    run(recipe)
+    first = history(tmp_path / "out")
+    run(recipe, "--overwrite_output_dir", "--beta", "0.5", capsys=capsys)
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["beta"] == 0.5
+    assert history(tmp_path / "out").keys() == first.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "processes", "expected"),
+    [
+        ({"global_batch_size": 128, "per_device_train_batch_size": 2}, 8, (2, 8)),  # the papers' machine
+        ({"global_batch_size": 128, "per_device_train_batch_size": 2}, 1, (2, 64)),
+        (
+            {"global_batch_size": 64, "per_device_train_batch_size": 8},
+            16,
+            (4, 1),
+        ),  # more processes than the batch has room for
+        ({"global_batch_size": 60, "per_device_train_batch_size": 8}, 5, (6, 2)),
+        ({"global_batch_size": 8}, 1, (8, 1)),  # the config's own default
+    ],
+)
+def test_global_batch(values, processes, expected):
+    sizes = batch_sizes(values, arguments_of("wpo")[0], processes)
+    assert (sizes["per_device_train_batch_size"], sizes["gradient_accumulation_steps"]) == expected
+
+
+def test_a_global_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match="64 cannot be divided evenly over 6 processes"):
+        batch_sizes({"global_batch_size": 64}, arguments_of("wpo")[0], 6)
+
+
+def test_one_file_has_no_test_split(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(
+        tmp_path, model, data, dataset_test_split="test_prefs", do_eval=True, eval_strategy="steps", eval_steps=1
+    )
+    run(recipe, f"--dataset_name={data / 'train.jsonl'}", capsys=capsys)
+    assert "There are no evaluation rows" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "eval_results.json").exists()
+
+
+def test_held_out_rows_are_evaluated(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data, do_eval=True, test_split_size=3)
+    run(recipe, capsys=capsys)
+    assert "eval: 3 rows read" in capsys.readouterr().out
+
+
+def test_several_evaluation_sets(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(
+        tmp_path, model, data, eval_datasets={"first": str(data), "second": {"path": str(data), "split": "train"}}
+    )
+    run(recipe, capsys=capsys)
+    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert {"eval_first_rewards/accuracies", "eval_second_rewards/accuracies"} <= set(metrics)
+
+
+def test_a_reference_of_its_own(tmp_path, model, data, capsys):
+    other = tmp_path / "other"
+    tiny_model(seed=1).save_pretrained(other)
+    run(tiny_recipe(tmp_path, model, data), f"--ref_model_name_or_path={other}", capsys=capsys)
+    with open(tmp_path / "out" / "trainer_state.json") as file:
+        first = json.load(file)["log_history"][0]
+    assert first["rewards/chosen"] != 0  # the policy is not its own reference
+
+
+def test_the_recipes_chat_template(tmp_path, model, data, capsys):
+    template = "{% for m in messages %}!{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    run(tiny_recipe(tmp_path, model, data, chat_template=template), capsys=capsys)
+    assert "prompt\n!question" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+
+
+def test_lora(tmp_path, model, data, capsys):
+    run(tiny_recipe(tmp_path, model, data, use_peft=True, lora_r=2, lora_target_modules="q_proj"), capsys=capsys)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert saved
+    assert all("q_proj.lora_" in name for name in saved)
+
+
+def test_an_adapter_is_trained_on_from_where_it_is(tmp_path, model, data, capsys):
+    torch.manual_seed(3)
+    trained = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    trained.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "adapter")
+    run(tiny_recipe(tmp_path, tmp_path / "adapter", data), capsys=capsys)
+    assert "is an adapter: it is trained on" in capsys.readouterr().err
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    change = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < change < 0.05
+    with open(tmp_path / "out" / "trainer_state.json") as file:
+        assert json.load(file)["log_history"][0]["rewards/chosen"] == 0  # its frozen copy is the reference
+
+
+def test_nothing_is_pushed_without_a_login(tmp_path, model, data, capsys, monkeypatch):
+    monkeypatch.setattr("prefopt.training.get_token", lambda: None)
+    run(tiny_recipe(tmp_path, model, data, push_to_hub=True, hub_model_id="me/model"), capsys=capsys)
+    assert "Not pushed: no hub login was found" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_pushing_comes_after_everything_is_on_disk(tmp_path, model, data, monkeypatch):
+    seen = []
+
+    def push(trainer, *args, **kwargs):
+        seen.append(
+            (trainer.args.hub_model_id, (tmp_path / "out" / "model.safetensors").exists(), trainer.args.push_to_hub)
+        )
+
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", push)
+    run(tiny_recipe(tmp_path, model, data, push_to_hub=True, hub_model_id="me/model", hub_token="t"))
+    assert seen == [("me/model", True, False)]
+    assert "hub_token" not in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_a_librarys_error_in_mid_training_keeps_its_traceback(tmp_path, model, data, monkeypatch):
+    def fail_with_value(*args, **kwargs):
+        return int("x" * 3)
+
+    monkeypatch.setattr("torch.optim.AdamW.step", fail_with_value)
+    with pytest.raises(RuntimeError, match="an error of a library"):
+        main(["wpo", str(tiny_recipe(tmp_path, model, data, optim="adamw_torch"))])
