@@ -60,7 +60,9 @@ def install_scoring(model: PreTrainedModel) -> None:
     def forward(*args, score_index: torch.Tensor | None = None, **kwargs):
         if score_index is None:
             return plain_forward(*args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT adds `inputs_embeds=None`, ...
+        given = {
+            name: value for name, value in kwargs.items() if value is not None
+        }  # PEFT adds `inputs_embeds=None`, ...
         return _score(model, score_index=score_index, **given)
 
     forward.scores_completions = True

@@ -46,6 +46,7 @@ class ComparisonConfig(BatchConfig, TRLRewardConfig):
     )
 
     def __post_init__(self) -> None:
+        self.choose_precision()
         super().__post_init__()
         self.check_batching()
         for name, off, instead in _REFUSED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig as TRLDPOConfig
 
 from prefopt.scoring.logprobs import ALIGNMENTS
@@ -48,6 +49,11 @@ class BatchConfig:
             "help": "Capacity of a packed row in tokens. None: one row a micro-batch on a GPU, short rows on a CPU."
         },
     )
+
+    def choose_precision(self) -> None:
+        """Where neither bf16 nor fp16 is set: bf16 on a GPU that has it, float32 elsewhere; call it before TRL's checks."""
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = is_torch_bf16_gpu_available() and not self.use_cpu
 
     def check_batching(self) -> None:
         """Raise a ValueError where these settings cannot work."""
@@ -103,9 +109,10 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.choose_precision()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        super().__post_init__()
         self.check_batching()
         for name, off, instead in _REFUSED:
             if getattr(self, name) != off:
@@ -123,10 +130,6 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
         if self.ld_alpha is not None and self.precompute_ref_log_probs:
             raise ValueError(
                 "`ld_alpha` weighs tokens by position and cached reference sums do not: use one or the other."
-            )
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise ValueError(
-                f"`loss_weights` has {len(self.loss_weights)} entries for {len(self.loss_type)} losses ({', '.join(self.loss_type)})."
             )
         # the loss is finite or the run stops: Trainer's own filter would hide it
         self.logging_nan_inf_filter = False

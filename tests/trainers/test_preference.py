@@ -1,0 +1,537 @@
+"""The spine of the pair trainers: what is logged is what the equations say, whatever the batches, layouts and references."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import prefopt
+from prefopt import losses
+from prefopt.trainers.pair_losses import PAIR_LOSSES
+from tests.scoring.helpers import plain_token_logits
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.trainers.pairs import (
+    COMMON,
+    Seen,
+    history,
+    make_trainer,
+    plain_pair_logps,
+    preference_rows,
+    trl_trainer,
+    weights_of,
+)
+
+TRL_METRICS = {
+    "loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "entropy", "mean_token_accuracy",
+    "logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected",
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+}  # fmt: skip
+OUR_METRICS = {"lengths/chosen", "lengths/rejected", "perf/tokens_per_second"}
+WPO_METRICS = {
+    f"wpo/{name}" for name in ("weight_mean", "weight_min", "weight_max", "clamped_fraction", "effective_pairs")
+}
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options
+    )
+
+
+# ---- what is logged ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("alignment", ["sampled", "greedy", "none"])
+def test_the_logged_loss_is_the_equation_on_that_batch(tmp_path, layout, alignment):
+    """L = mean_b w_b * -logsigmoid(beta * h_b), from the models' own logits in float64, for each of the first three steps."""
+    initial = tiny_model(seed=3)
+    models = []
+    trainer = make_trainer(
+        tmp_path, model=copy.deepcopy(initial), batch_layout=layout, weight_alignment=alignment, beta=0.3, max_steps=3
+    )
+    seen = Seen()
+    seen.watch(trainer)
+    step_loss = trainer.step_loss
+
+    def keep(model, batch, sums):
+        models.append(copy.deepcopy({k: v for k, v in trainer.model.state_dict().items()}))
+        return step_loss(model, batch, sums)
+
+    trainer.step_loss = keep
+    trainer.train()
+    for step, (weights, batch) in enumerate(zip(models, seen.batches)):
+        policy = tiny_model(seed=3)
+        policy.load_state_dict(weights)
+        chosen, rejected = plain_pair_logps(policy, trainer.train_dataset, batch["row_ids"])
+        ref_chosen, ref_rejected = plain_pair_logps(initial, trainer.train_dataset, batch["row_ids"])
+        margins = ((chosen - ref_chosen) - (rejected - ref_rejected)).double()
+        pair_weights = torch.stack([pair_weight(policy, trainer, row, alignment) for row in batch["row_ids"]])
+        expected = (pair_weights * -torch.nn.functional.logsigmoid(0.3 * margins)).mean()
+        logged = trainer.state.log_history[step]
+        assert logged["loss"] == pytest.approx(float(expected), rel=1e-5)
+        assert logged["rewards/margins"] == pytest.approx(float(0.3 * margins.mean()), abs=1e-5)
+        assert logged["rewards/accuracies"] == pytest.approx(float((margins > 0).double().mean())) or step == 0
+        assert logged["logps/chosen"] == pytest.approx(float(chosen.mean()), rel=1e-5)
+        assert logged["wpo/weight_mean"] == pytest.approx(float(pair_weights.mean()), rel=1e-5)
+        assert logged["wpo/weight_min"] == pytest.approx(float(pair_weights.min()), rel=1e-5)
+        assert logged["wpo/weight_max"] == pytest.approx(float(pair_weights.max()), rel=1e-5)
+        effective = float(pair_weights.sum() ** 2 / pair_weights.square().sum())
+        assert logged["wpo/effective_pairs"] == pytest.approx(effective, rel=1e-5)
+
+
+def pair_weight(policy, trainer, row_id, alignment) -> torch.Tensor:
+    """min(exp(omega(chosen) + omega(rejected)), 1) of one row, in float64."""
+    from prefopt.scoring.layouts import Group
+
+    (row,) = [row for row in trainer.train_dataset if row["row_id"] == row_id]
+    group = Group(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]])
+    total = 0.0
+    for completion in range(2):
+        logits, ids = plain_token_logits(policy, group, completion)
+        logp = logits.double().log_softmax(-1)
+        against = {
+            "sampled": logp.exp().square().sum(-1).log(),
+            "greedy": logp.amax(-1),
+            "none": torch.zeros(len(ids)),
+        }
+        total = total + (logp.gather(-1, ids[:, None])[:, 0] - against[alignment]).mean()
+    return total.exp().clamp(max=1.0)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize(("trainer", "settings"), [("DPO", {}), ("WPO", {"use_weighting": True})])
+def test_training_is_trls(tmp_path, trainer, settings, layout):
+    """Six steps: the same losses, metrics and final weights as TRL's trainer on the same pairs in the same order."""
+    extra = {"max_weight": None} if trainer == "WPO" else {}
+    ours = make_trainer(tmp_path, trainer, model=tiny_model(), batch_layout=layout, **extra)
+    theirs = trl_trainer(tmp_path, ours, model=tiny_model(), **settings)
+    ours.train()
+    theirs.train()
+    for mine, other in zip(ours.state.log_history[:6], theirs.state.log_history[:6]):
+        for name in TRL_METRICS - {"mean_token_accuracy", "rewards/accuracies"}:
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=2e-5), name
+        # ties at the first step and near-ties of logits may fall either way
+        assert mine["mean_token_accuracy"] == pytest.approx(other["mean_token_accuracy"], abs=0.05)
+        assert mine["rewards/accuracies"] == pytest.approx(other["rewards/accuracies"], abs=0.26)
+    torch.testing.assert_close(weights_of(ours.model), weights_of(theirs.model), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "settings"),
+    [
+        (name, {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {})
+        for name in PAIR_LOSSES
+        if name != "simpo"
+    ]
+    + [("sft", {}), (["sigmoid", "sft"], {"loss_weights": [1.0, 0.3]}), ("sigmoid", {"ld_alpha": 0.4})],
+    ids=str,
+)
+def test_every_loss_of_trl_has_trls_value(tmp_path, loss_type, settings):
+    """After three steps of DPO policy and reference differ; from there one evaluation-free step of each loss gives TRL's loss."""
+    settings = {"max_steps": 2, "learning_rate": 1e-2, **settings}
+    ours = make_trainer(tmp_path, "DPO", model=tiny_model(), loss_type=loss_type, **settings)
+    theirs = trl_trainer(
+        tmp_path,
+        ours,
+        model=tiny_model(),
+        loss_type=loss_type if isinstance(loss_type, list) else [loss_type],
+        **settings,
+    )
+    ours.train()
+    theirs.train()
+    assert history(ours) == pytest.approx(history(theirs), rel=2e-3 if loss_type == "discopop" else 1e-4)
+
+
+@pytest.mark.parametrize(("trainer", "names"), [("DPO", set()), ("WPO", WPO_METRICS)])
+def test_metric_names_are_exactly_these(tmp_path, trainer, names):
+    rows = preference_rows()
+    ours = make_trainer(
+        tmp_path, trainer, rows=rows, trainer_options={"eval_dataset": rows.select(range(5))}, max_steps=1
+    )
+    ours.train()
+    assert set(ours.state.log_history[0]) == TRL_METRICS | OUR_METRICS | names
+    run = {"runtime", "samples_per_second", "steps_per_second"}
+    evaluated = (TRL_METRICS - {"grad_norm", "learning_rate", "epoch", "step", "num_tokens"}) | names | run
+    expected = {f"eval_{name}" for name in evaluated | {"lengths/chosen", "lengths/rejected"}} | {"epoch"}
+    assert set(ours.evaluate()) == expected
+
+
+def test_vocabulary_metrics_can_be_dropped(tmp_path):
+    trainer = make_trainer(tmp_path, "DPO", vocab_metrics=False, max_steps=1)
+    trainer.train()
+    assert not {"entropy", "logits/chosen", "mean_token_accuracy"} & set(trainer.state.log_history[0])
+
+
+# ---- batches, accumulation, evaluation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["sft"], ["ipo"]], ids=str)
+def test_micro_batches_add_up(tmp_path, layout, loss_type):
+    """One micro-batch of 4 pairs, 2 of 2 and 4 of 1 give the same losses and weights, in the smaller last step too (22 = 5 * 4 + 2)."""
+    runs = []
+    trainer_name = "DPO" if loss_type == ["sft"] else "WPO"
+    for size in (4, 2, 1):
+        trainer = make_trainer(
+            tmp_path, trainer_name, rows=preference_rows(22), batch_layout=layout, loss_type=loss_type,
+            per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
+        )  # fmt: skip
+        trainer.train()
+        runs.append(trainer)
+    names = ["loss", "rewards/margins", "logps/chosen", "num_tokens", "entropy"] + (
+        ["wpo/effective_pairs"] if trainer_name == "WPO" else []
+    )
+    for other in runs[1:]:
+        for name in names:
+            assert history(other, name) == pytest.approx(history(runs[0], name), rel=1e-4, abs=1e-5), name
+        torch.testing.assert_close(weights_of(other.model), weights_of(runs[0].model), rtol=1e-3, atol=2e-5)
+
+
+def test_evaluation_is_the_mean_over_pairs_whatever_the_batches(tmp_path):
+    rows = preference_rows(11, seed=5)
+    results = []
+    for size, layout in ((1, "padded"), (4, "padded"), (11, "packed")):
+        trainer = make_trainer(
+            tmp_path, trainer_options={"eval_dataset": rows}, per_device_eval_batch_size=size, batch_layout=layout
+        )
+        with torch.no_grad():  # away from the reference, so that there is something to measure
+            for p in trainer.model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        trainer._margin_checked = True
+        results.append(trainer.evaluate())
+    chosen, rejected = plain_pair_logps(trainer.model, trainer.eval_dataset, trainer.eval_dataset["row_id"])
+    assert results[0]["eval_logps/chosen"] == pytest.approx(float(chosen.mean()), rel=1e-5)
+    for other in results[1:]:
+        for name in (
+            "eval_loss",
+            "eval_rewards/margins",
+            "eval_entropy",
+            "eval_wpo/effective_pairs",
+            "eval_rewards/accuracies",
+        ):
+            assert other[name] == pytest.approx(results[0][name], rel=1e-5, abs=1e-5), name
+
+
+def test_several_evaluation_sets_and_compute_metrics(tmp_path):
+    rows = {"first": preference_rows(5, seed=1), "second": preference_rows(7, seed=2)}
+    sizes = []
+
+    def spread(predictions):
+        sizes.append(predictions.predictions.shape)
+        return {"spread": float((predictions.predictions[:, 0] - predictions.predictions[:, 1]).mean())}
+
+    trainer = make_trainer(
+        tmp_path,
+        trainer_options={"eval_dataset": rows, "compute_metrics": spread},
+        max_steps=2,
+        per_device_eval_batch_size=3,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert sizes == [(5, 2), (7, 2)]
+    for name in rows:
+        assert metrics[f"eval_{name}_spread"] == pytest.approx(metrics[f"eval_{name}_rewards/margins"], abs=1e-6)
+
+
+def test_a_collator_in_trls_form_gives_the_same_training(tmp_path):
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    ours = make_trainer(tmp_path)
+    custom = make_trainer(tmp_path, trainer_options={"data_collator": DataCollatorForPreference(pad_token_id=0)})
+    assert custom.layout.name == "padded"
+    ours.train()
+    custom.train()
+    assert history(custom) == pytest.approx(history(ours), rel=1e-4)
+
+
+def test_the_mixture_of_experts_loss_is_added(tmp_path):
+    def first_loss(**settings):
+        trainer = make_trainer(tmp_path, "DPO", model=tiny_model("mixtral"), max_steps=1, **settings)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    plain, added = first_loss(router_aux_loss_coef=0.0), first_loss(router_aux_loss_coef=0.5)
+    assert "aux_loss" not in plain
+    assert added["loss"] == pytest.approx(plain["loss"] + 0.5 * added["aux_loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="not a mixture of experts"):
+        make_trainer(tmp_path, router_aux_loss_coef=0.1)
+
+
+# ---- references --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_the_model_as_it_is_now_and_does_not_move(tmp_path):
+    """A model that was loaded from disk and then tuned in memory: its reference is the tuned one."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.5 * torch.randn_like(model.lm_head.weight))
+    now = weights_of(model).clone()
+    trainer = make_trainer(tmp_path, model=model)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    torch.testing.assert_close(weights_of(trainer.ref_model), now)
+    assert (weights_of(trainer.model) - now).abs().max() > 1e-3
+
+
+def test_a_reference_that_does_not_match_the_policy_is_noticed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="Before the first step the reference does not score like the policy"):
+        trainer.train()
+
+
+def test_an_explicit_reference_is_used(tmp_path):
+    other = tiny_model(seed=9)
+    trainer = make_trainer(tmp_path, trainer_options={"ref_model": other}, max_steps=1)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["rewards/margins"]) > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_fresh_adapter_trains_against_the_model_without_it(tmp_path, layout):
+    base = tiny_model()
+    before = weights_of(base).clone()
+    trainer = make_trainer(
+        tmp_path, model=base, trainer_options={"peft_config": lora()}, learning_rate=1e-2, batch_layout=layout
+    )
+    assert trainer.ref_model is None
+    trainer.train()
+    full = make_trainer(tmp_path, model=tiny_model(), max_steps=1)
+    full.train()
+    assert history(trainer)[0] == pytest.approx(history(full)[0], rel=1e-5)  # an adapter starts as nothing
+    assert history(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-6)
+    assert history(trainer, "rewards/margins")[-1] != pytest.approx(0.0, abs=1e-4)
+    base_now = torch.cat([p.detach().flatten() for n, p in trainer.model.named_parameters() if "lora_" not in n])
+    assert torch.equal(base_now, before)
+
+
+def test_a_trained_adapter_trains_against_a_frozen_copy_of_itself(tmp_path):
+    model = get_peft_model(tiny_model(), lora())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.3 * torch.randn_like(p))
+    trainer = make_trainer(tmp_path, model=model, learning_rate=1e-2)
+    copies = {n: p.clone() for n, p in trainer.model.named_parameters() if ".ref." in n}
+    trainer.train()
+    assert history(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-6)
+    assert history(trainer, "rewards/margins")[-1] != pytest.approx(0.0, abs=1e-4)
+    assert copies
+    for name, p in trainer.model.named_parameters():
+        if name in copies:
+            assert torch.equal(p, copies[name])
+            assert not p.requires_grad
+        elif ".default." in name:
+            assert p.requires_grad
+
+
+def test_modules_to_save_may_hold_the_lm_head(tmp_path):
+    trainer = make_trainer(
+        tmp_path, trainer_options={"peft_config": lora(modules_to_save=["lm_head"])}, learning_rate=1e-2
+    )
+    trainer.train()
+    assert history(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-6)
+    head = trainer.model.get_base_model().lm_head
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_cached_reference_scores_train_like_a_live_reference(tmp_path, capsys, peft):
+    rows, held_out = preference_rows(), preference_rows(5, seed=8)
+    options = {"eval_dataset": held_out} | ({"peft_config": lora()} if peft else {})
+    live = make_trainer(tmp_path, rows=rows, trainer_options=options)
+    live.train()
+
+    def cached(**settings):
+        settings = {"precompute_ref_log_probs": True, "ref_logps_dir": str(tmp_path / "scores"), **settings}
+        return make_trainer(tmp_path, rows=rows, trainer_options=options, **settings)
+
+    trainer = cached()
+    assert "0 read" in (printed := capsys.readouterr().out)
+    assert "48 scored now" in printed
+    trainer.train()
+    assert history(trainer) == pytest.approx(history(live), rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], rel=1e-4)
+    capsys.readouterr()
+    cached(learning_rate=5e-4, beta=0.5)  # neither alters a score
+    assert "48 read" in (printed := capsys.readouterr().out)
+    assert "10 read" in printed
+    assert " 0 scored now" in printed
+    if not peft:
+        with pytest.raises(ValueError, match="no cached reference scores"):
+            trainer.evaluate(preference_rows(3, seed=77))
+
+
+def test_losses_without_a_reference_keep_none(tmp_path):
+    trainer = make_trainer(tmp_path, "DPO", loss_type="simpo", beta=2.0, gamma_beta_ratio=0.5, max_steps=1)
+    assert trainer.ref_model is None
+    trainer.train()
+    batch_rows = trainer.train_dataset
+    order = trainer.get_train_dataloader().batch_sampler.step(0, 0)[0][0].indices
+    chosen, rejected = plain_pair_logps(tiny_model(), batch_rows, [batch_rows[i]["row_id"] for i in order])
+    lengths = [(len(batch_rows[i]["chosen_ids"]), len(batch_rows[i]["rejected_ids"])) for i in order]
+    means = [(c / n, r / m) for c, r, (n, m) in zip(chosen.tolist(), rejected.tolist(), lengths)]
+    expected = sum(math.log1p(math.exp(-(2.0 * (c - r) - 1.0))) for c, r in means) / len(means)
+    assert history(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- stopping, saving, resuming ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_resumed_equals_uninterrupted(tmp_path, layout):
+    """Stopped in the middle of the second epoch (step 8 of 12, 6 steps an epoch) and taken up in a new process's state."""
+    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4, "batch_layout": layout}
+    whole = make_trainer(tmp_path / "a", **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "a", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/out/checkpoint-8"))
+    for name in ("loss", "rewards/margins", "num_tokens", "learning_rate"):
+        assert history(resumed, name) == pytest.approx(history(whole, name), rel=1e-6), name
+    assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
+    trainer = make_trainer(tmp_path, "DPO")
+    pair_losses = trainer.pair_losses
+    bad = trainer.train_dataset[7]["row_id"]
+
+    def poisoned(pair, reference, batch):
+        hit = torch.tensor([row == bad for row in batch["row_ids"]])
+        return pair_losses(pair, reference, batch).masked_fill(hit, float("nan"))
+
+    trainer.pair_losses = poisoned
+    with pytest.raises(FloatingPointError, match=bad):
+        trainer.train()
+
+
+def test_a_saved_model_loads_in_plain_transformers_with_its_card(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    torch.testing.assert_close(weights_of(loaded), weights_of(trainer.model))
+    card = (tmp_path / "out" / "README.md").read_text()
+    for expected in (
+        "**WPO**",
+        "2406.11827",
+        "| beta | 0.1 |",
+        "| max_weight | 1.0 |",
+        "prefopt 0.1.0",
+        "@inproceedings{zhou2024wpo",
+    ):
+        assert expected in card
+
+
+def test_an_empty_tensor_in_a_saved_model_is_an_error(tmp_path):
+    from safetensors.torch import save_file
+
+    from prefopt.trainers.saving import check_saved_shapes
+
+    save_file({"whole": torch.zeros(2), "empty": torch.zeros(0)}, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="zero3_save_16bit_model"):
+        check_saved_shapes(tmp_path)
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing(tmp_path):
+    plain = make_trainer(tmp_path, max_steps=2)
+    checkpointed = make_trainer(
+        tmp_path, max_steps=2, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    plain.train()
+    checkpointed.train()
+    assert history(checkpointed) == pytest.approx(history(plain), rel=1e-6)
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 0.0}, "`beta` must be positive"),
+        ({"max_length": 32, "max_prompt_length": 32}, "must be below `max_length`"),
+        ({"loss_type": "sigmid"}, "Unknown loss_type 'sigmid'"),
+        ({"loss_type": "aot"}, "WPO's weights belong to pairs"),
+        ({"loss_type": ["sigmoid", "sft"]}, "WPO's weights belong to pairs"),
+        ({"loss_type": "exo_pair"}, "exo_pair"),
+        ({"loss_type": ["sigmoid"], "loss_weights": [1.0, 2.0]}, "same length as `loss_type`"),
+        ({"padding_free": True}, "batch_layout: packed"),
+        ({"sync_ref_model": True}, "stays fixed"),
+        ({"f_divergence_type": "forward_kl"}, "reverse KL"),
+        ({"weight_alignment": "sample"}, "weight_alignment"),
+        ({"max_weight": -1.0}, "max_weight"),
+        ({"batch_layout": "tight"}, "batch_layout"),
+        ({"use_weighting": False}, "plain DPO"),
+        ({"ld_alpha": 0.5, "precompute_ref_log_probs": True}, "ld_alpha"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused_before_any_weights(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model="no/such-model", **settings)
+
+
+def test_models_and_adapters_that_cannot_work_are_refused(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="same object as `model`"):
+        make_trainer(tmp_path, model=model, trainer_options={"ref_model": model})
+    head = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="`lm_head` would be ignored"):
+        make_trainer(tmp_path, trainer_options={"peft_config": head})
+    with pytest.raises(ValueError, match="adds virtual tokens"):
+        make_trainer(
+            tmp_path, trainer_options={"peft_config": PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")}
+        )
+    with pytest.raises(ValueError, match="already has an adapter"):
+        make_trainer(tmp_path, model=get_peft_model(tiny_model(), lora()), trainer_options={"peft_config": lora()})
+    with pytest.raises(ValueError, match="was given. Drop one"):
+        make_trainer(tmp_path, model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(ValueError, match="sliding window of 16"):
+        make_trainer(tmp_path, model=tiny_model("mistral", sliding_window=16), batch_layout="packed")
+    with pytest.raises(ValueError, match="would not be used"):
+        make_trainer(tmp_path, "DPO", loss_type="simpo", trainer_options={"ref_model": tiny_model(seed=1)})
+
+
+def test_a_model_that_cannot_be_packed_is_padded_with_one_line_why(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, model=tiny_model("mistral", sliding_window=16), max_steps=1)
+    assert trainer.layout.name == "padded"
+    assert "Batches are padded, not packed: its sliding window of 16" in capsys.readouterr().out
+    assert make_trainer(tmp_path).layout.name == "packed"
+
+
+def test_streaming_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Streaming"):
+        make_trainer(tmp_path, rows=preference_rows().to_iterable_dataset())
+
+
+def test_only_model_and_data_are_needed(tmp_path, monkeypatch):
+    """`WPOTrainer("folder", train_dataset=rows)`, as TRL's trainer; everything else has a default."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer("llama3").save_pretrained("model")
+    trainer = prefopt.WPOTrainer("model", train_dataset=preference_rows(8))
+    assert trainer.args.beta == 0.01
+    assert trainer.args.max_weight == 1.0
+
+
+def test_raw_strings_and_ready_ids_train_alike(tmp_path):
+    rows = preference_rows()
+    first = make_trainer(tmp_path, rows=rows, max_steps=2)
+    ready = Dataset.from_list(list(first.train_dataset))
+    second = make_trainer(tmp_path, rows=ready, max_steps=2)
+    first.train()
+    second.train()
+    assert history(first) == history(second)
+    assert COMMON["logging_steps"] == 1
+    assert losses.dpo_loss(torch.zeros(1), torch.zeros(1), beta=0.1).item() == pytest.approx(math.log(2))
