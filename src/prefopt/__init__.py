@@ -15,6 +15,8 @@ _PUBLIC = {
     "AdversarialRewardConfig": "prefopt.trainers.adversarial",
     "RewardTrainer": "prefopt.trainers.reward",
     "RewardConfig": "prefopt.trainers.reward",
+    "SPPOTrainer": "prefopt.trainers.sppo",
+    "SPPOConfig": "prefopt.trainers.sppo",
     "DPOConfig": "prefopt.trainers.dpo",
     "DPOTrainer": "prefopt.trainers.dpo",
     "WPOConfig": "prefopt.trainers.wpo",
