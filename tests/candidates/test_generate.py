@@ -1,9 +1,11 @@
 """`prefopt generate` with the transformers backend, from prompts to records."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
@@ -12,6 +14,7 @@ from prefopt.candidates.backends.local import PenaltyWithoutPadding, Transformer
 from prefopt.candidates.generate import GenerateArguments, run
 from prefopt.candidates.records import read_records
 from prefopt.candidates.shards import ShardFailed
+from prefopt.cli import main
 from prefopt.files import read_json, read_jsonl
 from tests.candidates.folders import HARD_PROMPTS, save_prompts, save_tiny
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -411,6 +414,26 @@ def test_continuous_batching_gives_the_same_greedy_answers(loaded):
     first, again = (backend.complete(requests[:1] * 3, 1, no_progress) for _ in range(2))
     assert first == again
     assert len({completion.token_ids for completion in first}) == 3
+
+
+def test_the_command_takes_a_recipe_and_the_older_flags(tmp_path, model_folder, capsys):
+    prompts = save_prompts(tmp_path / "prompts.jsonl", ["hello", "fox"])
+    recipe = {"model_name_or_path": model_folder, "prompts": prompts, "num_samples": 2, "max_new_tokens": 6, "seed": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": str(tmp_path / "a")}))
+    assert main(["generate", str(tmp_path / "recipe.yaml")]) == 0
+    flags = ["--model", model_folder, "--prompts", prompts, "--pairs", "2", "--maxlen=6", "--seed", "1"]
+    assert main(["generate", *flags, "--output_dir", str(tmp_path / "b")]) == 0
+    assert read_records(tmp_path / "a") == read_records(tmp_path / "b")
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "recipe.yaml"), "--num_samples", "1"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and "one sample makes no pair" in told[0]
+
+
+def test_the_recipe_in_the_documentation_is_sound():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "candidates.md").read_text()
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert GenerateArguments(**recipe).num_samples == 5
 
 
 def test_the_report_is_json_and_names_what_decided_the_samples(tmp_path, model_folder):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -58,8 +60,9 @@ def work_in_children(
             _check(plan, children)
         finally:
             for child, _ in children:
-                child.terminate()
-                child.join(30)
+                end_group(child.pid)
+                child.kill()  # where it had no time yet to make a group of its own
+                child.join()
     if pending:
         progress.show()
 
@@ -100,22 +103,36 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
             os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
+def end_group(group: int | None) -> None:
+    """Kill a child with all that it started: an engine runs processes of its own, which would outlive it."""
+    assert group is not None
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
 def _child(
     target: Callable[[Any, list[int]], None], argument: Any, indices: list[int], log: Path, parent: int
 ) -> None:
+    os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    status = 0
     try:
         target(argument, indices)
-    except ShardFailed as failed:
-        print(failed, file=sys.stderr, flush=True)
-        sys.exit(1)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        status
+    )  # an ordinary exit waits for the engine's processes, which wait for this one; the parent ends them
 
 
 def _end_with(parent: int) -> None:
     """A child must not go on writing shards when the command that started it was killed."""
     while os.getppid() == parent:
         time.sleep(1)
-    os._exit(1)
+    end_group(os.getpgid(0))
