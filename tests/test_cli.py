@@ -1,0 +1,143 @@
+"""The commands: what they are called, what they print, and how scripts and launchers reach them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prefopt import __version__, cli
+from tests.tiny_runs import tiny_recipe, write_model, write_pairs
+
+ROOT = Path(__file__).parents[1]
+PRESENT = [name for name, command in cli.COMMANDS.items() if importlib.util.find_spec(command.module) is not None]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data"), {"train": 16, "test": 4})
+
+
+def test_overview_lists_every_command(capsys):
+    assert cli.main([]) == 0
+    overview = capsys.readouterr().out
+    assert all(f"\n  {name} " in overview for name in cli.COMMANDS)
+
+
+def test_overview_and_version_need_no_torch():
+    code = "import sys; from prefopt.cli import main; main(['--help']); main(['--version']); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith(f"{__version__}\nFalse\n")
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["wop"]) == 2
+    assert capsys.readouterr().err == "prefopt: error: unknown command 'wop'; did you mean 'wpo'?\n"
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_every_command_is_there_and_explains_its_keys(name, capsys):
+    assert callable(cli.function_of(name))
+    assert cli.main([name, "--help"]) == 0
+    printed = capsys.readouterr().out
+    for cls in cli.arguments_of(name):
+        assert f"{cls.__name__}:" in printed
+        assert all(f"  --{field.name}" in printed for field in dataclasses.fields(cls) if field.init)
+
+
+@pytest.mark.parametrize("name", ["generate", "rank"])
+def test_flags_of_older_scripts(name, capsys):
+    assert cli.main([name, "--modle", "x"]) == 2
+    assert "unknown key 'modle'" in capsys.readouterr().err
+    assert cli.main([name, "--model", "nowhere", "--shard_size", "many"]) == 2
+    assert "shard_size: expected a whole number" in capsys.readouterr().err  # so `--model` was understood
+
+
+def test_one_process_tools_take_no_launcher(capsys):
+    assert cli.main(["build-pairs", "--num_processes", "2"]) == 2
+    assert "runs in one process: remove num_processes" in capsys.readouterr().err
+
+
+def test_launching_hands_the_rest_of_the_words_on(tmp_path, model, data, monkeypatch):
+    launched = []
+    monkeypatch.setattr(cli, "launch", lambda settings, words: launched.append((settings, words)) or 7)
+    recipe = tiny_recipe(tmp_path, model, data, accelerate_config="cpu_ddp_2ranks")
+    assert cli.main(["wpo", str(recipe), "--num_processes=2", "--beta", "0.3"]) == 7
+    settings = {"accelerate_config": "cpu_ddp_2ranks", "num_processes": "2"}
+    assert launched == [(settings, ["wpo", str(recipe), "--beta", "0.3"])]
+
+
+def test_mistakes_are_found_before_launching(tmp_path, model, data, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("launched"))
+    recipe = tiny_recipe(tmp_path, model, data, beta="strong")
+    assert cli.main(["wpo", str(recipe), "--num_processes=2"]) == 2
+    assert "beta: expected a number" in capsys.readouterr().err
+
+
+def test_another_process_waits_before_it_speaks(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert cli.main(["wop"]) == 2
+    assert waited == [10]
+
+
+def test_a_script_is_its_command(tmp_path, model, data, monkeypatch):
+    recipe = tiny_recipe(tmp_path, model, data, max_steps=1)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / "run_wpo.py"), str(recipe), "--seed=3"])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert leaving.value.code == 0
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["seed"] == 3
+    assert str(ROOT / "scripts") not in sys.path  # scripts/evaluate.py must not stand before a package of that name
+
+
+def command(*words, **environment):
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    env = {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=300, check=False)
+
+
+def losses(folder):
+    with open(Path(folder) / "trainer_state.json") as file:
+        return [entry["loss"] for entry in json.load(file)["log_history"] if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp_2ranks", "cpu_zero3_2ranks"])
+def test_two_processes_by_our_own_launcher(tmp_path, model, data, config):
+    recipe = tiny_recipe(tmp_path, model, data, global_batch_size=8, max_steps=3, do_eval=True)
+    alone = command("-m", "prefopt", "wpo", str(recipe), "--output_dir", str(tmp_path / "alone"))
+    assert alone.returncode == 0, alone.stderr
+    words = ["-m", "prefopt", "wpo", str(recipe), "--num_processes", "2", "--accelerate_config", config]
+    both = command(*words, DS_ACCELERATOR="cpu")
+    assert both.returncode == 0, both.stderr
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
+    assert both.stdout.count("16 rows read") == 1  # one process prints
+    assert f"The model is in {tmp_path / 'out'}" in both.stdout
+
+
+@pytest.mark.slow
+def test_a_mistake_on_two_processes_is_still_one_line(tmp_path, model, data):
+    recipe = tiny_recipe(tmp_path, model, data, beta=-1)
+    words = ["-m", "prefopt", "wpo", str(recipe), "--num_processes", "2", "--accelerate_config", "cpu_ddp_2ranks"]
+    result = command(*words)
+    assert result.returncode == 2
+    assert result.stderr.count("prefopt: error:") == 1
+    assert "`beta` must be positive" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
