@@ -120,8 +120,9 @@ def test_sequence_classification_scores_a_last_model_alike_without_the_eos(tmp_p
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_sequence_classification_refuses_a_model_that_it_would_misread(pooling, tmp_path):
     tiny_reward(pooling=pooling).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="prefopt_reward_model"):
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "prefopt_reward_model"
     assert RewardModel.from_pretrained(tmp_path).config.model_type == "llama"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
@@ -16,6 +16,15 @@ logger = logging.get_logger(__name__)
 
 OWN_MODEL_TYPE = "prefopt_reward_model"
 """`model_type` of saved models that no other loader reads correctly (pooling "mean" and "max")."""
+
+
+class _OwnConfig(PretrainedConfig):
+    """Lets AutoConfig name our model type; `RewardModel.from_pretrained` reads the backbone's own config."""
+
+    model_type = OWN_MODEL_TYPE
+
+
+AutoConfig.register(OWN_MODEL_TYPE, _OwnConfig, exist_ok=True)
 
 
 class RewardModel(HeadedModel):
