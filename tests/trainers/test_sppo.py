@@ -318,3 +318,19 @@ def test_several_references_are_refused_by_name(tmp_path):
         data = data.add_column(f"ref_{side}_logps", [[-20.0, -21.0]] * 24)
     with pytest.raises(ValueError, match=r"scores of several references.*`multi-reference-dpo`"):
         make_trainer(tmp_path, "SPPO", rows=data, precompute_ref_log_probs=True)
+
+
+def test_the_schedule_may_be_longer_than_the_training(tmp_path):
+    """One epoch of 6 steps under a linear schedule for 3: the rates are those of the first third."""
+    whole, part = (
+        make_trainer(
+            tmp_path, "SPPO", rows=rows(), lr_scheduler_type="linear", warmup_steps=0, learning_rate=1e-5, **settings
+        )
+        for settings in ({"num_train_epochs": 3}, {"num_train_epochs": 1, "schedule_epochs": 3})
+    )
+    whole.train()
+    part.train()
+    assert history(part, "learning_rate") == history(whole, "learning_rate")[:6]
+    assert history(part, "learning_rate")[-1] == pytest.approx(1e-5 * 13 / 18)
+    with pytest.raises(ValueError, match=r"`schedule_epochs` \(1\) must be at least `num_train_epochs`"):
+        make_trainer(tmp_path, "SPPO", rows=rows(), num_train_epochs=2, schedule_epochs=1)

@@ -182,7 +182,7 @@ def resolved_yaml(recipe: Recipe, classes: Sequence[type], *, without_defaults: 
 
     Secrets are left out, and so are fields whose default is nothing or that are named in `without_defaults`.
     """
-    given = {key: _plain(value) for key, value in recipe.values.items() if key not in SECRETS}
+    given = {key: plain(value) for key, value in recipe.values.items() if key not in SECRETS}
     defaults = {}
     for key, declared in _fields(classes).items():
         if key in recipe.values or key in SECRETS or key in without_defaults or is_required(declared):
@@ -190,7 +190,7 @@ def resolved_yaml(recipe: Recipe, classes: Sequence[type], *, without_defaults: 
         factory = declared.default_factory
         value = declared.default if factory is dataclasses.MISSING else factory()
         if value is not None:
-            defaults[key] = _plain(value)
+            defaults[key] = plain(value)
     parts = ["# Set by the recipe or on the command line.", _dump(given)]
     if defaults:
         parts += ["\n# Defaults of the versions in package_versions.json.", _dump(defaults)]
@@ -201,19 +201,20 @@ def _dump(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False) if values else ""
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A converted value as YAML and JSON have it."""
     if isinstance(value, Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            f.name: _plain(getattr(value, f.name))
+            f.name: plain(getattr(value, f.name))
             for f in dataclasses.fields(value)
             if getattr(value, f.name) is not None
         }
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

@@ -249,6 +249,12 @@ class BaseTrainer(Trainer):
         self.restart_clock()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """See `Trainer.create_scheduler`; the schedule may be laid out for more epochs than are trained."""
+        if self.args.schedule_epochs is not None:
+            num_training_steps = math.ceil(num_training_steps * self.args.schedule_epochs / self.args.num_train_epochs)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, see `step_loss`; on the last one of a step the step's metrics are reduced over ranks."""
         sums = self._sums["train"]

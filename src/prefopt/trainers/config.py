@@ -54,6 +54,13 @@ class BatchConfig:
         """Where neither bf16 nor fp16 is set: bf16 on a GPU that has it, float32 elsewhere; call it before TRL's checks."""
         if self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available() and not self.use_cpu
+    schedule_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs that the learning-rate schedule (warm-up included) is laid out for, where training stops earlier, after "
+            "`num_train_epochs`; None: the same."
+        },
+    )
 
     def check_batching(self) -> None:
         """Raise a ValueError where these settings cannot work."""
@@ -64,6 +71,10 @@ class BatchConfig:
         if self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size` would change the batch that the recipe asks for; set `per_device_train_batch_size`."
+            )
+        if self.schedule_epochs is not None and (self.max_steps > 0 or self.schedule_epochs < self.num_train_epochs):
+            raise ValueError(
+                f"`schedule_epochs` ({self.schedule_epochs}) must be at least `num_train_epochs` ({self.num_train_epochs}), without `max_steps`."
             )
         max_length = self.max_length
         if self.max_prompt_length is not None:
