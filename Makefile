@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 # Nothing is downloaded at run time, and no target reports to a tracker.
 RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_DISABLED=true TOKENIZERS_PARALLELISM=false
-SOURCES := src tests scripts benchmarks examples
+SOURCES := src tests scripts benchmarks examples docs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup style quality test quickstart bench clean
@@ -41,11 +41,13 @@ $(READY): constraints.txt pyproject.toml
 style: $(READY)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/python docs/file_tree.py
 
 quality: $(READY)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/python docs/file_tree.py --check
 
 test: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

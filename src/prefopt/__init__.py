@@ -15,6 +15,8 @@ _PUBLIC = {
     "AdversarialRewardConfig": "prefopt.trainers.adversarial",
     "RewardTrainer": "prefopt.trainers.reward",
     "RewardConfig": "prefopt.trainers.reward",
+    "MultiReferenceDPOTrainer": "prefopt.trainers.multi_reference",
+    "MultiReferenceDPOConfig": "prefopt.trainers.multi_reference",
     "SPPOTrainer": "prefopt.trainers.sppo",
     "SPPOConfig": "prefopt.trainers.sppo",
     "DPOConfig": "prefopt.trainers.dpo",
