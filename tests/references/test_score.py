@@ -1,10 +1,12 @@
 """`prefopt score-references`, from a recipe to scores that training picks up."""
 
+import numpy as np
 import pytest
 import yaml
 
 from prefopt.cli import main
-from prefopt.files import write_jsonl
+from prefopt.files import read_json, write_jsonl
+from prefopt.references.cache import ScoreCache, describe_scorers
 from tests.references.helpers import ROWS, reference
 
 FAMILIES = [("llama3", "llama", 400), ("chatml", "qwen2", 350), ("zephyr", "mistral", 380)]
@@ -100,3 +102,28 @@ def test_mistakes_end_in_one_line(tmp_path, models, capsys):
         assert main(["score-references", recipe(tmp_path, models, **changes), *words]) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero3_score_and_train_as_one_process(tmp_path, models, capsys):
+    """Scores are equal, and online weights are the same on both ranks (the logged mean is one-hot, or sums to one)."""
+    path = recipe(tmp_path, models, weighting="tsw", sampling_subset=3)
+    sharded = ["--num_processes", "2", "--accelerate_config", "cpu_zero3_2ranks"]
+    assert main(["score-references", path, *sharded]) == 0
+    assert main(["score-references", path, "--ref_logps_dir", str(tmp_path / "alone")]) == 0
+    for scorer in describe_scorers(tmp_path / "alone"):
+        alone, shared = (ScoreCache(tmp_path / root, scorer) for root in ("alone", "scores"))
+        keys = list(alone._index)
+        assert len(keys) == 24
+        np.testing.assert_allclose(shared.lookup(keys).logps, alone.lookup(keys).logps, rtol=1e-5)
+    for weighting in ("tsw", "swcw"):
+        out = tmp_path / weighting
+        assert main(["multi-reference-dpo", path, "--weighting", weighting, "--output_dir", str(out), *sharded]) == 0
+        history = read_json(out / "trainer_state.json")["log_history"]
+        steps = [
+            [v for k, v in entry.items() if k.startswith("references/weight/")] for entry in history if "loss" in entry
+        ]
+        assert len(steps) == 2 and all(sum(weights) == pytest.approx(1, abs=1e-5) for weights in steps)
+        if weighting == "tsw":
+            assert all(sorted(weights) == [0, 0, 1] for weights in steps)
+        print(weighting, steps)

@@ -59,8 +59,10 @@ def prepare_model(
         model.requires_grad_(False)
     install_scoring(model)
     if accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # nothing is trained, and DeepSpeed insists
+        # nothing is trained, and DeepSpeed insists on batch sizes
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, train_batch_size=accelerator.num_processes
+        )
         return prepare_deepspeed(model, accelerator), model.config
     model.to(device)
     return model, model.config
