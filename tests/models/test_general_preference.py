@@ -159,6 +159,8 @@ def test_a_released_bradley_terry_model_is_read_as_a_reward_model(tmp_path):
     )
     model = RewardModel.from_pretrained(tmp_path)
     torch.testing.assert_close(model.score.weight.detach(), head)
+    model.save_pretrained(tmp_path / "ours")
+    assert "score.weight" in load_file(tmp_path / "ours" / "model.safetensors")
     with pytest.raises(ValueError, match="must be a positive even number, got 1; for one scalar use a RewardModel"):
         GeneralPreferenceModel.from_pretrained(tmp_path)
 

@@ -152,6 +152,9 @@ class HeadedModel:
             path, config=config, output_loading_info=True, **mapping, **settings
         )
         cls._check_loaded(path, report, new_head=new_head)
+        # transformers would give the weights their old names back when it saves
+        kept = [each for each in model._weight_conversions or [] if not set(each.source_patterns) & set(cls.published_names)]
+        model._weight_conversions = kept
         return model
 
     @classmethod
