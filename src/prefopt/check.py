@@ -18,8 +18,10 @@ from prefopt.memory import GIB, Launch, Memory, ModelShape, adapter_parameters, 
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.locate import locate
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
-from prefopt.run_settings import batch_sizes, check_adapter_keys, check_output, resolved_recipe
-from prefopt.training import adapter_config, check_model, is_adapter, load_tokenizer, readable_errors, tokenise_data
+from prefopt.run_models import adapter_config, check_model, is_adapter, load_tokenizer, readable_errors
+from prefopt.run_settings import batch_sizes, check_adapter_keys, check_output, may_evaluate, resolved_recipe
+from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
+from prefopt.training import tokenise_data
 
 # settings that need a package which is not among our own dependencies: (key, value begins with, module, what to install)
 OPTIONAL = (
@@ -144,6 +146,8 @@ def build_each(recipe: Recipe, classes: Sequence[type], found: Findings) -> list
         with found.looking():
             (instance,) = build(adjusted, [cls])
         instances.append(instance)
+    if instances[1] is not None:
+        instances[1].evaluates = may_evaluate(recipe)
     if instances[0] is not None:
         config, launch = instances[0], found.launch
         total = config.per_device_train_batch_size * config.gradient_accumulation_steps * launch.processes
@@ -192,7 +196,6 @@ def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory | N
         adapter_parameters(model_config, shape, adapter, trust_remote_code=trust) if adapter else shape.parameters
     )
     tokens, scored = micro_batch_tokens(config, found.reports)
-    precomputed = getattr(config, "precompute_ref_log_probs", False)
     return estimate(
         shape,
         found.launch,
@@ -201,11 +204,20 @@ def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory | N
         optimizer=config.optim.value,
         trained=trained,
         four_bit=model_args.load_in_4bit,
-        keeps_reference=adapter is None and not precomputed,
+        keeps_reference=adapter is None and keeps_reference(found.method, config),
         checkpointing=config.gradient_checkpointing,
         tokens=tokens,
         scored_tokens=scored,
     )
+
+
+def keeps_reference(method: str, config: Any) -> bool:
+    """Whether a run of full fine-tuning holds a reference model beside the policy."""
+    from prefopt.cli import COMMANDS
+
+    if COMMANDS[method].rows != "pairs" or method == "multi-reference-dpo":
+        return False
+    return not config.precompute_ref_log_probs and not set(config.loss_type) <= set(REFERENCE_FREE_LOSSES)
 
 
 def micro_batch_tokens(config: Any, reports: list[TokenizationReport]) -> tuple[int, int]:

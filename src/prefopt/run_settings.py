@@ -67,7 +67,14 @@ def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tu
     if adjusted.values.get("model_name_or_path") is None:
         raise ValueError("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
     check_adapter_keys(recipe)
-    return build(adjusted, classes)
+    configs = build(adjusted, classes)
+    configs[1].evaluates = may_evaluate(recipe)
+    return configs
+
+
+def may_evaluate(recipe: Recipe) -> bool:
+    """Whether evaluation data is read: always where the recipe names some, unless it says `do_eval: false`."""
+    return recipe.values.get("do_eval") is not False or recipe.values.get("eval_strategy", "no") != "no"
 
 
 def batch_sizes(values: dict[str, Any], config: type, processes: int) -> dict[str, int]:

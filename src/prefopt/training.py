@@ -11,20 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from huggingface_hub import get_token
-from peft import AutoPeftModelForCausalLM, PeftConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import ModelConfig
 
 from prefopt.data import TokenizationReport, describe_sample, load_datasets, tokenize_comparisons, tokenize_pairs
 from prefopt.launch import rank, tell, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe
 from prefopt.run_folder import open_folder
+from prefopt.run_models import check_model, load_tokenizer, model_options, pair_models, single_model
 from prefopt.run_settings import build_configs, check_devices, check_output, resolved_recipe
-from prefopt.trainers.policy import load_model, with_pad_token
 
 TOKENIZERS = {"pairs": tokenize_pairs, "comparisons": tokenize_comparisons}
 
@@ -54,6 +52,8 @@ def train(method: str, trainer_class: type, rows: str, recipe: Recipe, classes: 
     try:
         args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
         set_seed(args.seed)
+        if run_args.method is not None and run_args.method.replace("_", "-") != method:
+            tell(f"The recipe is written for {run_args.method}; it is run as {method}.")
         trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
     except BaseException:
         if not existed and rank() == 0:
@@ -100,74 +100,6 @@ def make_trainer(
     )
 
 
-def single_model(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:
-    """The model of a method without a reference, as its trainer takes it."""
-    if run_args.ref_model_name_or_path is not None:
-        raise ValueError("ref_model_name_or_path: this method has no reference model; remove it.")
-    return {
-        "model": name,
-        "quantization_config": get_quantization_config(model_args),
-        "peft_config": adapter_config(model_args),
-    }
-
-
-def adapter_config(model_args: ModelConfig) -> PeftConfig | None:
-    """The adapter that the recipe describes, if any."""
-    config = get_peft_config(model_args)
-    targets = model_args.lora_target_modules
-    if config is not None and isinstance(targets, str) and targets.isidentifier():
-        config.target_modules = {targets}  # TRL makes a list of one name a pattern, which no full name would match
-    return config
-
-
-def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:
-    """Policy and reference of a pair method, as its trainer takes them."""
-    models = {**single_model(name, args, model_args, RunArguments()), "ref_model": load_reference(run_args, args)}
-    if is_adapter(name):
-        options = {**args.model_init_kwargs, "dtype": torch_dtype(model_args)}
-        models["model"] = AutoPeftModelForCausalLM.from_pretrained(
-            name, is_trainable=True, quantization_config=models["quantization_config"], **options
-        )
-        args.model_init_kwargs = models["quantization_config"] = models["peft_config"] = None
-        tell(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
-    return models
-
-
-def check_model(name: str, model_args: ModelConfig, args: Any) -> None:
-    """Make sure that there is a model under `name`, without loading its weights.
-
-    Raises:
-        ValueError: there is none, or its attention does not run here.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
-        raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
-    if (model_args.attn_implementation or "").startswith("flash_attention") and args.device.type == "cpu":
-        raise ValueError(f"attn_implementation {model_args.attn_implementation} needs a GPU: use sdpa here.")
-    if not is_adapter(name):
-        with readable_errors("model_name_or_path", name):
-            AutoConfig.from_pretrained(
-                name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-            )
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a local folder holds an adapter and no whole model."""
-    path = Path(name).expanduser()
-    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
-
-
-def load_tokenizer(name: str, model_args: ModelConfig, args: Any, run_args: RunArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token, and the recipe's chat template if it gives one."""
-    with readable_errors("the tokenizer of model_name_or_path", name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-        )
-    if run_args.chat_template is not None:
-        tokenizer.chat_template = run_args.chat_template
-    return with_pad_token(tokenizer)
-
-
 def prepare_data(
     rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
@@ -191,6 +123,8 @@ def tokenise_data(
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
     train_dataset, eval_dataset = load_datasets(sources, rows, num_proc=args.dataset_num_proc)
+    if not data_args.evaluates:
+        eval_dataset = None  # rows held out are left out of training all the same
     named = {
         name: load_datasets(source, rows, num_proc=args.dataset_num_proc)[0]
         for name, source in data_args.named_evaluations()
@@ -212,50 +146,6 @@ def tokenise_data(
         reports.append(report)
     train_dataset = done.pop("train")
     return train_dataset, done if named else done.get("eval"), reports
-
-
-def torch_dtype(model_args: ModelConfig) -> Any:
-    """The recipe's dtype as `from_pretrained` takes it."""
-    return getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
-
-
-def model_options(model_args: ModelConfig) -> dict[str, Any]:
-    """How the weights are loaded."""
-    options: dict[str, Any] = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    if model_args.attn_implementation is not None:
-        options["attn_implementation"] = model_args.attn_implementation
-    return options
-
-
-def load_reference(run_args: RunArguments, args: Any) -> Any:
-    """The reference model that the recipe names, or `None`: the policy before training."""
-    name = run_args.ref_model_name_or_path
-    if name is None:
-        return None
-    with readable_errors("ref_model_name_or_path", name):
-        AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    kept = args.model_init_kwargs
-    args.model_init_kwargs = {**kept, "revision": run_args.ref_model_revision or "main"}
-    try:
-        return load_model(name, args)
-    finally:
-        args.model_init_kwargs = kept
-
-
-class readable_errors:
-    """Turn what transformers raises about a missing or unreadable model into one sentence."""
-
-    def __init__(self, key: str, name: str) -> None:
-        self.key, self.name = key, name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError)):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = "cannot be read" if Path(self.name).exists() else "is no folder here, and the hub does not give it"
-            raise ValueError(f"{self.key} {self.name!r} {where}: {reason}") from error
 
 
 def fit(trainer: Any, start: str | None) -> None:

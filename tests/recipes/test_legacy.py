@@ -6,11 +6,10 @@ import pytest
 import yaml
 
 from prefopt.cli import arguments_of, main
+from prefopt.files import read_jsonl, write_jsonl
 from prefopt.recipes import build, read_recipe
 from tests.recipes import legacy_recipes
 from tests.tiny_runs import write_model, write_pairs
-
-TRAINERS = {"dpo", "wpo"}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("data"), {"train_prefs": 8, "test_prefs": 4})
+    folder = write_pairs(tmp_path_factory.mktemp("data"), {"train_prefs": 8, "test_prefs": 4})
+    for path in folder.iterdir():  # the columns of the SPPO repository, which other methods leave alone
+        probabilities = {"chosen_probs": 0.8, "chosen_probs_win": 0.7, "chosen_probs_lose": 0.3}
+        write_jsonl(path, [row | probabilities for row in read_jsonl(path)])
+    return folder
 
 
 def read(tmp_path, command, text, *words):
@@ -100,9 +103,7 @@ def test_adapter_recipe_is_understood(tmp_path):
     assert [source.split for source in data_args.resolve(evaluates=True, seed=1).test] == ["test_prefs"]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, (command, _, _) in legacy_recipes.RECIPES.items() if command in TRAINERS]
-)
+@pytest.mark.parametrize("name", legacy_recipes.RECIPES)
 def test_runs_with_model_data_and_hardware_replaced(tmp_path, model, data, name, capsys):
     command, text, words = legacy_recipes.RECIPES[name]
     path = tmp_path / "recipe.yaml"
@@ -128,7 +129,7 @@ def test_runs_with_model_data_and_hardware_replaced(tmp_path, model, data, name,
     printed = capsys.readouterr()
     assert (output / "model.safetensors").exists()
     resolved = yaml.safe_load((output / "recipe.yaml").read_text())
-    assert resolved["loss_type"] == (["simpo"] if name.startswith("simpo") else ["sigmoid"])
+    assert resolved["loss_type"] == {"simp": ["simpo"], "sppo": ["sppo"]}.get(name[:4], ["sigmoid"])
     assert resolved["warmup_steps"] == 0.1
     assert "warmup_ratio is an older key" in printed.err
-    assert (output / "eval_results.json").exists()
+    assert (output / "eval_results.json").exists() == (name != "sppo")  # its recipe says do_eval: "no"

@@ -72,6 +72,10 @@ class DatasetArguments:
         metadata={"help": "A mapping with `datasets` (id, config, split, columns, weight), test_split_size, seed."},
     )
 
+    evaluates: bool = field(
+        default=True, init=False
+    )  # False where the recipe says do_eval: false: named test data stays unread
+
     def __post_init__(self) -> None:
         ways = [self.dataset_name, self.datasets, self.dataset_mixer, self.dataset_mixture]
         if sum(way is not None for way in ways) != 1:
@@ -96,6 +100,12 @@ class DatasetArguments:
         Raises:
             ValueError: sources that cannot go together.
         """
+        sources = self._sources(evaluates, seed)
+        if not self.evaluates:
+            sources.test = []
+        return sources
+
+    def _sources(self, evaluates: bool, seed: int) -> DataArguments:
         if self.dataset_mixture is not None:
             return self._from_mixture(self.dataset_mixture, seed)
         if self.dataset_mixer is not None:
@@ -119,7 +129,7 @@ class DatasetArguments:
             ValueError: a name that is taken.
         """
         named = []
-        for name, source in (self.eval_datasets or {}).items():
+        for name, source in (self.eval_datasets or {} if self.evaluates else {}).items():
             if name in ("train", "eval"):
                 raise ValueError(f"eval_datasets: choose another name than {name!r}.")
             whole = DataSource(source, split=_split(source, "test")) if isinstance(source, str) else source
