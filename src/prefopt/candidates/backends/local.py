@@ -121,10 +121,12 @@ class TransformersBackend:
         return output[:, width:].tolist()
 
     def _continuous(self, batch: Sequence[Request], seed: int) -> list[list[int]]:
+        # by default the cache takes most of the memory, which a CPU shares with everything else
+        memory = 0.05 if self.model.device.type == "cpu" else None
         results = self.model.generate_batch(
             [request.prompt_ids for request in batch],
             generation_config=self._config(batch[0].max_new_tokens),
-            continuous_batching_config=ContinuousBatchingConfig(seed=seed),
+            continuous_batching_config=ContinuousBatchingConfig(seed=seed, max_memory_percent=memory),
         )
         failed = next((result.error for result in results.values() if result.error), None)
         if failed is not None or len(results) < len(batch):
