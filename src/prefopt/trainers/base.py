@@ -46,6 +46,11 @@ class _StepEnd(TrainerCallback):
         if waits or args.device.type == "cpu" or state.global_step >= state.max_steps:
             self.trainer.check_finite()
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Say how the run is set up, once everything is wrapped."""
+        if state.is_world_process_zero:
+            print(self.trainer.describe_run())
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Start the clock of tokens/s anew, so that the time between epochs does not count."""
         self.trainer.restart_clock()
@@ -96,6 +101,7 @@ class BaseTrainer(Trainer):
         self._watch = FiniteWatch()
         self._any_bad: torch.Tensor | None = None
         self._tokens_seen = 0.0
+        self._row_lengths: tuple[int, ...] = ()
         self._clock = time.perf_counter()
         super().__init__(
             model=model,
@@ -139,6 +145,13 @@ class BaseTrainer(Trainer):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take up what `method_state` gave."""
         self._tokens_seen = state["num_tokens"]
+
+    def describe_run(self) -> str:
+        """One line on processes, wrapping and batches."""
+        line = f"Training on {self.args.world_size} process(es) as {describe_wrapping(self.model_wrapped)}; batches: {self.layout.name}"
+        if lengths := self._row_lengths:
+            line += f", rows of {', '.join(str(length) for length in lengths)} tokens"
+        return line + "."
 
     # ---- batches ---------------------------------------------------------------------------------------------------------------
 
@@ -211,6 +224,8 @@ class BaseTrainer(Trainer):
             shuffle=training,
             drop_last=training and args.dataloader_drop_last,
         )
+        if training:
+            self._row_lengths = plan.row_lengths
         return _PlannedLoader(
             PlannedBatches(dataset, self.collate, self.layout),
             batch_sampler=plan,
@@ -354,6 +369,12 @@ class BaseTrainer(Trainer):
         """Write a README.md with method, paper and settings into the output folder (main process only)."""
         if self.is_world_process_zero():
             write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+
+
+def describe_wrapping(model) -> str:
+    """The type that a model is wrapped into, with DeepSpeed's ZeRO stage."""
+    name = type(model).__name__
+    return f"{name} (ZeRO-{model.zero_optimization_stage()})" if name == "DeepSpeedEngine" else name
 
 
 class _PlannedLoader(DataLoader):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from prefopt import losses as pure
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.scoring.logprobs import CompletionScores, install_scoring, score_completions
-from prefopt.trainers.base import BaseTrainer
+from prefopt.trainers.base import BaseTrainer, describe_wrapping
 from prefopt.trainers.collators import REFERENCE_COLUMNS, CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
@@ -238,6 +238,18 @@ class PreferenceTrainer(BaseTrainer):
             self._record_weights(self.pair_weights(pair), pair, real, sums)
         if not self.model.training:
             sums.add_mean("loss", losses, real)
+
+    def describe_run(self) -> str:
+        """One line on processes, wrapping, batches and reference."""
+        if self.args.precompute_ref_log_probs:
+            reference = "cached scores"
+        elif self.reference is None:
+            reference = "none"
+        elif self.reference.module is None:
+            reference = "the policy with its adapter off or exchanged"
+        else:
+            reference = f"live, {describe_wrapping(self.reference.module)}"
+        return f"{super().describe_run()[:-1]}; reference: {reference}."
 
     # ---- what the spine needs --------------------------------------------------------------------------------------------------
 
