@@ -17,8 +17,8 @@ READY := $(VENV)/prefopt-ready
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Nothing is downloaded at run time, and no target reports to a tracker.
-RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_DISABLED=true TOKENIZERS_PARALLELISM=false
+# Nothing is downloaded at run time.
+RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 SOURCES := src tests scripts benchmarks examples docs
 
 .DEFAULT_GOAL := help
@@ -50,7 +50,7 @@ quality: $(READY)
 	$(BIN)/python docs/file_tree.py --check
 
 test: $(READY)
-	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 quickstart: $(READY)
 	$(RUN) $(BIN)/python examples/quickstart/quickstart.py

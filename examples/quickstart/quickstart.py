@@ -126,7 +126,7 @@ def main() -> None:
 
 
 NEXT = """
-The model and its recipe (recipe.yaml) are in {folder}; all of this took {seconds} s. Next, on a GPU:
+The model and its recipe (recipe.yaml) are in {folder}; all of this took {seconds} s. Next, on a GPU (`source .venv/bin/activate` first):
 
   prefopt check llama3/wpo --accelerate_config deepspeed_zero3 --num_processes 8      (does it fit? what would stop it?)
   accelerate launch --config_file accelerate_configs/deepspeed_zero3.yaml scripts/run_wpo.py training_configs/llama3/wpo.yaml
