@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 # Nothing is downloaded at run time.
 RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-SOURCES := src tests scripts benchmarks examples docs
+SOURCES := src tests scripts benchmarks examples docs/file_tree.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup style quality test quickstart bench clean
