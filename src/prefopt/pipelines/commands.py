@@ -162,7 +162,8 @@ def _without(value: Any, prefix: str) -> Any:
         return {key: _without(item, prefix) for key, item in value.items()}
     if isinstance(value, list):
         return [_without(item, prefix) for item in value]
-    return "RUN/" + value.removeprefix(prefix) if isinstance(value, str) and value.startswith(prefix) else value
+    inside = isinstance(value, str) and f"{value}/".startswith(prefix)
+    return f"RUN/{value}".replace(prefix.rstrip("/"), "", 1) if inside else value
 
 
 def as_script(stages: Sequence[Stage]) -> str:
@@ -170,7 +171,11 @@ def as_script(stages: Sequence[Stage]) -> str:
 
     Each command continues its own unfinished work; nothing is skipped, and no rule ends the script early.
     """
-    lines = ["#!/usr/bin/env bash", "# Written by `prefopt pipeline --write_script`: every stage of the run, in order.", "set -euo pipefail"]
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Written by `prefopt pipeline --write_script`: every stage of the run, in order.",
+        "set -euo pipefail",
+    ]
     for stage in stages:
         after = f" (after {', '.join(stage.needs)})" if stage.needs else ""
         lines += ["", f"# {stage.name}{after}", stage.line]

@@ -136,7 +136,7 @@ class InputHashes:
             self._known = read_json(self.path)  # only saves time: a damaged one is made again
 
     def of(self, path: Path) -> str:
-        """Hash of a file, or of every file in a folder with its name.
+        """Hash of a file, or of every file in a folder with its name; checkpoints within a model's folder are left out.
 
         Raises:
             ValueError: there is nothing.
@@ -145,6 +145,7 @@ class InputHashes:
             raise ValueError(f"{path} is read by this run, but does not exist.")
         place = path.resolve()
         files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+        files = [p for p in files if not any(part.startswith("checkpoint-") for part in p.relative_to(place).parts)]
         before = dict(self._known)
         value = content_hash([[file.relative_to(place).as_posix(), self._file(file)] for file in files])
         if self.keep and self._known != before:

@@ -1,0 +1,214 @@
+"""`prefopt evaluate`: a policy against others under a ranker, its preference accuracy, its answers' lengths; and whether to stop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefopt.candidates import rank
+from prefopt.candidates.processes import current_processes
+from prefopt.candidates.rank_arguments import RankArguments
+from prefopt.candidates.records import Record, read_records, write_records
+from prefopt.data import DataArguments, DataSource, load_datasets
+from prefopt.data.messages import as_messages
+from prefopt.evaluation.alpaca_eval import FAMILIES, export
+from prefopt.evaluation.preference import preference_accuracy
+from prefopt.evaluation.win_rate import join_answers, length_statistics, win_rate
+from prefopt.files import write_json
+from prefopt.launch import tell
+
+EVALUATION_FILE = "evaluation.json"
+POLICY = "policy"
+SAMPLES = 4
+SCORE = "judged"
+
+
+def _setting(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class EvaluateArguments:
+    """What is evaluated: answers against others' answers under a ranker, or a model on preference pairs, or both."""
+
+    output_dir: str = _setting("", "Folder for evaluation.json and the ranked answers.")
+    answers: str | None = _setting(
+        None, "The policy's answers to held-out prompts: a folder that `prefopt generate` wrote."
+    )
+    opponents: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "Others' answers to the same prompts, by name: {base: folder, previous: folder}."},
+    )
+    ranker: str | None = _setting(None, "Ranker that compares them, as for `prefopt rank`.")
+    ranker_model: str | None = _setting(None, "Its `model_name_or_path`.")
+    ranker_settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Further settings of `prefopt rank`."}
+    )
+    confidence: float = _setting(0.95, "Of the intervals.")
+
+    model_name_or_path: str | None = _setting(None, "The policy, to be scored on `pairs`.")
+    pairs: str | None = _setting(None, "Preference pairs: hub name, file or folder.")
+    pairs_split: str = _setting("train", "Split of `pairs`.")
+    max_length: int | None = _setting(None, "Tokens of prompt and answer in `pairs`; longer rows are cut.")
+    dtype: str = _setting(
+        "bfloat16", "Of the policy's weights on `pairs`.", choices=["bfloat16", "float16", "float32"]
+    )
+
+    min_win_rate: float | None = _setting(
+        None, "Stop rule: the win rate against `previous` (without it, the first opponent) must be at least this."
+    )
+    max_length_ratio: float | None = _setting(
+        None, "Stop rule: the policy's mean answer is at most this many times as long as that of `base`."
+    )
+    alpaca_eval: str | None = _setting(
+        None, "Write the answers as AlpacaEval's model_outputs.json too, under this name of the model."
+    )
+    alpaca_eval_family: str | None = _setting(
+        None, f"Write AlpacaEval's config with the published sampling: {', '.join(FAMILIES)}."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir is missing: set it in the recipe or with --output_dir.")
+        if self.answers is None and self.pairs is None:
+            raise ValueError("nothing to evaluate: give `answers` (with `opponents` and `ranker`), or `pairs`.")
+        if (self.pairs is None) != (self.model_name_or_path is None):
+            raise ValueError("`pairs` and `model_name_or_path` belong together: give both or neither.")
+        if bool(self.opponents) != (self.ranker is not None):
+            raise ValueError("`opponents` and `ranker` belong together: give both or neither.")
+        if self.opponents and self.answers is None:
+            raise ValueError("`opponents` have nobody to play against: give the policy's `answers`.")
+        if POLICY in self.opponents:
+            raise ValueError(f"`opponents`: choose another name than {POLICY!r}, which is the policy's own.")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"`confidence` must lie between 0 and 1, not {self.confidence}.")
+        if self.min_win_rate is not None and not self.opponents:
+            raise ValueError("`min_win_rate` needs `opponents`.")
+        if self.max_length_ratio is not None and "base" not in self.opponents:
+            raise ValueError("`max_length_ratio` compares with the opponent `base`, which is not there.")
+        if (self.alpaca_eval or self.alpaca_eval_family) and self.answers is None:
+            raise ValueError("`alpaca_eval` writes the policy's `answers`, which are not given.")
+        if self.alpaca_eval_family is not None and self.alpaca_eval is None:
+            raise ValueError("`alpaca_eval_family` needs `alpaca_eval`, the model's name.")
+        if self.ranker is not None:
+            self.rank_arguments()
+
+    def rank_arguments(self) -> RankArguments:
+        """The settings of the ranking, checked."""
+        folder = Path(self.output_dir)
+        try:
+            return RankArguments(
+                candidates=str(folder / "answers"),
+                output_dir=str(folder / "ranked"),
+                ranker=self.ranker or "",
+                model_name_or_path=self.ranker_model or "",
+                **{"score_name": SCORE, "output_format": "jsonl", **self.ranker_settings},
+            )
+        except TypeError as error:
+            raise ValueError(f"`ranker_settings`: {error}.") from error
+
+
+def run(args: EvaluateArguments) -> dict[str, Any]:
+    """Evaluate and write `evaluation.json`.
+
+    Returns:
+        Its content: `win_rates` by opponent, `lengths` by policy, `preference`, `samples`, `stop` (a reason, or None).
+
+    Raises:
+        ValueError: answers that cannot be compared, a ranker or pairs that cannot be used.
+    """
+    team = current_processes()
+    folder = Path(args.output_dir)
+    result: dict[str, Any] = {"win_rates": {}, "lengths": {}, "preference": None, "samples": [], "stop": None}
+    if args.answers is not None:
+        answers = {name: read_records(place) for name, place in {POLICY: args.answers, **args.opponents}.items()}
+        joined, lacking = join_answers(answers)
+        if lacking:
+            tell(f"{lacking} prompts were not answered by all of {', '.join(answers)}, and are left out.")
+        result["prompts"], result["prompts_left_out"] = len(joined), lacking
+        if args.opponents:
+            joined = _ranked(args, joined)
+            score = args.rank_arguments().name
+            result["win_rates"] = {
+                name: asdict(win_rate(joined, score, POLICY, name, confidence=args.confidence))
+                for name in args.opponents
+            }
+        result["lengths"] = {name: length_statistics(joined, name) for name in answers}
+        result["samples"] = [_sample(record) for record in joined[:SAMPLES]]
+        if args.alpaca_eval is not None and team.is_main:
+            export(
+                folder / "alpaca_eval",
+                answers[POLICY],
+                generator=args.alpaca_eval,
+                model=args.model_name_or_path or args.alpaca_eval,
+                family=args.alpaca_eval_family,
+            )
+    if args.pairs is not None:
+        assert args.model_name_or_path is not None
+        rows, _ = load_datasets(DataArguments(train=[DataSource(args.pairs, split=args.pairs_split)]))
+        found = preference_accuracy(args.model_name_or_path, rows, max_length=args.max_length, dtype=args.dtype)
+        result["preference"] = asdict(found)
+    result["stop"] = stop_reason(result, min_win_rate=args.min_win_rate, max_length_ratio=args.max_length_ratio)
+    if team.is_main:
+        write_json(folder / EVALUATION_FILE, result)
+        print(summary(result), flush=True)
+    team.gather(None)  # nobody leaves before the file is there
+    return result
+
+
+def _ranked(args: EvaluateArguments, joined: list[Record]) -> list[Record]:
+    team = current_processes()
+    settings = args.rank_arguments()
+    if team.is_main:
+        write_records(Path(settings.candidates) / "candidates.jsonl", joined)
+    team.gather(None)
+    return read_records(rank.run(settings))
+
+
+def _sample(record: Record) -> dict[str, Any]:
+    """A prompt's first answer of each policy, with its score, to be read by a person."""
+    first: dict[str, Any] = {}
+    for candidate in record["candidates"]:
+        first.setdefault(
+            candidate["source"], {"text": candidate["text"], "score": next(iter(candidate["scores"].values()), None)}
+        )
+    return {"prompt": as_messages(record["prompt"])[-1]["content"], "answers": first}
+
+
+def length_ratio(result: dict[str, Any], opponent: str = "base") -> float | None:
+    """How many times as long the policy's mean answer is as an opponent's: in tokens where known, else in characters."""
+    if opponent not in result["lengths"]:
+        return None
+    mine, theirs = result["lengths"][POLICY], result["lengths"][opponent]
+    unit = "mean_tokens" if "mean_tokens" in mine and "mean_tokens" in theirs else "mean_characters"
+    return mine[unit] / theirs[unit] if theirs[unit] else None
+
+
+def stop_reason(result: dict[str, Any], *, min_win_rate: float | None, max_length_ratio: float | None) -> str | None:
+    """Why a loop should end after this evaluation, or None."""
+    if min_win_rate is not None:
+        opponent = "previous" if "previous" in result["win_rates"] else next(iter(result["win_rates"]))
+        rate = result["win_rates"][opponent]["win_rate"]
+        if rate < min_win_rate:
+            return f"the win rate against {opponent} is {rate:.3f}, below {min_win_rate}"
+    ratio = length_ratio(result)
+    if max_length_ratio is not None and ratio is not None and ratio > max_length_ratio:
+        return f"answers are {ratio:.2f} times as long as those of base, more than {max_length_ratio}"
+    return None
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The figures in a few lines."""
+    lines = [
+        f"evaluate: win rate against {name}: {found['win_rate']:.3f} [{found['low']:.3f}, {found['high']:.3f}] ({found['interval']}), "
+        f"{found['wins']} won, {found['ties']} tied, {found['losses']} lost on {found['prompts']} prompts"
+        for name, found in result["win_rates"].items()
+    ]
+    lines += [f"evaluate: answers of {name}: {json.dumps(found)}" for name, found in result["lengths"].items()]
+    if result["preference"] is not None:
+        lines.append(f"evaluate: preference accuracy without a reference: {json.dumps(result['preference'])}")
+    if result["stop"] is not None:
+        lines.append(f"evaluate: stop: {result['stop']}")
+    return "\n".join(lines)

@@ -1,0 +1,284 @@
+"""`prefopt report`: a run of iterations on one page, with plots, from what its stages have left."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefopt.evaluation.evaluate import EVALUATION_FILE, POLICY, length_ratio
+from prefopt.files import atomic_path, read_json, write_text
+
+REPORT_FILE = "report.md"
+PICTURE = "progress.png"
+SHOWN_CHARACTERS = 400
+
+
+@dataclass
+class ReportArguments:
+    """Which run is reported, and where."""
+
+    run_dir: str = field(default="", metadata={"help": "Folder of a run of `prefopt pipeline`."})
+    iterations: int | None = field(default=None, metadata={"help": "Report iterations up to this one; default: all."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the report and its plots; report.md in run_dir is written in any case."},
+    )
+    plots: bool = field(default=True, metadata={"help": "Draw plots (needs matplotlib, the extra `plots`)."})
+
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise ValueError("run_dir is missing: name the folder of a run with --run_dir.")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration has left: its evaluation, its pairs' report, the entries of its training log."""
+
+    number: int
+    evaluation: dict[str, Any]
+    pairs: dict[str, Any]
+    log: list[dict[str, float]]
+
+    @property
+    def name(self) -> str:
+        """`iteration 2`."""
+        return f"iteration {self.number}"
+
+    def rate(self, opponent: str) -> dict[str, Any] | None:
+        """The win rate against an opponent; in the first iteration `previous` is the base."""
+        rates = self.evaluation["win_rates"]
+        return rates.get(opponent) or (rates.get("base") if opponent == "previous" and self.number == 1 else None)
+
+
+def run(args: ReportArguments) -> Path:
+    """Write the report.
+
+    Returns:
+        `report.md` in the run's folder.
+
+    Raises:
+        ValueError: the run has no evaluated iteration.
+    """
+    run_dir = Path(args.run_dir)
+    output = Path(args.output_dir) if args.output_dir is not None else run_dir
+    iterations = read_iterations(run_dir, args.iterations)
+    drawn = args.plots and draw(output / PICTURE, iterations)
+    write_text(output / REPORT_FILE, page(run_dir.name, iterations, picture=PICTURE if drawn else None))
+    if output.resolve() != run_dir.resolve():
+        place = (output / PICTURE).resolve()
+        inside = place.relative_to(run_dir.resolve()) if run_dir.resolve() in place.parents else place
+        write_text(run_dir / REPORT_FILE, page(run_dir.name, iterations, picture=str(inside) if drawn else None))
+    chosen = best(iterations)
+    print(f"report: {len(iterations)} iterations, best so far: {chosen.name} -> {run_dir / REPORT_FILE}")
+    return run_dir / REPORT_FILE
+
+
+def read_iterations(run_dir: Path, last: int | None) -> list[Iteration]:
+    """The iterations of a run that have been evaluated, up to `last`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    numbers = sorted(
+        int(found[1])
+        for folder in run_dir.glob("iteration-*")
+        if (found := re.fullmatch(r"iteration-(\d+)", folder.name))
+        and (folder / "evaluate" / EVALUATION_FILE).is_file()
+    )
+    iterations = [_read(run_dir / f"iteration-{n}", n) for n in numbers if last is None or n <= last]
+    if not iterations:
+        raise ValueError(f"{run_dir} has no iteration with an evaluation (iteration-1/evaluate/{EVALUATION_FILE}).")
+    return iterations
+
+
+def _read(folder: Path, number: int) -> Iteration:
+    pairs, state = folder / "build-pairs" / "pairs_report.json", folder / "train" / "trainer_state.json"
+    log = read_json(state)["log_history"] if state.is_file() else []
+    return Iteration(
+        number,
+        read_json(folder / "evaluate" / EVALUATION_FILE),
+        read_json(pairs) if pairs.is_file() else {},
+        [entry for entry in log if "loss" in entry],
+    )
+
+
+def best(iterations: Sequence[Iteration]) -> Iteration:
+    """The iteration with the highest win rate against the base (the earlier one of equals); without win rates, the last."""
+    if any(not iteration.evaluation["win_rates"] for iteration in iterations):
+        return iterations[-1]
+    opponent = "base" if iterations[0].rate("base") else next(iter(iterations[0].evaluation["win_rates"]))
+    return max(iterations, key=lambda i: ((i.rate(opponent) or {"win_rate": 0.0})["win_rate"], -i.number))
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------------
+
+
+def page(name: str, iterations: Sequence[Iteration], *, picture: str | None) -> str:
+    """The report as Markdown: an overview, then a section for each iteration."""
+    chosen = best(iterations)
+    lines = [f"# {name}", "", f"Best so far: **{chosen.name}**{_why_best(chosen)}.", ""]
+    stopped = [iteration for iteration in iterations if iteration.evaluation["stop"] is not None]
+    lines += [f"**Ended early** after {item.name}: {item.evaluation['stop']}.\n" for item in stopped]
+    head = [
+        "iteration",
+        "win rate against base",
+        "against previous",
+        "preference accuracy",
+        "mean length",
+        "length / base",
+        "pairs",
+    ]
+    lines += [_row(head), _row(["---"] * len(head)), *(_row(_overview(item)) for item in iterations), ""]
+    lines += [
+        "Win rates are under the run's own ranker, on held-out prompts, a tie counting one half; intervals at 95 %.",
+        "",
+    ]
+    if picture is not None:
+        lines += [f"![win rates and lengths by iteration]({picture})", ""]
+    for item in iterations:
+        lines += section(item)
+    return "\n".join(lines)
+
+
+def _why_best(iteration: Iteration) -> str:
+    rate = iteration.rate("base")
+    return f", win rate against the base {_rate(rate)}" if rate is not None else ""
+
+
+def _overview(item: Iteration) -> list[str]:
+    preference, lengths = item.evaluation["preference"], item.evaluation["lengths"].get(POLICY, {})
+    ratio = length_ratio(item.evaluation)
+    length = (
+        f"{lengths['mean_tokens']:.1f} tokens"
+        if "mean_tokens" in lengths
+        else f"{lengths['mean_characters']:.0f} characters"
+        if lengths
+        else "–"
+    )
+    return [
+        str(item.number),
+        _rate(item.rate("base")),
+        _rate(item.rate("previous")),
+        "–" if preference is None else f"{preference['accuracy']:.3f}",
+        length,
+        "–" if ratio is None else f"{ratio:.2f}",
+        str(item.pairs.get("pairs", "–")),
+    ]
+
+
+def _rate(found: Mapping[str, Any] | None) -> str:
+    return "–" if found is None else f"{found['win_rate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def section(item: Iteration) -> list[str]:
+    """An iteration: training, pairs, comparisons, lengths, samples."""
+    lines = [f"## Iteration {item.number}", ""]
+    if item.log:
+        names = [
+            name
+            for name in (
+                "loss",
+                "loss_normalized",
+                "rewards/margins",
+                "logratios/chosen",
+                "logratios/rejected",
+                "grad_norm",
+            )
+            if name in item.log[0]
+        ]
+        lines += [_row(["training", "first log", "last log"]), _row(["---"] * 3)]
+        lines += [
+            _row([name, f"{item.log[0][name]:.4g}", f"{item.log[-1].get(name, float('nan')):.4g}"]) for name in names
+        ]
+        lines += [""]
+    if item.pairs:
+        characters = item.pairs["characters"]
+        lines += [
+            f"{item.pairs['pairs']} pairs from {item.pairs['prompts_with_pairs']} of {item.pairs['prompts']} prompts; chosen answers have "
+            f"{characters['chosen']['mean']:.0f} characters, rejected ones {characters['rejected']['mean']:.0f}.",
+            "",
+        ]
+        lines += [f"**Warning:** {warning}\n" for warning in item.pairs["warnings"]]
+    rates = item.evaluation["win_rates"]
+    if rates:
+        lines += [
+            _row(["against", "win rate", "interval", "won", "tied", "lost", "mean probability"]),
+            _row(["---"] * 7),
+        ]
+        lines += [
+            _row(
+                [
+                    name,
+                    _rate(r),
+                    r["interval"],
+                    *(str(r[k]) for k in ("wins", "ties", "losses")),
+                    f"{r['win_prob']:.3f}",
+                ]
+            )
+            for name, r in rates.items()
+        ]
+        lines += [""]
+    lengths = item.evaluation["lengths"]
+    if lengths:
+        names = list(lengths[POLICY])
+        lines += [_row(["answers of", *(n.replace("_", " ") for n in names)]), _row(["---"] * (len(names) + 1))]
+        lines += [_row([who, *(f"{found.get(n, float('nan')):.4g}" for n in names)]) for who, found in lengths.items()]
+        lines += [""]
+    for sample in item.evaluation["samples"]:
+        lines += [f"> **{_short(sample['prompt'])}**", ">"]
+        for who, answer in sample["answers"].items():
+            score = "" if answer["score"] is None else f" ({answer['score']:.3g})"
+            lines += [f"> *{who}*{score}: {_short(answer['text'])}", ">"]
+        lines += [""]
+    return lines
+
+
+def _short(text: str) -> str:
+    flat = " ".join(str(text).split()).replace("|", "\\|")
+    return flat if len(flat) <= SHOWN_CHARACTERS else flat[:SHOWN_CHARACTERS] + " …"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+# ---- plots ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw(path: Path, iterations: Sequence[Iteration]) -> bool:
+    """Win rates with intervals, lengths and training losses by iteration; whether matplotlib is there to draw them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("report: no plots, as matplotlib is missing (pip install prefopt[plots]).", file=sys.stderr)
+        return False
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    rates, lengths, losses = figure.subplots(1, 3)
+    for opponent in ("base", "previous"):
+        found = [(item.number, rate) for item in iterations if (rate := item.rate(opponent)) is not None]
+        if found:
+            x, y = [number for number, _ in found], [rate["win_rate"] for _, rate in found]
+            spread = [[r["win_rate"] - r["low"] for _, r in found], [r["high"] - r["win_rate"] for _, r in found]]
+            rates.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=f"against {opponent}")
+    rates.axhline(0.5, color="grey", linewidth=0.8)
+    rates.set(xlabel="iteration", ylabel="win rate", title="Win rate under the ranker", ylim=(0, 1))
+    rates.legend()
+    ratios = [(item.number, ratio) for item in iterations if (ratio := length_ratio(item.evaluation)) is not None]
+    lengths.plot([number for number, _ in ratios], [ratio for _, ratio in ratios], marker="o")
+    lengths.axhline(1, color="grey", linewidth=0.8)
+    lengths.set(xlabel="iteration", ylabel="mean length / that of base", title="Length drift")
+    for item in iterations:
+        key = "loss_normalized" if item.log and "loss_normalized" in item.log[0] else "loss"
+        losses.plot([entry["step"] for entry in item.log], [entry[key] for entry in item.log], label=item.name)
+        losses.set(ylabel=key)
+    losses.set(xlabel="step", title="Training")
+    losses.legend()
+    for axis in (rates, lengths):
+        axis.set_xticks([item.number for item in iterations])
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return True

@@ -1,0 +1,143 @@
+"""How often one policy's answers beat another's under a ranker, with an interval; and how long answers are.
+
+Letters: N prompts; R candidates of a prompt, of which some are mine and some theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from prefopt.candidates.pairs import TIE_DECIMALS, score_differences, sigmoid
+from prefopt.candidates.pairs_report import wilson_lower
+from prefopt.candidates.records import Record
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """One policy against another.
+
+    Attributes:
+        win_rate: mean over prompts of the share of comparisons won, a tie counting one half.
+        low, high: ends of its interval.
+        interval: "wilson" where each prompt is one comparison won or lost, else "bootstrap" (percentiles over resampled prompts).
+        win_prob: mean probability, under the ranker, that mine beats theirs.
+        wins, ties, losses: comparisons, over all prompts.
+        prompts: N.
+    """
+
+    win_rate: float
+    low: float
+    high: float
+    interval: str
+    win_prob: float
+    wins: int
+    ties: int
+    losses: int
+    prompts: int
+
+
+def win_rate(records: Sequence[Record], score: str, mine: str, theirs: str, *, confidence: float = 0.95) -> WinRate:
+    """Compare the candidates of source `mine` with those of source `theirs` on every prompt that has both.
+
+    Args:
+        records: scored candidates.
+        score: name of the scores; a table of pairwise logits where there is one.
+        mine, theirs: values of the candidates' `source`.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: no prompt has candidates of both.
+    """
+    shares, probabilities, counts = [], [], np.zeros(3, dtype=int)
+    for record in records:
+        rows = [place for place, c in enumerate(record["candidates"]) if c["source"] == mine]
+        columns = [place for place, c in enumerate(record["candidates"]) if c["source"] == theirs]
+        if not rows or not columns:
+            continue
+        table = record["tables"].get(score) or [candidate["scores"][score] for candidate in record["candidates"]]
+        block = np.round(score_differences(table)[np.ix_(rows, columns)], TIE_DECIMALS)
+        wins, ties = int((block > 0).sum()), int((block == 0).sum())
+        counts += (wins, ties, block.size - wins - ties)
+        shares.append((wins + 0.5 * ties) / block.size)
+        probabilities.append(float(sigmoid(block).mean()))
+    if not shares:
+        raise ValueError(f"No prompt has answers of both {mine!r} and {theirs!r}.")
+    low, high, kind = interval(shares, confidence=confidence)
+    return WinRate(
+        float(np.mean(shares)), low, high, kind, float(np.mean(probabilities)), *map(int, counts), len(shares)
+    )
+
+
+def interval(shares: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, str]:
+    """An interval for the mean of shares in [0, 1], one a prompt.
+
+    Args:
+        shares: (N,); where all are 0 or 1 the interval is Wilson's, else that of a bootstrap over prompts.
+        confidence: of the interval.
+        seed: of the bootstrap.
+
+    Returns:
+        Its ends, and "wilson" or "bootstrap".
+    """
+    values = np.asarray(shares, dtype=np.float64)
+    if np.isin(values, (0.0, 1.0)).all():
+        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        won, count = int(values.sum()), len(values)
+        return wilson_lower(won, count, z=z), 1 - wilson_lower(count - won, count, z=z), "wilson"
+    drawn = np.random.default_rng(seed).integers(0, len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), (0.5 - confidence / 2, 0.5 + confidence / 2))
+    return float(low), float(high), "bootstrap"
+
+
+def join_answers(answers: Mapping[str, Sequence[Record]]) -> tuple[list[Record], int]:
+    """One record for each prompt that every policy has answered, its candidates named after their policies.
+
+    Args:
+        answers: policy -> its records.
+
+    Returns:
+        The records in the order of the first policy's, and how many prompts some policy lacks.
+
+    Raises:
+        ValueError: no prompt was answered by all.
+    """
+    by_id = {name: {record["prompt_id"]: record for record in records} for name, records in answers.items()}
+    everyone = set.intersection(*(set(found) for found in by_id.values()))
+    seen = set.union(*(set(found) for found in by_id.values()))
+    if not everyone:
+        raise ValueError(f"No prompt was answered by all of {', '.join(answers)}: were they asked the same prompts?")
+    first = next(iter(by_id.values()))
+    joined = []
+    for prompt_id, record in first.items():
+        if prompt_id in everyone:
+            candidates = [
+                {**candidate, "source": name, "scores": {}}
+                for name, found in by_id.items()
+                for candidate in found[prompt_id]["candidates"]
+            ]
+            joined.append({**record, "candidates": candidates, "tables": {}})
+    return joined, len(seen) - len(everyone)
+
+
+def length_statistics(records: Sequence[Record], source: str) -> dict[str, float]:
+    """Of one policy's answers: mean and median characters, mean tokens (where known), shares that are empty or cut off."""
+    answers = [candidate for record in records for candidate in record["candidates"] if candidate["source"] == source]
+    characters = np.array([len(answer["text"]) for answer in answers], dtype=np.float64)
+    found: dict[str, float] = {
+        "answers": float(len(answers)),
+        "mean_characters": float(characters.mean()),
+        "median_characters": float(np.median(characters)),
+        "empty": float(np.mean([not answer["text"].strip() for answer in answers])),
+        "cut_off": float(np.mean([answer["finish_reason"] == "length" for answer in answers])),
+    }
+    tokens: list[Any] = [answer["num_tokens"] for answer in answers]
+    if None not in tokens:
+        found["mean_tokens"] = float(np.mean(tokens))
+    return found

@@ -1,0 +1,224 @@
+"""The self-play loop: the policy answers, a ranker compares the answers, pairs with win probabilities train it; and again.
+
+An iteration: generate -> rank -> build-pairs -> (score-references) -> train -> answers to held-out prompts -> evaluate -> report. DPO and WPO
+run in the same loop as baselines: `training: {method: dpo}`.
+
+Reference: arXiv 2405.00675 (SPPO), arXiv 2410.02197 (GPO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefopt.evaluation.evaluate import EVALUATION_FILE
+from prefopt.files import read_json
+from prefopt.pipelines.commands import Commands, Place, check_method
+from prefopt.pipelines.sppo_keys import Evaluation, PromptSource, SelfPlayLoop
+from prefopt.pipelines.stages import Stage
+
+MODEL = ("*.safetensors", "*config.json", "tokenizer*")
+ROWS = "train.*"
+CANDIDATES = "candidates.*"
+__all__ = ["SelfPlayLoop", "stages_of", "stop_after"]
+
+# what pairs a loss is trained on, unless `selection` names another policy
+SELECTION_OF = {"sppo": "sppo", "sppo_single": "sppo", "gpo": "gpo"}
+
+
+def stages_of(loop: SelfPlayLoop, commands: Commands) -> list[Stage]:
+    """All stages of the loop, in order."""
+    return _Plan(loop, commands).all()
+
+
+def stop_after(stage: Stage, run_dir: Path) -> str | None:
+    """Why the loop ends after `stage`, by the rule that its evaluation has applied; None elsewhere."""
+    iteration, _, part = stage.name.partition("/")
+    if part != "report":
+        return None
+    reason = read_json(run_dir / iteration / "evaluate" / EVALUATION_FILE)["stop"]
+    return None if reason is None else str(reason)
+
+
+class _Plan:
+    """Puts the stages of a loop together. A policy is a name or path, or a `Place`; `needs` says which stage makes it."""
+
+    def __init__(self, loop: SelfPlayLoop, commands: Commands) -> None:
+        self.loop = loop
+        self.commands = commands
+        self.stages: list[Stage] = []
+        training = dict(loop.training)
+        self.method = check_method(training.pop("method", "sppo"))
+        self.recipe = training.pop("recipe", None)
+        self.training = training
+
+    def all(self) -> list[Stage]:
+        """See `stages_of`."""
+        policy: str | Place = self.loop.model_name_or_path
+        if self.loop.evaluation is not None:
+            self.baseline(self.loop.evaluation)
+        for iteration in range(1, self.loop.num_iterations + 1):
+            policy = self.iteration(iteration, policy)
+        if self.loop.push_to_hub:
+            for iteration in range(1, self.loop.num_iterations + 1):
+                self.push(iteration)
+        return self.stages
+
+    def add(self, name: str, tool: str, settings: Mapping[str, Any], **more: Any) -> str:
+        """Append a stage."""
+        self.stages.append(self.commands.stage(name, tool, settings, **more))
+        return name
+
+    def generate(self, name: str, policy: str | Place, prompts: PromptSource, settings: Mapping[str, Any]) -> str:
+        """Answers of a policy."""
+        own = {"model_name_or_path": policy, **prompts.settings, **settings, "output_dir": Place(name)}
+        return self.add(
+            name, "generate", own, outputs=(CANDIDATES,), needs=_needs(policy), inputs=(_outside(policy), prompts.path)
+        )
+
+    def rank(self, name: str, candidates: str) -> str:
+        """Scores of answers."""
+        ranking = self.loop.ranking
+        own = {"candidates": Place(candidates), **ranking, "output_dir": Place(name)}
+        return self.add(name, "rank", own, outputs=(CANDIDATES,), needs=(candidates,), inputs=_ranker_files(ranking))
+
+    def iteration(self, number: int, policy: str | Place) -> Place:
+        """One iteration; returns the new policy."""
+        loop, prefix = self.loop, f"iteration-{number}"
+        sampling = {"seed": loop.seed + number, **loop.sampling}
+        candidates = self.generate(f"{prefix}/generate", policy, loop.prompts_of(number), sampling)
+        ranked = self.rank(f"{prefix}/rank", candidates)
+        pairs = f"{prefix}/build-pairs"
+        selection = {"policy": self._selection(), **loop.selection}
+        own = {"candidates": Place(ranked), **selection, "output_dir": Place(pairs)}
+        self.add(pairs, "build-pairs", own, outputs=(ROWS,), needs=(ranked,))
+        trained = self.train(prefix, policy, pairs)
+        if loop.evaluation is not None:
+            self.evaluate(loop.evaluation, number, trained)
+        return Place(trained)
+
+    def _selection(self) -> str:
+        losses = self.training.get("loss_type", "sppo" if self.method == "sppo" else "sigmoid")
+        first = losses[0] if isinstance(losses, list) else losses
+        return SELECTION_OF.get(str(first), "best_worst")
+
+    def train(self, prefix: str, policy: str | Place, pairs: str) -> str:
+        """The training, after the scoring of its reference where that is a stage of its own."""
+        loop, name = self.loop, f"{prefix}/train"
+        own: dict[str, Any] = {
+            "model_name_or_path": policy,
+            "dataset_name": Place(pairs),
+            "seed": loop.seed,
+            **self.training,
+        }
+        own["push_to_hub"] = False
+        if loop.reference == "base" and isinstance(policy, Place):
+            own["ref_model_name_or_path"] = loop.model_name_or_path
+        needs = [pairs, *_needs(policy)]
+        if loop.precompute_references:
+            scores = f"{prefix}/score-references"
+            own |= {"precompute_ref_log_probs": True, "ref_logps_dir": Place(scores)}
+            scoring = {"method": self.method, **own, "output_dir": Place(scores)}
+            self.add(scores, "score-references", scoring, recipe=self.recipe, needs=tuple(needs))
+            needs.append(scores)
+        own |= {"output_dir": Place(name), "resume_from_checkpoint": True}
+        return self.add(
+            name,
+            self.method,
+            own,
+            recipe=self.recipe,
+            outputs=MODEL,
+            needs=tuple(needs),
+            inputs=(_outside(policy), loop.model_name_or_path if loop.reference == "base" else None),
+        )
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------------------
+
+    def answers(self, evaluation: Evaluation, name: str, policy: str | Place) -> str:
+        """Answers to held-out prompts, sampled alike for every policy."""
+        sampling = {
+            **self.loop.sampling,
+            "num_samples": evaluation.num_samples,
+            "for_evaluation": True,
+            "seed": self.loop.seed,
+        }
+        return self.generate(name, policy, evaluation.prompts, {**sampling, **evaluation.sampling})
+
+    def baseline(self, evaluation: Evaluation) -> None:
+        """The base model's answers to held-out prompts, and pairs of them for preference accuracy where there are several."""
+        answers = self.answers(evaluation, "base/answers", self.loop.model_name_or_path)
+        if evaluation.num_samples > 1:
+            ranked = self.rank("base/rank", answers)
+            own = {"candidates": Place(ranked), "policy": "max_min", "output_dir": Place("base/build-pairs")}
+            self.add("base/build-pairs", "build-pairs", own, outputs=(ROWS,), needs=(ranked,))
+
+    def evaluate(self, evaluation: Evaluation, number: int, trained: str) -> None:
+        """Win rates, lengths and preference accuracy of an iteration's policy, and the report so far."""
+        prefix = f"iteration-{number}"
+        answers = self.answers(evaluation, f"{prefix}/answers", Place(trained))
+        others = {"base": "base/answers"}
+        if number > 1:
+            others["previous"] = f"iteration-{number - 1}/answers"
+        ranking = {k: v for k, v in self.loop.ranking.items() if k not in ("ranker", "model_name_or_path")}
+        settings: dict[str, Any] = {
+            "answers": Place(answers),
+            "opponents": {name: Place(place) for name, place in others.items()},
+            "ranker": self.loop.ranking.get("ranker", ""),
+            "ranker_model": self.loop.ranking.get("model_name_or_path", ""),
+            "ranker_settings": {k: v for k, v in ranking.items() if not k.startswith(("push", "hub"))},
+        }
+        rules = {"min_win_rate": evaluation.min_win_rate, "max_length_ratio": evaluation.max_length_ratio}
+        settings |= {rule: value for rule, value in rules.items() if value is not None}
+        needs = [answers, *others.values()]
+        if evaluation.num_samples > 1:
+            settings |= {
+                "model_name_or_path": Place(trained),
+                "pairs": Place("base/build-pairs"),
+                "dtype": evaluation.dtype,
+            }
+            needs += [trained, "base/build-pairs"]
+        name = self.add(
+            f"{prefix}/evaluate",
+            "evaluate",
+            {**settings, "output_dir": Place(f"{prefix}/evaluate")},
+            outputs=(EVALUATION_FILE,),
+            needs=tuple(needs),
+            inputs=_ranker_files(self.loop.ranking),
+        )
+        self.add(
+            f"{prefix}/report",
+            "report",
+            {"run_dir": Place("."), "iterations": number, "output_dir": Place(f"{prefix}/report")},
+            outputs=("report.md",),
+            needs=(name,),
+        )
+
+    def push(self, number: int) -> None:
+        """Upload a finished model with the hub's own command."""
+        trained = f"iteration-{number}/train"
+        repository = f"{self.loop.hub_model_id}-iter{number}"
+        words = (
+            "hf",
+            "upload",
+            repository,
+            str(self.commands.run_dir / trained),
+            "--exclude",
+            "checkpoint-*/*",
+            "--private",
+        )
+        self.stages.append(Stage(f"push/iteration-{number}", words, {"repository": repository}, needs=(trained,)))
+
+
+def _needs(policy: str | Place) -> tuple[str, ...]:
+    return (policy.path,) if isinstance(policy, Place) else ()
+
+
+def _outside(policy: str | Place) -> str | None:
+    return None if isinstance(policy, Place) else policy
+
+
+def _ranker_files(ranking: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """What of a ranker is here as files: a model's folder, or the file of a function."""
+    name = str(ranking.get("model_name_or_path") or "")
+    return (name.rpartition(":")[0] if ".py:" in name else name or None, ranking.get("judge_template"))
