@@ -58,6 +58,7 @@ COMMANDS: dict[str, Command] = {
     "general-preference-model": _method(
         "a general preference model", "general_preference", "GeneralPreference", "comparisons"
     ),
+    "rrhf": _method("ranking of scored answers by their likelihood", "rrhf", "RRHF", "comparisons"),
     "generate": Command(
         "sample candidates from a model",
         "prefopt.candidates.generate",
@@ -71,6 +72,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "build-pairs": Command(
         "choose pairs among scored candidates", "prefopt.candidates.build_pairs", ("BuildPairsArguments",), "run"
+    ),
+    "build-rows": Command(
+        "make training rows that are no pairs: best of n, scored answers, golden against sampled answers",
+        "prefopt.candidates.build_rows",
+        ("BuildRowsArguments",),
+        "run",
     ),
     "convert": Command(
         "read and write other projects' data formats", "prefopt.candidates.convert", ("ConvertArguments",), "run"
@@ -88,7 +95,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command("write a report about runs", "prefopt.evaluation.report", ("ReportArguments",), "run"),
     "sweep": Command("run a recipe over a grid of settings", "prefopt.pipelines.sweep", ("SweepArguments",), "run"),
-    "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run", ("PipelineArguments",), "run"),
+    "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run", (), "run"),
+    "sft": Command(
+        "supervised fine-tuning with TRL's trainer",
+        "prefopt.trainers.sft",
+        ("SFTArguments", "SFTConfig", "ModelConfig"),
+        "run",
+        several=True,
+    ),
     "check": Command("show what a recipe would run, and what would stop it", "prefopt.check", (), "run"),
 }
 # said of names that TRL, accelerate and DeepSpeed use, over and over; nothing that a user could mend
@@ -228,6 +242,8 @@ def _overview() -> str:
 
 def _help(name: str) -> str:
     lines = [f"usage: prefopt {name} [RECIPE] [--key value | --key=value ...]", "", f"{COMMANDS[name].summary}", ""]
+    if not COMMANDS[name].arguments:
+        lines.append(str(importlib.import_module(COMMANDS[name].module).__doc__))
     seen: set[str] = set()
     for cls in arguments_of(name):
         lines.append(f"{cls.__name__}:")
