@@ -1,5 +1,6 @@
 """`prefopt generate` with the transformers backend, from prompts to records."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from prefopt.candidates.backends import Request, Sampling, completion_of
@@ -414,6 +416,32 @@ def test_continuous_batching_gives_the_same_greedy_answers(loaded):
     first, again = (backend.complete(requests[:1] * 3, 1, no_progress) for _ in range(2))
     assert first == again
     assert len({completion.token_ids for completion in first}) == 3
+
+
+def test_an_adapter_answers_as_the_merged_model(tmp_path, model_folder):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        LoraConfig(init_lora_weights=False, lora_alpha=256, target_modules=["v_proj", "o_proj"]),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    for name, saved in (("adapter", model), ("merged", copy.deepcopy(model).merge_and_unload())):
+        saved.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    texts = {
+        name: generate(
+            tmp_path,
+            str(path),
+            ["hello", "fox"],
+            num_samples=1,
+            temperature=0,
+            output_dir=str(tmp_path / f"{name}_out"),
+        )
+        for name, path in (("adapter", tmp_path / "adapter"), ("merged", tmp_path / "merged"), ("plain", model_folder))
+    }
+    answers = {name: [record["candidates"][0]["text"] for record in records] for name, records in texts.items()}
+    assert answers["adapter"] == answers["merged"] != answers["plain"]
+    with pytest.raises(ValueError, match="holds an adapter: merge it"):
+        generate(tmp_path, str(tmp_path / "adapter"), ["hello"], backend="vllm", output_dir=str(tmp_path / "c"))
 
 
 def test_the_command_takes_a_recipe_and_the_older_flags(tmp_path, model_folder, capsys):

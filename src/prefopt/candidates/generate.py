@@ -21,7 +21,7 @@ from prefopt.candidates.records import Record, join_candidates, make_candidate, 
 from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards, shard_seed
 from prefopt.candidates.workers import work_in_children
 from prefopt.data.rows import CONTEXT_COLUMNS
-from prefopt.files import write_json, write_jsonl
+from prefopt.files import read_json, write_json, write_jsonl
 from prefopt.references.fingerprints import files_fingerprint, model_folder
 
 __all__ = ["FLAG_ALIASES", "GenerateArguments", "run"]
@@ -192,14 +192,31 @@ def _fingerprint(args: GenerateArguments) -> str | None:
 
 
 def _context(args: GenerateArguments, server_length: int | None) -> int | None:
+    base = _adapter_base(args)
     config = AutoConfig.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+        base or args.model_name_or_path,
+        revision=None if base else args.model_revision,
+        trust_remote_code=args.trust_remote_code,
     )
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (own, server_length) if limit is not None]
     if args.max_model_len is not None and limits and args.max_model_len > min(limits):
         raise ValueError(f"max_model_len is {args.max_model_len}, but the model takes {min(limits)} tokens.")
     return args.max_model_len or (min(limits) if limits else None)
+
+
+def _adapter_base(args: GenerateArguments) -> str | None:
+    """The model under an adapter; None where the folder holds a model.
+
+    Raises:
+        ValueError: an adapter for vLLM.
+    """
+    declared = Path(args.model_name_or_path) / "adapter_config.json"
+    if not declared.is_file():
+        return None
+    if args.backend == "vllm":
+        raise ValueError(f"{args.model_name_or_path} holds an adapter: merge it into its model for backend vllm.")
+    return str(read_json(declared)["base_model_name_or_path"])
 
 
 def _local(job: Job) -> Backend:
