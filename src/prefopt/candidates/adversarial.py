@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prefopt.candidates.best_of_n import as_turn
 from prefopt.data.comparisons import ADVERSARIAL_TYPE
 
 NO_SAMPLES = "golden answer without samples"
@@ -81,7 +82,7 @@ def _rows(
         elif text.strip() == golden.strip():
             left_out[SAME] += 1
         else:
-            responses = [_like(prompt, golden), _like(prompt, text)]
+            responses = [as_turn(prompt, golden), as_turn(prompt, text)]
             rows.append(
                 {
                     "query_id": key,
@@ -125,8 +126,3 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"`{name}` of {where} is {value!r}, not a string.")
     return value
-
-
-def _like(prompt: Any, text: str) -> Any:
-    """A response in the form of its prompt: text after text, an assistant's message after messages."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

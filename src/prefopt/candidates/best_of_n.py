@@ -74,7 +74,7 @@ def _row(record: Mapping[str, Any], form: Form) -> dict[str, Any] | str:
     if best is None:
         return "all responses blank"
     if form == "sft":
-        return {"prompt": prompt, "completion": _as_turn(prompt, texts[best])}
+        return {"prompt": prompt, "completion": as_turn(prompt, texts[best])}
     full = [index for index, text in enumerate(texts) if text.strip()]
     if len(full) < 2:
         return "fewer than two responses"
@@ -85,13 +85,13 @@ def _row(record: Mapping[str, Any], form: Form) -> dict[str, Any] | str:
     chosen, rejected = pairs[0].chosen, pairs[0].rejected
     return {
         "prompt": prompt,
-        "chosen": _as_turn(prompt, texts[chosen]),
-        "rejected": _as_turn(prompt, texts[rejected]),
+        "chosen": as_turn(prompt, texts[chosen]),
+        "rejected": as_turn(prompt, texts[rejected]),
         "chosen_score": float(scores[chosen]),
         "rejected_score": float(scores[rejected]),
     }
 
 
-def _as_turn(prompt: Any, text: str) -> Any:
+def as_turn(prompt: Any, text: str) -> Any:
     """A response in the form of its prompt: text after text, an assistant's message after messages."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
