@@ -232,3 +232,23 @@ def test_score_weights_weigh_tokens():
         attn_implementation="sdpa",
     ).logps
     torch.testing.assert_close(half, full / 2)
+
+
+@pytest.mark.slow
+def test_flex_attention_packs_exactly_and_stops_compiling():
+    """Forward only, which is all that FlexAttention does on a CPU; a third row length compiles nothing new."""
+    from prefopt.trainers.compilation import compiled_so_far
+
+    groups = random_groups(5, seed=1)
+    plain = plain_logps(tiny_model("llama", head_dim=16), groups)
+    model = tiny_model("llama", head_dim=16, attn_implementation="flex_attention")
+    install_scoring(model)
+    graphs = []
+    with torch.no_grad():
+        for row_length in (128, 256, 384, 512):
+            batch = LAYOUTS["packed"].collate([groups], row_length=row_length)
+            scores = score_completions(model, batch, attn_implementation="flex_attention")
+            torch.testing.assert_close(scores.logps, plain, rtol=1e-5, atol=2e-5)
+            graphs.append(compiled_so_far()["perf/compiled_graphs"])
+    assert graphs[1] == graphs[2] == graphs[3]
+    print(f"FlexAttention on the CPU: {compiled_so_far()}")

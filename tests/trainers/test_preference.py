@@ -442,14 +442,40 @@ def test_an_empty_tensor_in_a_saved_model_is_an_error(tmp_path):
         check_saved_shapes(tmp_path)
 
 
-def test_gradient_checkpointing_and_accumulation_change_nothing(tmp_path):
+@pytest.mark.parametrize("selective", [False, True])
+def test_checkpointing_changes_nothing(tmp_path, selective, monkeypatch):
+    from prefopt.trainers import checkpointing
+
+    used = []
+    contexts = checkpointing.selective_contexts
+    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
     plain = make_trainer(tmp_path, max_steps=2)
     checkpointed = make_trainer(
-        tmp_path, max_steps=2, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+        tmp_path,
+        max_steps=2,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        selective_checkpointing=selective,
     )
     plain.train()
     checkpointed.train()
     assert history(checkpointed) == pytest.approx(history(plain), rel=1e-6)
+    torch.testing.assert_close(weights_of(checkpointed.model), weights_of(plain.model))
+    assert bool(used) == selective
+
+
+@pytest.mark.parametrize("loss_type", [name for name in PAIR_LOSSES if name not in ("aot", "aot_unpaired")] + ["sft"])
+def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
+    runs = []
+    for layout in ("padded", "packed"):
+        smoothing = {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust") else {}
+        trainer = make_trainer(
+            tmp_path, "DPO", loss_type=loss_type, batch_layout=layout, max_steps=2, learning_rate=1e-2, **smoothing
+        )
+        trainer.train()
+        runs.append(trainer)
+    assert history(runs[1]) == pytest.approx(history(runs[0]), rel=1e-5, abs=1e-6)
+    assert history(runs[1], "grad_norm") == pytest.approx(history(runs[0], "grad_norm"), rel=1e-4)
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------------------
@@ -474,6 +500,7 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(tmp_path):
         ({"use_weighting": False}, "plain DPO"),
         ({"ld_alpha": 0.5, "precompute_ref_log_probs": True}, "ld_alpha"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"selective_checkpointing": True}, "turn that on as well"),
     ],
     ids=str,
 )

@@ -24,9 +24,12 @@ from prefopt import files
 from prefopt.scoring.attention import why_not_packed
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.plan import BatchPlan, GroupLengths
+from prefopt.trainers.checkpointing import use_selective_checkpointing
 from prefopt.trainers.collators import PlannedBatches, only
+from prefopt.trainers.compilation import compiled_so_far
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
+from prefopt.trainers.policy import base_model_of
 from prefopt.trainers.saving import check_saved_shapes
 
 STATE_FILE = "method_state.json"
@@ -50,6 +53,8 @@ class _StepEnd(TrainerCallback):
         """Say how the run is set up, once everything is wrapped."""
         if state.is_world_process_zero:
             print(self.trainer.describe_run())
+        if args.gradient_checkpointing and args.selective_checkpointing:
+            use_selective_checkpointing(base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model)))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Start the clock of tokens/s anew, so that the time between epochs does not count."""
@@ -315,6 +320,7 @@ class BaseTrainer(Trainer):
             logs |= metrics | {
                 "num_tokens": self._tokens_seen,
                 "perf/tokens_per_second": tokens / (time.perf_counter() - self._clock),
+                **compiled_so_far(),
             }
             self.restart_clock()
         super().log(logs, start_time)

@@ -50,10 +50,19 @@ class BatchConfig:
         },
     )
 
+    selective_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "With `gradient_checkpointing`: keep the results of matrix products and attention and recompute only the rest; "
+            "more memory, less time."
+        },
+    )
+
     def choose_precision(self) -> None:
         """Where neither bf16 nor fp16 is set: bf16 on a GPU that has it, float32 elsewhere; call it before TRL's checks."""
         if self.bf16 is None and not self.fp16:
             self.bf16 = is_torch_bf16_gpu_available() and not self.use_cpu
+
     schedule_epochs: float | None = field(
         default=None,
         metadata={
@@ -76,6 +85,19 @@ class BatchConfig:
             raise ValueError(
                 f"`schedule_epochs` ({self.schedule_epochs}) must be at least `num_train_epochs` ({self.num_train_epochs}), without `max_steps`."
             )
+        if self.selective_checkpointing:
+            if not self.gradient_checkpointing:
+                raise ValueError(
+                    "`selective_checkpointing` chooses what `gradient_checkpointing` keeps: turn that on as well."
+                )
+            if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+                raise ValueError(
+                    "`selective_checkpointing` needs `use_reentrant: false` in `gradient_checkpointing_kwargs`."
+                )
+        if self.use_liger_kernel:
+            # its layers only: the LM head and the loss are the scoring path's
+            fused = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **fused}
         max_length = self.max_length
         if self.max_prompt_length is not None:
             if self.max_prompt_length < 1:

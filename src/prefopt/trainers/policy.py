@@ -169,6 +169,10 @@ def _copy_adapter(model: PeftModel) -> None:
 def _choose_checkpointing(args: Any) -> None:
     """ZeRO-3 with adapters needs re-entrant checkpointing; say so."""
     if args.gradient_checkpointing and is_deepspeed_zero3_enabled():
+        if args.selective_checkpointing:
+            raise ValueError(
+                "ZeRO-3 with an adapter needs re-entrant checkpointing, which cannot be selective: turn `selective_checkpointing` off."
+            )
         kwargs = dict(args.gradient_checkpointing_kwargs or {})
         if not kwargs.get("use_reentrant"):
             print("ZeRO-3 with an adapter: gradient checkpointing is re-entrant.")
