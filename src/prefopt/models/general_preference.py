@@ -17,7 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput, cached_file, logging
 
 from prefopt.losses.reward import general_preference_score
-from prefopt.models.heads import RECORD, Float32Linear, HeadedModel
+from prefopt.models.heads import RECORD, HeadedModel
+from prefopt.models.pooling import Float32Linear
 from prefopt.scoring.logprobs import token_logps
 
 logger = logging.get_logger(__name__)

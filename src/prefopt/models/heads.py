@@ -17,57 +17,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from prefopt.files import read_json, write_json
+from prefopt.models.pooling import POOLINGS, closes, pool_rows, pooled_columns
 
-POOLINGS = ("last", "eos", "mean", "max")
 RECORD = "prefopt_head"
 """Name of our record in config.json: what kind of head the model has, and with which settings."""
 
 ADAPTER_RECORD = "prefopt_head.json"
 """The same record beside a LoRA adapter, whose folder has no config.json."""
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer without bias whose product is taken in float32 whatever the autocast or the weights' dtype."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., out), float32."""
-        with torch.autocast(input.device.type, enabled=False):
-            return nn.functional.linear(input.float(), self.weight.float())
-
-
-def pooled_columns(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, *, pooling: str, eos_token_ids: tuple[int, ...]
-) -> torch.Tensor:
-    """The column at which each row is read: its last real token ("eos"), or the one before a closing EOS ("last").
-
-    Real tokens are those of the attention mask, on either padding side; a pad token that is also the EOS does not matter.
-
-    Args:
-        input_ids, attention_mask: (N, T); the mask is 0 at padding.
-        pooling: "eos" or "last".
-        eos_token_ids: what counts as EOS; a row that ends otherwise (cut, say) is read at its last real token.
-
-    Returns:
-        (N,) long.
-    """
-    mask = attention_mask.long()
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    end = (columns * mask).argmax(-1)
-    if pooling == "eos":
-        return end
-    return end - _closes(input_ids.gather(1, end[:, None])[:, 0], eos_token_ids) * (mask.sum(-1) > 1)
-
-
-def _closes(tokens: torch.Tensor, eos_token_ids: tuple[int, ...]) -> torch.Tensor:
-    return torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)).long()
 
 
 class HeadedModel:
@@ -153,7 +113,11 @@ class HeadedModel:
         )
         cls._check_loaded(path, report, new_head=new_head)
         # transformers would give the weights their old names back when it saves
-        kept = [each for each in model._weight_conversions or [] if not set(each.source_patterns) & set(cls.published_names)]
+        kept = [
+            each
+            for each in model._weight_conversions or []
+            if not set(each.source_patterns) & set(cls.published_names)
+        ]
         model._weight_conversions = kept
         return model
 
@@ -293,26 +257,15 @@ class HeadedModel:
         """
         pooling = self.head_record["pooling"]
         if pooling in ("mean", "max"):
-            pooled = _pool_rows(hidden, attention_mask, pooling)
+            pooled = pool_rows(hidden, attention_mask, pooling)
             return pooled if last_index is None else pooled[last_index // hidden.shape[1]]
         if last_index is None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             columns = pooled_columns(input_ids, mask, pooling=pooling, eos_token_ids=self.eos_token_ids)
             return hidden[torch.arange(len(hidden), device=hidden.device), columns]
         if pooling == "last":
-            last_index = last_index - _closes(input_ids.reshape(-1)[last_index], self.eos_token_ids)
+            last_index = last_index - closes(input_ids.reshape(-1)[last_index], self.eos_token_ids)
         return hidden.reshape(-1, hidden.shape[-1])[last_index]
-
-
-def _pool_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    if attention_mask is None:
-        attention_mask = torch.ones(hidden.shape[:2], device=hidden.device)
-    if attention_mask.ndim != 2:
-        raise ValueError(f"Pooling {pooling!r} needs one sequence a row; set `batch_layout: padded`.")
-    real = attention_mask.bool()[..., None]
-    if pooling == "mean":
-        return hidden.float().masked_fill(~real, 0.0).sum(1) / real.sum(1)
-    return hidden.masked_fill(~real, float("-inf")).amax(1)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
-from prefopt.models.heads import RECORD, Float32Linear, HeadedModel
+from prefopt.models.heads import RECORD, HeadedModel
+from prefopt.models.pooling import Float32Linear
 
 logger = logging.get_logger(__name__)
 
