@@ -14,6 +14,7 @@ from typing import Any
 
 from prefopt.evaluation.evaluate import EVALUATION_FILE
 from prefopt.files import read_json
+from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines.commands import Commands, Place, check_method
 from prefopt.pipelines.sppo_keys import Evaluation, PromptSource, SelfPlayLoop
 from prefopt.pipelines.stages import Stage
@@ -160,13 +161,15 @@ class _Plan:
         others = {"base": "base/answers"}
         if number > 1:
             others["previous"] = f"iteration-{number - 1}/answers"
-        ranking = {k: v for k, v in self.loop.ranking.items() if k not in ("ranker", "model_name_or_path")}
+        ranking = dict(self.loop.ranking)
+        launching = {key: ranking.pop(key) for key in LAUNCH_KEYS & ranking.keys()}
         settings: dict[str, Any] = {
             "answers": Place(answers),
             "opponents": {name: Place(place) for name, place in others.items()},
-            "ranker": self.loop.ranking.get("ranker", ""),
-            "ranker_model": self.loop.ranking.get("model_name_or_path", ""),
+            "ranker": ranking.pop("ranker", ""),
+            "ranker_model": ranking.pop("model_name_or_path", ""),
             "ranker_settings": {k: v for k, v in ranking.items() if not k.startswith(("push", "hub"))},
+            **launching,
         }
         rules = {"min_win_rate": evaluation.min_win_rate, "max_length_ratio": evaluation.max_length_ratio}
         settings |= {rule: value for rule, value in rules.items() if value is not None}

@@ -110,6 +110,8 @@ def _fail() -> Any:
 def _literal(value: Any, choices: tuple[Any, ...]) -> Any:
     if value in choices and not isinstance(value, bool):
         return str(value) if isinstance(value, Text) else value
+    if isinstance(value, Text) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
     if isinstance(value, bool):  # YAML reads an unquoted `no` as false
         if any(choice is value for choice in choices):
             return value
