@@ -116,10 +116,11 @@ def test_the_server_agrees(model, prompts, expected, tmp_path):
     base = f"http://127.0.0.1:{port}"
     started = time.monotonic()
     vllm = os.path.join(os.path.dirname(sys.executable), "vllm")
+    words = [vllm, "serve", model, "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    words += ["--max-model-len", "512", "--served-model-name", "tiny", "--api-key", "sk-test"]
     with open(tmp_path / "server.log", "wb") as log:
         server = subprocess.Popen(
-            [vllm, "serve", model, "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-            + ["--max-model-len", "512", "--served-model-name", "tiny", "--api-key", "sk-test"],
+            words,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=ENVIRONMENT,
