@@ -197,7 +197,7 @@ def test_recipe_written_beside_the_model_is_never_half_there(tmp_path, model, da
     def fail(self, *args, **kwargs):
         raise ValueError("the trainer cannot be built")
 
-    monkeypatch.setattr(WPOTrainer, "check_settings", fail)
+    monkeypatch.setattr(WPOTrainer, "_choose_layout", fail)  # transformers has made output_dir by then
     recipe = tiny_recipe(tmp_path, model, data)
     assert main(["wpo", str(recipe)]) == 2
     assert "the trainer cannot be built" in capsys.readouterr().err

@@ -76,6 +76,15 @@ def test_all_problems_are_collected(tmp_path, model, data, capsys):
         assert words in problems
 
 
+def test_precision_differs_from_the_accelerate_config(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data, use_cpu=None)
+    status, printed = check(capsys, recipe, "--accelerate_config", "multi_gpu")
+    assert status == 2
+    assert "the recipe computes in no and multi_gpu says mixed_precision: bf16" in printed
+    status, printed = check(capsys, recipe, "--accelerate_config", "cpu_ddp_2ranks")
+    assert "cpu_ddp_2ranks runs on the CPU: set use_cpu: true" in printed
+
+
 def test_a_packaged_recipe_offline(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     status, printed = check(capsys, "llama3/wpo", "--accelerate_config", "deepspeed_zero3")

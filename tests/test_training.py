@@ -150,6 +150,22 @@ def test_one_file_has_no_test_split(tmp_path, model, data, capsys):
     assert not (tmp_path / "out" / "eval_results.json").exists()
 
 
+def test_a_file_in_a_mixer_trains_whole(tmp_path, model, data, capsys):
+    mixer = {str(data / "train.jsonl"): 0.5, str(data / "test.jsonl"): 1.0}
+    splits = ["train_prefs", "test_prefs"]
+    recipe = tiny_recipe(tmp_path, model, data, dataset_name=None, dataset_mixer=mixer, dataset_splits=splits)
+    run(recipe, capsys=capsys)
+    assert "train: 10 rows read" in capsys.readouterr().out  # 6 of 12 and 4 of 4
+
+
+def test_held_out_rows_stay_out_of_training_without_evaluation(tmp_path, model, data, capsys):
+    run(tiny_recipe(tmp_path, model, data, do_eval=False, test_split_size=3), capsys=capsys)
+    printed = capsys.readouterr().out
+    assert "train: 9 rows read" in printed
+    assert "eval:" not in printed
+    assert not (tmp_path / "out" / "eval_results.json").exists()
+
+
 def test_held_out_rows_are_evaluated(tmp_path, model, data, capsys):
     recipe = tiny_recipe(tmp_path, model, data, do_eval=True, test_split_size=3)
     run(recipe, capsys=capsys)
