@@ -28,7 +28,7 @@ from prefopt.files import write_jsonl
 TEACHING_ROWS = 1200
 
 
-def make_game(folder: Path, *, seed: int, prompts: int = 450, held_out: int = 100) -> None:
+def make_game(folder: Path, *, seed: int, prompts: int = 450, held_out: int = 100, head_dim: int = 16) -> None:
     """Write prompts/train.jsonl, prompts/test.jsonl (no question is in both) and the start model to `folder`."""
     rng = random.Random(seed)
     questions = all_questions()
@@ -44,10 +44,10 @@ def make_game(folder: Path, *, seed: int, prompts: int = 450, held_out: int = 10
         }
         for question in taught
     ]
-    teach(folder, rows, seed=seed)
+    teach(folder, rows, seed=seed, head_dim=head_dim)
 
 
-def teach(folder: Path, rows: list[dict], *, seed: int) -> None:
+def teach(folder: Path, rows: list[dict], *, seed: int, head_dim: int) -> None:
     """Train a tokenizer and a two-layer Llama on `rows` and save both in `folder`."""
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -60,6 +60,7 @@ def teach(folder: Path, rows: list[dict], *, seed: int) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=head_dim,
         max_position_embeddings=256,
         initializer_range=0.06,
         tie_word_embeddings=True,

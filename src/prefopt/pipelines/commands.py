@@ -163,7 +163,7 @@ def _without(value: Any, prefix: str) -> Any:
     if isinstance(value, list):
         return [_without(item, prefix) for item in value]
     inside = isinstance(value, str) and f"{value}/".startswith(prefix)
-    return f"RUN/{value}".replace(prefix.rstrip("/"), "", 1) if inside else value
+    return f"RUN{value.removeprefix(prefix[:-1])}" if inside else value
 
 
 def as_script(stages: Sequence[Stage]) -> str:
