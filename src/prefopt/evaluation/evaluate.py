@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prefopt.candidates import rank
@@ -114,14 +115,21 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
     """Evaluate and write `evaluation.json`.
 
     Returns:
-        Its content: `win_rates` by opponent, `lengths` by policy, `preference`, `samples`, `stop` (a reason, or None).
+        Its content: `win_rates` by opponent, `scores` (means) and `lengths` by policy, `preference`, `samples`, `stop` (a reason, or None).
 
     Raises:
         ValueError: answers that cannot be compared, a ranker or pairs that cannot be used.
     """
     team = current_processes()
     folder = Path(args.output_dir)
-    result: dict[str, Any] = {"win_rates": {}, "lengths": {}, "preference": None, "samples": [], "stop": None}
+    result: dict[str, Any] = {
+        "win_rates": {},
+        "scores": {},
+        "lengths": {},
+        "preference": None,
+        "samples": [],
+        "stop": None,
+    }
     if args.answers is not None:
         answers = {name: read_records(place) for name, place in {POLICY: args.answers, **args.opponents}.items()}
         joined, lacking = join_answers(answers)
@@ -135,6 +143,7 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
                 name: asdict(win_rate(joined, score, POLICY, name, confidence=args.confidence))
                 for name in args.opponents
             }
+            result["scores"] = mean_scores(joined, score)
         result["lengths"] = {name: length_statistics(joined, name) for name in answers}
         result["samples"] = [_sample(record) for record in joined[:SAMPLES]]
         if args.alpaca_eval is not None and team.is_main:
@@ -165,6 +174,15 @@ def _ranked(args: EvaluateArguments, joined: list[Record]) -> list[Record]:
         write_records(Path(settings.candidates) / "candidates.jsonl", joined)
     team.gather(None)
     return read_records(rank.run(settings))
+
+
+def mean_scores(records: list[Record], score: str) -> dict[str, float]:
+    """Each policy's mean score over all its answers, or nothing where the ranker compares pairs."""
+    found: dict[str, list[float]] = {}
+    for candidate in (candidate for record in records for candidate in record["candidates"]):
+        if score in candidate["scores"]:
+            found.setdefault(candidate["source"], []).append(candidate["scores"][score])
+    return {name: fmean(scores) for name, scores in found.items()}
 
 
 def _sample(record: Record) -> dict[str, Any]:

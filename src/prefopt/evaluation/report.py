@@ -15,6 +15,7 @@ from prefopt.files import atomic_path, read_json, write_text
 REPORT_FILE = "report.md"
 PICTURE = "progress.png"
 SHOWN_CHARACTERS = 400
+REWARD_FIGURES = ("accuracy", "ece_bin10", "loss")  # of an adversarial loop's reward model
 
 
 @dataclass
@@ -36,12 +37,13 @@ class ReportArguments:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an iteration has left: its evaluation, its pairs' report, the entries of its training log."""
+    """What an iteration has left: its evaluation, its pairs' report, the entries of its training log, its reward model's evaluation."""
 
     number: int
     evaluation: dict[str, Any]
     pairs: dict[str, Any]
     log: list[dict[str, float]]
+    reward_model: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -97,12 +99,14 @@ def read_iterations(run_dir: Path, last: int | None) -> list[Iteration]:
 
 def _read(folder: Path, number: int) -> Iteration:
     pairs, state = folder / "build-pairs" / "pairs_report.json", folder / "train" / "trainer_state.json"
+    reward = folder / "reward-train" / "eval_results.json"
     log = read_json(state)["log_history"] if state.is_file() else []
     return Iteration(
         number,
         read_json(folder / "evaluate" / EVALUATION_FILE),
         read_json(pairs) if pairs.is_file() else {},
         [entry for entry in log if "loss" in entry],
+        read_json(reward) if reward.is_file() else {},
     )
 
 
@@ -130,6 +134,7 @@ def page(name: str, iterations: Sequence[Iteration], *, picture: str | None) -> 
         "preference accuracy",
         "mean length",
         "length / base",
+        "mean score",
         "pairs",
     ]
     lines += [_row(head), _row(["---"] * len(head)), *(_row(_overview(item)) for item in iterations), ""]
@@ -166,6 +171,7 @@ def _overview(item: Iteration) -> list[str]:
         "–" if preference is None else f"{preference['accuracy']:.3f}",
         length,
         "–" if ratio is None else f"{ratio:.2f}",
+        "–" if POLICY not in item.evaluation.get("scores", {}) else f"{item.evaluation['scores'][POLICY]:.3f}",
         str(item.pairs.get("pairs", "–")),
     ]
 
@@ -203,6 +209,10 @@ def section(item: Iteration) -> list[str]:
             "",
         ]
         lines += [f"**Warning:** {warning}\n" for warning in item.pairs["warnings"]]
+    figures = {name: value for name, value in item.reward_model.items() if name.endswith(REWARD_FIGURES)}
+    if figures:
+        lines += [_row(["reward model", "value"]), _row(["---"] * 2)]
+        lines += [*(_row([name.removeprefix("eval_"), f"{value:.4g}"]) for name, value in figures.items()), ""]
     rates = item.evaluation["win_rates"]
     if rates:
         lines += [

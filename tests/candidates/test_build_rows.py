@@ -1,0 +1,110 @@
+"""Training rows that are no pairs: each form, what is left out, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefopt.candidates.build_rows import BuildRowsArguments, run
+from prefopt.candidates.records import make_candidate, make_record, write_records
+from prefopt.cli import main
+from prefopt.data.comparisons import normalise_comparison
+from prefopt.files import read_json, read_jsonl, write_jsonl
+
+
+def write_candidates(folder, prompts, *, scored=True):
+    """`prompts`: prompt_id -> the texts and scores of its answers."""
+    records = [
+        make_record(
+            name,
+            [{"role": "user", "content": f"about {name}"}],
+            [
+                make_candidate(text, source="policy", k=k, scores={"rm": score} if scored else None)
+                for k, (text, score) in enumerate(answers)
+            ],
+        )
+        for name, answers in prompts.items()
+    ]
+    write_records(folder / "candidates.jsonl", records)
+    return str(folder)
+
+
+ANSWERS = {
+    "a": [("fair", 0.5), ("best", 2.0), (" ", 3.0)],
+    "b": [("one", 1.0), ("two", 1.0)],
+    "c": [("only", 1.0), ("", 0.0)],
+}
+
+
+def build(tmp_path, form, prompts=ANSWERS, scored=True, **settings):
+    candidates = write_candidates(tmp_path / "candidates", prompts, scored=scored)
+    path = run(BuildRowsArguments(candidates, str(tmp_path / "rows"), form, **settings))
+    return list(read_jsonl(path)), read_json(path.parent / "rows_report.json")["left out"]
+
+
+def test_the_best_answer_of_each_prompt(tmp_path):
+    rows, left_out = build(tmp_path, "sft")
+    assert [row["completion"][0]["content"] for row in rows] == ["best", "one", "only"]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "about a"}]
+    assert left_out == {}
+
+
+def test_all_scored_answers_of_a_prompt_in_a_row(tmp_path):
+    rows, left_out = build(tmp_path, "comparisons")
+    assert len(rows) == 1
+    clean = normalise_comparison(rows[0])
+    assert [response[0]["content"] for response in clean["responses"]] == ["fair", "best"]
+    assert clean["scores"] == [0.5, 2.0]
+    assert left_out == {"blank responses": 2, "all scores tied": 1, "fewer than two responses": 1}
+
+
+def test_golden_answers_against_samples(tmp_path):
+    golden = [
+        {"prompt_id": "a", "golden": "best"},
+        {"prompt_id": "b", "golden": "gold"},
+        {"prompt_id": "z", "golden": "gold"},
+    ]
+    write_jsonl(tmp_path / "golden.jsonl", golden)
+    rows, left_out = build(tmp_path, "adversarial", scored=False, golden=str(tmp_path / "golden.jsonl"))
+    assert [[response[0]["content"] for response in row["responses"]] for row in rows] == [
+        ["best", "fair"],
+        ["gold", "one"],
+        ["gold", "two"],
+    ]
+    assert all(normalise_comparison(row)["is_adversarial"] and row["scores"] == [1.0, 0.0] for row in rows)
+    assert left_out == {
+        "golden answer without samples": 1,
+        "samples without a golden answer": 1,
+        "blank sample": 1,
+        "sample equals the golden answer": 1,
+    }
+    with pytest.raises(ValueError, match="1 ids with golden answer without samples"):
+        build(tmp_path, "adversarial", golden=str(tmp_path / "golden.jsonl"), on_unmatched="raise")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"form": "pairs"}, "form must be one of sft, comparisons, adversarial"),
+        ({"form": ""}, "form is missing"),
+        ({"form": "adversarial"}, "golden is missing"),
+        ({"form": "sft", "golden": "g"}, "no effect on the form sft"),
+        ({"form": "adversarial", "golden": "g", "score": "rm"}, "score has no effect"),
+    ],
+)
+def test_bad_settings(settings, said):
+    with pytest.raises(ValueError, match=said):
+        BuildRowsArguments("candidates", "rows", **settings)
+
+
+def test_unscored_candidates_and_nothing_left_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="have no scores; run `prefopt rank` first"):
+        build(tmp_path, "sft", scored=False)
+    with pytest.raises(ValueError, match=r"none of 1 prompts gives a row \(1 x all scores tied\)"):
+        build(tmp_path, "comparisons", prompts={"b": ANSWERS["b"]})
+
+
+def test_the_command(tmp_path, capsys):
+    candidates = write_candidates(tmp_path / "candidates", ANSWERS)
+    words = ["build-rows", f"--candidates={candidates}", f"--output_dir={tmp_path / 'rows'}", "--form=sft"]
+    assert main(words) == 0
+    assert "3 sft rows from 3 prompts" in capsys.readouterr().out
