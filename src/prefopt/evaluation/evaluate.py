@@ -16,6 +16,7 @@ from prefopt.data import DataArguments, DataSource, load_datasets
 from prefopt.data.messages import as_messages
 from prefopt.evaluation.alpaca_eval import FAMILIES, export
 from prefopt.evaluation.preference import preference_accuracy
+from prefopt.evaluation.study_report import report_study
 from prefopt.evaluation.win_rate import join_answers, length_statistics, win_rate
 from prefopt.files import write_json
 from prefopt.launch import tell
@@ -35,6 +36,9 @@ class EvaluateArguments:
     """What is evaluated: answers against others' answers under a ranker, or a model on preference pairs, or both."""
 
     output_dir: str = _setting("", "Folder for evaluation.json and the ranked answers.")
+    study: str | None = _setting(
+        None, "Folder of a `prefopt sweep`: write its table, plot and verdict from the runs that are done."
+    )
     answers: str | None = _setting(
         None, "The policy's answers to held-out prompts: a folder that `prefopt generate` wrote."
     )
@@ -71,10 +75,16 @@ class EvaluateArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.study is not None:
+            if self.answers is not None or self.pairs is not None:
+                raise ValueError("`study` is evaluated by itself: remove `answers` and `pairs`.")
+            return
         if not self.output_dir:
             raise ValueError("output_dir is missing: set it in the recipe or with --output_dir.")
         if self.answers is None and self.pairs is None:
-            raise ValueError("nothing to evaluate: give `answers` (with `opponents` and `ranker`), or `pairs`.")
+            raise ValueError(
+                "nothing to evaluate: give `answers` (with `opponents` and `ranker`), `pairs`, or a `study`."
+            )
         if (self.pairs is None) != (self.model_name_or_path is None):
             raise ValueError("`pairs` and `model_name_or_path` belong together: give both or neither.")
         if bool(self.opponents) != (self.ranker is not None):
@@ -115,11 +125,14 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
     """Evaluate and write `evaluation.json`.
 
     Returns:
-        Its content: `win_rates` by opponent, `scores` (means) and `lengths` by policy, `preference`, `samples`, `stop` (a reason, or None).
+        Its content; of a study the lines of its verdict. `win_rates` by opponent, `scores` (means) and `lengths` by policy, `preference`, `samples`, `stop` (a reason, or None).
 
     Raises:
         ValueError: answers that cannot be compared, a ranker or pairs that cannot be used.
     """
+    if args.study is not None:
+        verdict = report_study(Path(args.study).expanduser())
+        return {"verdict": verdict.lines}
     team = current_processes()
     folder = Path(args.output_dir)
     result: dict[str, Any] = {

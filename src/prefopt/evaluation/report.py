@@ -272,7 +272,8 @@ def draw(path: Path, iterations: Sequence[Iteration]) -> bool:
         found = [(item.number, rate) for item in iterations if (rate := item.rate(opponent)) is not None]
         if found:
             x, y = [number for number, _ in found], [rate["win_rate"] for _, rate in found]
-            spread = [[r["win_rate"] - r["low"] for _, r in found], [r["high"] - r["win_rate"] for _, r in found]]
+            ends = [(r["win_rate"] - r["low"], r["high"] - r["win_rate"]) for _, r in found]
+            spread = [[max(0.0, end) for end in side] for side in zip(*ends)]  # a rounding below 0 would be refused
             rates.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=f"against {opponent}")
     rates.axhline(0.5, color="grey", linewidth=0.8)
     rates.set(xlabel="iteration", ylabel="win rate", title="Win rate under the ranker", ylim=(0, 1))
