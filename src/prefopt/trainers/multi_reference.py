@@ -264,7 +264,9 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         check_scores(dataset, args, name)
         if name == "train":
             check_health(dataset, args, checks)
-        if name == "train" and args.weighting in VALIDATED:
+        if name == args.validation_set:
+            self._validation = dataset
+        if name == "train" and args.weighting in VALIDATED and args.validation_set is None:
             dataset, self._validation = hold_out_by_prompt(dataset, args.validation_rows, args.seed)
         return dataset
 
@@ -291,6 +293,11 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
     def _make_weighting(self) -> Weighting:
         needs_train = self.args.weighting.startswith("swcw")
         dataset = self.train_dataset if needs_train and self.train_dataset is not None else self._validation
+        if self.args.validation_set is not None and self._validation is None:
+            named = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            raise ValueError(
+                f"`validation_set` {self.args.validation_set!r} is not among the evaluation sets {named}."
+            )
         if dataset is None and (needs_train or self.args.weighting in VALIDATED):
             raise ValueError(f"`weighting: {self.args.weighting}` takes its pairs from a `train_dataset`: give one.")
         return make_weighting(

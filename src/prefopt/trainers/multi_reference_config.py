@@ -77,6 +77,12 @@ class MultiReferenceDPOConfig(PreferenceConfig):
             "help": "Training rows held out, by prompt, for weightings that need validation pairs (vdw, vaw, tsw)."
         },
     )
+    validation_set: str | None = field(
+        default=None,
+        metadata={
+            "help": "One of the `eval_datasets` whose pairs serve such weightings; then no training rows are held out."
+        },
+    )
     accuracy_temperature: float | None = field(
         default=None, metadata={"help": "vaw: softmax of accuracies at this temperature; None: their ratio."}
     )

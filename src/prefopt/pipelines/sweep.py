@@ -1,0 +1,317 @@
+"""`prefopt sweep RECIPE`: multi-reference DPO over a grid of settings and seeds, and DPO against each reference alone, from one score cache.
+
+Data, scores and health come first; then every run is a stage of its own, the normal training command in a process of its own (so that its GPU
+memory is free for the next one), done once and skipped while its settings stay the same. `prefopt evaluate --study RUN_DIR` compares the runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prefopt.data import DataArguments, DataSource, load_datasets
+from prefopt.evaluation.study import HEALTH_FILE, RESULT_FILE, STUDY_FILE
+from prefopt.evaluation.study_report import report_study
+from prefopt.files import write_json
+from prefopt.pipelines.commands import Commands, Place, parse_command
+from prefopt.pipelines.stages import Runner, Stage, table
+from prefopt.pipelines.state import FAILED, RunState
+from prefopt.pipelines.study_data import POOL_FILE, Pool, make_pool, split_pool
+from prefopt.pipelines.sweep_arguments import SweepArguments, slug
+from prefopt.recipes.recipe import plain
+from prefopt.recipes.source import Setting, read_settings
+from prefopt.references.health import HealthCard, cards_table
+from prefopt.references.score import cards_of
+from prefopt.trainers.reference_data import short_names
+
+METHOD = "multi-reference-dpo"
+SCORING = "score-references"
+# what says how references are combined; a single reference has none of it, so it is swept over the other keys only
+COMBINING = frozenset(
+    {
+        "references", "mode", "weighting", "reference_weights", "clip_to_anchor", "max_exponent", "accuracy_temperature", "window",
+        "window_reduce", "sampling_prior", "sampling_subset", "sampling_metric", "sampling_ties", "sampling_discount",
+    }
+)  # fmt: skip
+# of the scoring stage: what decides its result
+SCORED = ("references", "reference_dtype", "max_length", "dataset_name", "ref_logps_dir")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting, to be trained with every seed.
+
+    Attributes:
+        name: of its folder, unique.
+        kind: "multi" or "single".
+        settings: over the recipe.
+        reference: of a single one.
+    """
+
+    name: str
+    kind: str
+    settings: Mapping[str, Any]
+    reference: str | None = None
+
+
+def run(args: SweepArguments) -> int:
+    """Do what is left to do, and write the table.
+
+    Raises:
+        ValueError: a mistake in the recipe, no reference that can be used, or runs that failed (after all others are done).
+    """
+    Sweep(args).run()
+    return 0
+
+
+class Sweep:
+    """One sweep.
+
+    Args:
+        args: what is run.
+        runner: how stages are run.
+    """
+
+    def __init__(self, args: SweepArguments, runner: type[Runner] = Runner) -> None:
+        self.args = args
+        self.runner = runner
+        self.run_dir = Path(args.run_dir).expanduser()
+        self.commands = Commands(self.run_dir, {})
+        base = {"method": METHOD, **args.training}
+        values = parse_command(SCORING, args.recipe, _settings(args.recipe, base)).values
+        self.policy = str(values.get("model_name_or_path") or "")
+        self.references = [str(name) for name in values.get("references") or []]
+        for key in ("grid", "runs"):
+            self.references += [name for name in _listed(getattr(args, key)) if name not in self.references]
+        if not self.policy or len(self.references) < 2:
+            raise ValueError("the recipe must name model_name_or_path and at least two `references`.")
+        self.anchor = values.get("anchor") or (self.policy if self.policy in self.references else None)
+        if self.anchor not in self.references:
+            raise ValueError(
+                f"the policy's own initial model {self.anchor or self.policy} must be among the references {self.references}: DPO against it is a baseline."
+            )
+        self.accepts_outliers = bool(values.get("accept_outliers"))
+        self.dtype = str(values.get("reference_dtype") or "bfloat16")
+        self.max_length: int | None = values.get("max_length", 1024)
+        self.scores = values.get("ref_logps_dir")
+
+    def run(self) -> None:
+        """See `run`."""
+        if self.args.dry_run:
+            stages = [self.scoring(), *self.stages(self.every_run(self.references), self.references)]
+            print(table(Runner(stages, self.run_dir).plan()))
+            return
+        self.prepare_data()
+        scoring = self.scoring()
+        self.runner([scoring], self.run_dir).run()
+        usable = self.check_health()
+        runs = self.every_run(usable)
+        stages = self.stages(runs, usable)
+        self.write_study(runs, usable)
+        failed = [message for stage in stages if (message := self.do(scoring, stage)) is not None]
+        report_study(self.run_dir)
+        if failed:
+            raise ValueError(
+                f"{len(failed)} of {len(stages)} runs failed, the others are done; the first: {failed[0]}"
+            )
+
+    # ---- what comes first ------------------------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Path:
+        """Folder of the pool and its splits."""
+        return self.run_dir / "data"
+
+    def prepare_data(self) -> None:
+        """Write the pool and every seed's parts."""
+        args = self.args
+        source = DataSource(args.dataset_name, name=args.dataset_config, split=args.dataset_split)
+        names = tuple(dict.fromkeys([self.policy, *self.references]))
+        pool = Pool(source, names, args.pool_rows, args.pool_seed, self.max_length, args.length_percentile)
+        report = make_pool(pool, self.data)
+        print(
+            f"sweep: a pool of {report['rows']} rows from {report['rows_kept']} of {report['rows_in']} that pass the length filter."
+        )
+        for seed in args.seeds:
+            split_pool(self.data, seed, (args.train_rows, args.validation_rows, args.test_rows))
+
+    def scoring(self) -> Stage:
+        """The stage that scores the pool under every reference; what the cache holds is not scored again."""
+        own = {
+            "method": METHOD,
+            **self.args.training,
+            **self.common(self.references),
+            "dataset_name": Place(f"data/{POOL_FILE}"),
+            "do_eval": False,
+            "output_dir": Place("scoring"),
+        }
+        stage = self.commands.stage(
+            "scoring", SCORING, own, recipe=self.args.recipe, inputs=self.inputs(self.data / POOL_FILE)
+        )
+        return replace(stage, folder=None, settings={key: stage.settings.get(key) for key in SCORED})
+
+    def check_health(self) -> list[str]:
+        """Print and keep the references' health cards; returns the references that are not quarantined.
+
+        Raises:
+            ValueError: too few are left, or the policy's own initial model is quarantined.
+        """
+        rows, _ = load_datasets(DataArguments(train=[DataSource(str(self.data / POOL_FILE))]))
+        root = Path(self.scores) if self.scores else self.run_dir / "scores"
+        cards = cards_of(rows, self.references, root, dtype=self.dtype)
+        cards = [replace(card, name=name) for card, name in zip(cards, self.references)]
+        print(cards_table(cards), flush=True)
+        write_json(self.run_dir / HEALTH_FILE, [asdict(card) for card in cards])
+        return self.usable(cards)
+
+    def usable(self, cards: list[HealthCard]) -> list[str]:
+        """See `check_health`."""
+        bad = {card.name: card.quarantine for card in cards if card.quarantine and not self.accepts_outliers}
+        usable = [name for name in self.references if name not in bad]
+        if self.anchor in bad or len(usable) < 2:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
+            raise ValueError(
+                f"quarantined: {reasons}. The policy's own initial model and another reference are needed."
+            )
+        for name, reason in bad.items():
+            print(
+                f"sweep: {name} is left out of all runs ({reason}); `training: {{accept_outliers: true}}` keeps it.",
+                flush=True,
+            )
+        return usable
+
+    # ---- the runs --------------------------------------------------------------------------------------------------------------
+
+    def every_run(self, usable: list[str]) -> list[Run]:
+        """Singles first (the baselines), then the grid, then the list; of the references only the usable ones.
+
+        Raises:
+            ValueError: two runs of one name.
+        """
+        runs = list(self.singles(usable)) if self.args.baselines else []
+        combined = _combinations(self.args.grid) if self.args.grid else []
+        for name, settings in [*((_name(s), s) for s in combined), *self.args.runs.items()]:
+            chosen = [reference for reference in settings.get("references", usable) if reference in usable]
+            runs.append(Run(name, "multi", {**settings, "references": chosen}))
+        names = [item.name for item in runs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two runs are called {twice[0]!r}: name them differently.")
+        return runs
+
+    def singles(self, usable: list[str]) -> Iterator[Run]:
+        """DPO against each reference: all weight on it, so that rows and metrics are those of the other runs."""
+        others = {key: values for key, values in self.args.grid.items() if key not in COMBINING}
+        for settings in _combinations(others):
+            for k, (reference, short) in enumerate(zip(usable, short_names(usable))):
+                one_hot = [1.0 if place == k else 0.0 for place in range(len(usable))]
+                fixed = {"mode": "multi_dpo", "weighting": "fixed", "reference_weights": one_hot, "references": usable}
+                name = ",".join([f"single={slug(short)}", *([_name(settings)] if settings else [])])
+                yield Run(name, "single", {**settings, **fixed}, reference)
+
+    def common(self, references: list[str]) -> dict[str, Any]:
+        """What every stage is told."""
+        return {
+            "references": references,
+            "ref_logps_dir": self.scores or Place("scores"),
+            "reference_dtype": self.dtype,
+            "max_length": self.max_length,
+            "test_split_size": None,
+        }
+
+    def inputs(self, data: Path) -> list[str]:
+        """What a stage reads from outside; names that are no paths are left to themselves."""
+        return [str(data), *dict.fromkeys([self.policy, *self.references])]
+
+    def stages(self, runs: list[Run], usable: list[str]) -> list[Stage]:
+        """Every run with every seed, the first seed first."""
+        return [self.stage(item, seed) for seed in self.args.seeds for item in runs]
+
+    def stage(self, item: Run, seed: int) -> Stage:
+        """The training of one run with one seed."""
+        parts = f"data/seed-{seed}"
+        place = f"runs/{item.name}/seed-{seed}"
+        own = {
+            **self.args.training,
+            **self.common(list(item.settings["references"])),
+            **{key: value for key, value in item.settings.items() if key != "references"},
+            "anchor": self.anchor if self.anchor in item.settings["references"] else None,
+            "dataset_name": Place(f"{parts}/train.jsonl"),
+            "eval_datasets": {name: Place(f"{parts}/{name}.jsonl") for name in ("validation", "test")},
+            "validation_set": "validation",
+            "accept_outliers": True,  # decided on the whole pool
+            "do_eval": True,
+            "seed": seed,
+            "output_dir": Place(place),
+            "resume_from_checkpoint": True,
+        }
+        return self.commands.stage(
+            place,
+            METHOD,
+            own,
+            recipe=self.args.recipe,
+            outputs=(RESULT_FILE,),
+            needs=("scoring",),
+            inputs=self.inputs(self.data / f"seed-{seed}"),
+        )
+
+    def do(self, scoring: Stage, stage: Stage) -> str | None:
+        """Do one run unless it is done; returns why it failed, if it did."""
+        runner = self.runner([scoring, stage], self.run_dir)
+        try:
+            runner.run()
+        except ValueError as error:
+            record = RunState(self.run_dir).stages.get(stage.name)
+            if record is None or record.status != FAILED:
+                raise
+            return str(error)
+        if not self.args.keep_models:
+            for pattern in WEIGHTS:
+                for file in (self.run_dir / stage.name).glob(pattern):
+                    file.unlink()
+        return None
+
+    def write_study(self, runs: list[Run], usable: list[str]) -> None:
+        """What `prefopt evaluate` needs to know of the runs."""
+        study = {
+            "policy": self.policy,
+            "anchor": self.anchor,
+            "references": self.references,
+            "usable": usable,
+            "seeds": self.args.seeds,
+            "rows": {name: getattr(self.args, f"{name}_rows") for name in ("pool", "train", "validation", "test")},
+            "runs": [asdict(item) for item in runs],
+        }
+        write_json(self.run_dir / STUDY_FILE, plain(study))
+
+
+def _settings(recipe: str | None, values: Mapping[str, Any]) -> list[Any]:
+    """The recipe's settings with these above them."""
+
+    read = [setting for setting in read_settings(recipe, []) if setting.key != "env"]
+    top = max((setting.level for setting in read), default=-1) + 1
+    return [*read, *(Setting(key, value, f"training: {key}", top) for key, value in values.items())]
+
+
+def _listed(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Every reference that a grid or a list of runs names."""
+    lists = (
+        settings.get("references", [])
+        if "references" in settings
+        else [run.get("references", []) for run in settings.values() if isinstance(run, dict)]
+    )
+    for names in lists:
+        if not isinstance(names, list):
+            raise ValueError(f"references must be lists of names, found {names!r}.")
+        yield from map(str, names)
+
+
+def _combinations(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    return ",".join(f"{key}={slug(value)}" for key, value in settings.items())
