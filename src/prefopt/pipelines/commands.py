@@ -64,7 +64,8 @@ class Commands:
         Args:
             name: such as "iteration-1/rank".
             tool: the command.
-            settings: its keys; values as in YAML, and `Place` for paths within the run. None stands for null.
+            settings: its keys; values as in YAML, and `Place` for paths within the run. None stands for null; a
+                launcher's key (num_processes, ...) that is None is left out.
             recipe: a recipe of its own, which `settings` override.
             outputs: patterns within the stage's folder, of the files that other stages read.
             needs: earlier stages.
@@ -73,7 +74,8 @@ class Commands:
         Raises:
             ValueError: a key that the command does not know, or a value that it refuses, before anything is started.
         """
-        typed = [f"--{key}={_typed(value, self.run_dir)}" for key, value in settings.items()]
+        given = {key: value for key, value in settings.items() if key not in LAUNCH_KEYS or value is not None}
+        typed = [f"--{key}={_typed(value, self.run_dir)}" for key, value in given.items()]
         try:
             decides = self._what_decides(tool, recipe, typed)
         except ValueError as error:
