@@ -1,0 +1,74 @@
+"""The benchmark's own parts: lengths, order, figures; and one run of it, small enough for any machine."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+
+from benchmarks.step_throughput import draw_lengths, main, parse, step_order, summarise, table
+
+
+def test_lengths_have_the_means_that_they_are_named_for():
+    lengths = draw_lengths("ultrafeedback", 20_000, max_length=10**6, seed=0)
+    means = [statistics.mean(column) for column in zip(*lengths)]
+    assert means == pytest.approx([190, 327, 302], rel=0.03)
+    assert all(p + max(c, r) <= 512 for p, c, r in draw_lengths("hh", 2000, max_length=512, seed=0))
+
+
+def test_lengths_come_from_a_file(tmp_path):
+    (tmp_path / "lengths.jsonl").write_text("[3, 4, 5]\n[6, 7, 8]\n")
+    assert draw_lengths(str(tmp_path / "lengths.jsonl"), 3, max_length=100, seed=0) == [
+        (3, 4, 5),
+        (6, 7, 8),
+        (3, 4, 5),
+    ]
+
+
+def test_both_libraries_see_each_pair_once():
+    order = step_order(20, parse(["--pairs", "4"]))
+    assert sorted(order) == list(range(20))
+
+
+def test_figures_are_medians_over_all_steps_of_all_runs():
+    """Steps of 1, 2 and 3 s over two runs: median 2 s, so 8 pairs are 4 pairs/s; 6 * 10 * 100 / 2 s = 3,000 FLOP/s without a live reference."""
+    args = parse(["--reference", "cached"])
+    run = {
+        "step_seconds": [1.0, 2.0, 3.0],
+        "unique_tokens": 100,
+        "parameters": 10,
+        "peak_bytes": 2**30,
+        "compile_seconds": 0.0,
+    }
+    row = summarise({"library": "prefopt", "layout": "packed", "micro_batch": 8}, [run, run], args, "hh", rate=6000.0)
+    assert row["pairs_per_second"] == 4.0
+    assert row["fraction_of_matrix_rate"] == pytest.approx(0.5)
+    assert "| hh | prefopt | packed | 8 | 2000 | 4.00 |" in table([row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "wpo", "sppo"])
+def test_a_small_run_agrees_with_trl(method, tmp_path):
+    """Losses agree to float32 rounding, step by step, and every figure is there; how fast it is, is not asked of a shared machine."""
+    out = tmp_path / "figures.json"
+    options = [
+        "--size",
+        "tiny",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+        "--rounds",
+        "1",
+        "--lengths",
+        "hh",
+        "--trl_batch_sizes",
+        "4",
+    ]
+    rows = main([*options, "--method", method, "--layouts", "packed", "padded", "--json", str(out)])
+    assert json.loads(out.read_text()) == rows
+    assert [row["library"] for row in rows] == ["prefopt", "prefopt", "trl"]
+    for row in rows:
+        assert row["largest_loss_difference"] < 1e-5
+        assert row["pairs_per_second"] > 0 and row["peak_gib"] > 0
