@@ -52,8 +52,10 @@ def loss_by_hand(model, rows, *, human, adversarial, kind):
     return total / count
 
 
-@pytest.mark.parametrize("kind", ["logistic", "difference"])
-@pytest.mark.parametrize(("human", "coeff", "samples"), [(1.0, 0.1, 4), (0.5, 2.0, 1), (0.0, 1.0, 2)])
+@pytest.mark.parametrize(
+    ("kind", "human", "coeff", "samples"),
+    [("logistic", 1.0, 0.1, 4), ("difference", 1.0, 0.1, 4), ("logistic", 0.5, 2.0, 1), ("difference", 0.0, 1.0, 2)],
+)
 def test_the_logged_loss_weighs_each_pair(tmp_path, kind, human, coeff, samples):
     trainer = make(
         tmp_path, per_device_train_batch_size=20, max_steps=1, human_coeff=human, adversarial_coeff=coeff, num_samples=samples,
@@ -80,11 +82,12 @@ def test_the_worked_example():
 def test_any_micro_batch_size_gives_the_same_model(tmp_path):
     """At micro-batch 1 each micro-batch is of one kind; the step still averages over all pairs of both."""
     runs = []
-    for size, accumulation in ((20, 1), (5, 4), (1, 20)):
+    for size, accumulation in ((20, 1), (1, 20)):
         trainer = make(
             tmp_path,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
+            max_steps=2,
             adversarial_coeff=3.0,
             num_samples=1,
         )

@@ -35,6 +35,9 @@ def run(folder: Path, method: str, name: str, accelerate_config: str | None, **c
         for n, row in enumerate(comparison_rows(27))
     ]
     write_jsonl(folder / f"{name}-data" / "train.jsonl", rows)
+    write_jsonl(
+        folder / f"{name}-data" / "test.jsonl", comparison_rows(7, seed=1)
+    )  # two ranks cannot share 7 rows evenly
     # the folder of the base model already has a head, or every process count would draw another one
     base = folder / "base" / method
     if not base.exists():
@@ -53,6 +56,8 @@ def run(folder: Path, method: str, name: str, accelerate_config: str | None, **c
         "bf16": False,
         "gradient_checkpointing": False,
         "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "do_eval": True,
         "global_batch_size": 8,
         "learning_rate": 1e-3,
         "num_train_epochs": 1,
@@ -85,6 +90,11 @@ def test_two_ranks_train_the_same_model_as_one_process(tmp_path, method, acceler
     two, together = run(tmp_path, method, "two", accelerate_config)
     print(f"{method}, {accelerate_config}: losses {one} alone, {two} on two ranks")
     assert len(one) == 4 and two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    for measure in ("loss", "accuracy", "ranked_pairs", "ece_bin10"):
+        values = [
+            json.loads((each / "eval_results.json").read_text())[f"eval_{measure}"] for each in (alone, together)
+        ]
+        assert values[1] == pytest.approx(values[0], rel=1e-3), measure
     first, second = load_file(alone / "model.safetensors"), load_file(together / "model.safetensors")
     start = load_file(tmp_path / "base" / method / "model.safetensors")
     assert first.keys() == second.keys() == start.keys()

@@ -154,7 +154,7 @@ def test_a_reward_model_learns_human_choices_and_an_adversarial_one_the_policys_
 
     rows = pairs(train) + adversarial(train[:400], policy)
     against = AdversarialRewardTrainer(
-        fresh_model(), args=AdversarialRewardConfig(**settings(tmp_path / "apo")), train_dataset=Dataset.from_list(rows),
+        fresh_model(), args=AdversarialRewardConfig(**settings(tmp_path / "apo", adversarial_coeff=4.0, num_samples=4)), train_dataset=Dataset.from_list(rows),
         eval_dataset=evaluation, processing_class=tokenizer,
     )  # fmt: skip
     against.train()
