@@ -17,8 +17,12 @@ from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
 from prefopt.run_settings import batch_sizes, check_adapter_keys
 
 ROOT = Path(__file__).parents[2]
-# pipelines name stages, not one command's keys; their own tests read them
-RECIPES = [name for name in packaged_names("training_configs") if not name.startswith(("fragments/", "pipelines/"))]
+# pipelines and studies name stages and runs, not one command's keys; their own tests read them
+RECIPES = [
+    name
+    for name in packaged_names("training_configs")
+    if not name.startswith(("fragments/", "pipelines/")) and not name.endswith("_study")
+]
 ACCELERATE = packaged_names("accelerate_configs")
 PAPERS = {
     "mistral": {

@@ -29,7 +29,10 @@ ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
 )
 
 # annotations that are narrower than what is accepted here
-WIDENED: dict[str, Any] = {"resume_from_checkpoint": bool | str | None, "report_to": str | list[str]}  # "none" is a name there
+WIDENED: dict[str, Any] = {
+    "resume_from_checkpoint": bool | str | None,
+    "report_to": str | list[str],
+}  # "none" is a name there
 SECRETS = frozenset({"hub_token", "api_key"})
 
 
