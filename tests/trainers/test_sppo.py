@@ -334,3 +334,33 @@ def test_the_schedule_may_be_longer_than_the_training(tmp_path):
     assert history(part, "learning_rate")[-1] == pytest.approx(1e-5 * 13 / 18)
     with pytest.raises(ValueError, match=r"`schedule_epochs` \(1\) must be at least `num_train_epochs`"):
         make_trainer(tmp_path, "SPPO", rows=rows(), num_train_epochs=2, schedule_epochs=1)
+
+
+@pytest.mark.parametrize("mode", ["multi_dpo", "geometric", "harmonic"])
+def test_soft_targets_against_several_references(tmp_path, mode):
+    """multi_dpo: the mean over references of the losses; a mixture: the loss against it. GPO and lengths as units are refused."""
+    data = rows()
+    generator = torch.Generator().manual_seed(0)
+    for side in ("chosen", "rejected"):
+        data = data.add_column(f"ref_{side}_logps", (-90 * torch.rand(24, 2, generator=generator) - 20).tolist())
+        data = data.add_column(f"ref_{side}_counts", [[9.0, 9.0]] * 24)
+    settings = {"mode": mode, "beta": BETA, "max_steps": 1, "per_device_train_batch_size": 24, "max_length": 512}
+    trainer = make_trainer(tmp_path, "MultiReferenceDPO", rows=data, loss_type="sppo", **settings)
+    pairs = trainer.train_dataset
+    policy = plain_pair_logps(tiny_model(), pairs, pairs["row_id"])
+    references = [torch.tensor(pairs[f"ref_{side}_logps"]).T for side in ("chosen", "rejected")]
+    probs = [torch.tensor(pairs[f"{side}_win_prob"]) for side in ("chosen", "rejected")]
+    weights = torch.tensor([0.5, 0.5])
+    if mode != "multi_dpo":
+        references = [losses.mixture_logps(logps, weights, mode=mode)[None] for logps in references]
+    each = [losses.sppo_loss(policy[0] - c, policy[1] - r, *probs, beta=BETA) for c, r in zip(*references)]
+    trainer.train()
+    assert history(trainer)[0] == pytest.approx(torch.stack(each).mean().item(), rel=1e-4)
+    with pytest.raises(ValueError, match="Unknown loss_type 'gpo'"):
+        make_trainer(tmp_path, "MultiReferenceDPO", rows=data, loss_type="gpo", **settings)
+    with pytest.raises(ValueError, match="targets in nats of whole answers"):
+        make_trainer(tmp_path, "MultiReferenceDPO", rows=data, loss_type="sppo", normalize="token", **settings)
+    with pytest.raises(ValueError, match="reads the column 'chosen_win_prob'"):
+        make_trainer(
+            tmp_path, "MultiReferenceDPO", rows=data.remove_columns("chosen_win_prob"), loss_type="sppo", **settings
+        )

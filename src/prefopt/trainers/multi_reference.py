@@ -22,11 +22,12 @@ from prefopt.scoring.logprobs import CompletionScores
 from prefopt.scoring.plan import BatchPlan
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.multi_reference_config import VALIDATED, MultiReferenceDPOConfig
-from prefopt.trainers.pair_losses import PairScores
+from prefopt.trainers.pair_losses import PAIR_LOSSES, PairScores
 from prefopt.trainers.policy_measure import measure_policy
 from prefopt.trainers.preference import PreferenceTrainer, ReferenceScores
 from prefopt.trainers.reference_data import advise, check_health, check_scores, hold_out_by_prompt, short_names
 from prefopt.trainers.reference_weighting import Weighting, make_weighting
+from prefopt.trainers.sppo import SELF_PLAY_LOSSES, check_self_play_columns
 
 __all__ = ["MultiReferenceDPOConfig", "MultiReferenceDPOTrainer"]
 
@@ -64,6 +65,8 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
     """
 
     config_class = MultiReferenceDPOConfig
+    # soft self-play as well: its targets are log-ratios, to a mixture or to each reference in turn
+    pair_loss_table = {**PAIR_LOSSES, **{name: SELF_PLAY_LOSSES[name].loss for name in ("sppo", "sppo_single")}}  # noqa: RUF012
     _name = "Multi-reference DPO"
     _tag_names = ("prefopt", "multi-reference-dpo")
     _paper = {  # noqa: RUF012
@@ -245,7 +248,8 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
     # ---- data ------------------------------------------------------------------------------------------------------------------
 
     def check_columns(self, dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
-        """The references' scores are looked at in `_prepare`."""
+        """Refuse data without what self-play losses read; the references' scores are looked at in `_prepare`."""
+        check_self_play_columns(dataset, args.loss_type, name)
 
     def _prepare(self, dataset: Dataset | None, name: str) -> Dataset | None:
         dataset = super()._prepare(dataset, name)

@@ -140,6 +140,10 @@ class MultiReferenceDPOConfig(PreferenceConfig):
             raise ValueError(f"`loss_type: {clash[0]}` has no reference: several of them would not be used.")
         if self.normalize != "none" and (clash := [name for name in losses if name in _OWN_LENGTHS]):
             raise ValueError(f"`loss_type: {clash[0]}` divides by length itself: use `normalize: none` with it.")
+        if self.normalize != "none" and (clash := [name for name in losses if name.startswith("sppo")]):
+            raise ValueError(
+                f"`loss_type: {clash[0]}` has targets in nats of whole answers: use `normalize: none` with it."
+            )
         if self.mode == "forward_kl" and (list(losses) != ["sigmoid"] or self.label_smoothing):
             raise ValueError(
                 "`mode: forward_kl` is a loss of its own: leave `loss_type` at sigmoid without label smoothing."

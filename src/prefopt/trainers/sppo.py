@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -140,21 +140,13 @@ class SPPOTrainer(PreferenceTrainer):
     def check_columns(self, dataset: Dataset, args: SPPOConfig, name: str) -> None:
         """Refuse data without the columns that the losses read, or with a value in them that is none."""
         super().check_columns(dataset, args, name)
-        for loss in args.loss_type:
-            for column in SELF_PLAY_LOSSES[loss].columns if loss != SFT else ():
-                if column not in dataset.column_names:
-                    hint = "--policy gpo" if column in _SCORES else "--policy sppo"
-                    raise ValueError(
-                        f"`loss_type: {loss}` reads the column {column!r}, which the {name} data does not have; `prefopt build-pairs {hint}` "
-                        "makes it (`sppo_hard` needs none)."
-                    )
-                _check_values(dataset, column, name)
+        check_self_play_columns(dataset, args.loss_type, name)
         if args.precompute_ref_log_probs and any(
             isinstance(value, list) and len(value) != 1 for value in dataset[0:1]["ref_chosen_logps"]
         ):
             raise ValueError(
                 f"The {name} data has the scores of several references, and the targets of self-play are log-ratios to one policy, that at the "
-                "start of the iteration. Keep that one's, or use `multi-reference-dpo`, whose `loss_type: sppo_hard` takes several."
+                "start of the iteration. Keep that one's, or use `multi-reference-dpo`, which takes several."
             )
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
@@ -226,6 +218,23 @@ def _group(column: str) -> str:
         return "win_prob/chosen_over_rejected"
     side, _, what = column.partition("_")
     return f"{what}/{side}"
+
+
+def check_self_play_columns(dataset: Dataset, losses: Sequence[str], name: str) -> None:
+    """Refuse data without the columns that self-play losses among `losses` read, or with a value in them that is none.
+
+    Raises:
+        ValueError: names the column and what makes it, or the row.
+    """
+    for loss in losses:
+        for column in SELF_PLAY_LOSSES[loss].columns if loss in SELF_PLAY_LOSSES else ():
+            if column not in dataset.column_names:
+                hint = "--policy gpo" if column in _SCORES else "--policy sppo"
+                raise ValueError(
+                    f"`loss_type: {loss}` reads the column {column!r}, which the {name} data does not have; `prefopt build-pairs {hint}` "
+                    "makes it (`sppo_hard` needs none)."
+                )
+            _check_values(dataset, column, name)
 
 
 def _check_values(dataset: Dataset, column: str, name: str) -> None:
