@@ -35,7 +35,7 @@ class RewardModel(HeadedModel):
     before a closing EOS, "mean" and "max" over all real tokens of prompt and response.
 
     Saved in the layout of transformers' `...ForSequenceClassification` (`score.weight`, one label), which
-    `AutoModelForSequenceClassification`, TRL and vLLM load. They read the last token that is not the pad token: the same score for "eos"
+    `AutoModelForSequenceClassification` loads. It reads the last token that is not the pad token: the same score for "eos"
     where the pad token is not the EOS, and for "last" where it is the EOS or where the text ends without one. Models with "mean" and
     "max" pooling are saved under a model type of their own, so that a loader that would score otherwise refuses them.
 
