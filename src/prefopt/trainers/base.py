@@ -21,9 +21,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, get_last_checkpoint
 
 from prefopt import files
-from prefopt.scoring.attention import why_not_packed
-from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
+from prefopt.scoring.layouts import Layout
 from prefopt.scoring.plan import BatchPlan, GroupLengths
+from prefopt.trainers.batching import PlannedLoader, choose_layout, row_capacity
 from prefopt.trainers.checkpointing import use_selective_checkpointing
 from prefopt.trainers.collators import PlannedBatches, only
 from prefopt.trainers.compilation import compiled_so_far
@@ -33,7 +33,6 @@ from prefopt.trainers.policy import base_model_of
 from prefopt.trainers.saving import check_saved_shapes
 
 STATE_FILE = "method_state.json"
-CPU_ROW_TOKENS = 1024
 _TOTALS = ("num_tokens", "perf/tokens")
 
 
@@ -100,7 +99,7 @@ class BaseTrainer(Trainer):
                 f"{args.n_gpu}`), or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
         self.collate = collate
-        self._lengths: dict[int, list[GroupLengths]] = {}
+        self._lengths: dict[str, list[GroupLengths]] = {}
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._log_buffer = MetricLog()
         self._watch = FiniteWatch()
@@ -166,32 +165,27 @@ class BaseTrainer(Trainer):
 
     def lengths(self, dataset: Dataset) -> list[GroupLengths]:
         """Token counts of every example of `dataset`, counted once."""
-        if id(dataset) not in self._lengths:
-            self._lengths[id(dataset)] = self.collate.lengths(dataset, share_prompt=self.args.share_prompt)
-        return self._lengths[id(dataset)]
+        key = dataset._fingerprint
+        if key not in self._lengths:
+            self._lengths[key] = self.collate.lengths(dataset, share_prompt=self.args.share_prompt)
+        return self._lengths[key]
 
     def _choose_layout(self) -> Layout:
-        pad_token_id = self.processing_class.pad_token_id
-        wanted = self.args.batch_layout
-        multiple = (
-            self.args.pad_to_multiple_of if isinstance(getattr(self.args, "pad_to_multiple_of", None), int) else 1
+        multiple = getattr(self.args, "pad_to_multiple_of", None)
+        layout, reason = choose_layout(
+            self.args.batch_layout,
+            self.model.config,
+            pad_token_id=self.processing_class.pad_token_id,
+            pad_to_multiple_of=multiple if isinstance(multiple, int) else 1,  # TRL's default is "auto"
+            share_prompt=self.args.share_prompt,
+            longest_sequence=max(
+                (g.longest for dataset in self._datasets() for g in self.lengths(dataset)), default=0
+            ),
+            against_packing=self.why_not_packed(),
         )
-        padded = PaddedLayout(pad_token_id, pad_to_multiple_of=multiple)
-        if wanted == "padded":
-            return padded
-        longest = max((group.longest for dataset in self._datasets() for group in self.lengths(dataset)), default=0)
-        reason = self.why_not_packed() or why_not_packed(
-            self.model.config, implementation=self.attn_implementation, longest_sequence=longest
-        )
-        if reason is None:
-            return PackedLayout(pad_token_id, share_prompt=self.args.share_prompt)
-        if wanted == "packed":
-            raise ValueError(
-                f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
-            )
-        if self.is_world_process_zero():
+        if reason and self.is_world_process_zero():
             print(f"Batches are padded, not packed: {reason}.")
-        return padded
+        return layout
 
     def why_not_packed(self) -> str | None:
         """A reason of the trainer's own against packing."""
@@ -203,16 +197,9 @@ class BaseTrainer(Trainer):
         return self.model.config._attn_implementation
 
     def _row_capacity(self, lengths: list[GroupLengths], batch_size: int) -> int | None:
-        if self.layout.name == "padded":
-            return None
-        if self.args.max_tokens_per_row is not None:
-            return self.args.max_tokens_per_row
-        longest = max(group.packed for group in lengths)
-        if self.args.device.type == "cpu":
-            return max(longest, CPU_ROW_TOKENS)  # dense masks cost the square of a row
-        # one row a micro-batch: block-sparse attention skips what other pairs own
-        mean = sum(group.packed for group in lengths) / len(lengths)
-        return math.ceil(max(longest, 1.5 * mean * batch_size + longest / 2) / 1024) * 1024
+        if self.layout.name == "padded" or self.args.max_tokens_per_row is not None:
+            return None if self.layout.name == "padded" else self.args.max_tokens_per_row
+        return row_capacity(lengths, groups_per_row=batch_size, on_cpu=self.args.device.type == "cpu")
 
     def _loader(self, dataset: Dataset, *, training: bool) -> DataLoader:
         args, lengths = self.args, self.lengths(dataset)
@@ -231,7 +218,7 @@ class BaseTrainer(Trainer):
         )
         if training:
             self._row_lengths = plan.row_lengths
-        return _PlannedLoader(
+        return PlannedLoader(
             PlannedBatches(dataset, self.collate, self.layout),
             batch_sampler=plan,
             collate_fn=only,
@@ -381,10 +368,3 @@ def describe_wrapping(model) -> str:
     """The type that a model is wrapped into, with DeepSpeed's ZeRO stage."""
     name = type(model).__name__
     return f"{name} (ZeRO-{model.zero_optimization_stage()})" if name == "DeepSpeedEngine" else name
-
-
-class _PlannedLoader(DataLoader):
-    """A data loader that passes its epoch on to its plan."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)

@@ -21,6 +21,7 @@ from prefopt.trainers.collators import REFERENCE_COLUMNS, CustomCollator, PairCo
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import PAIR_LOSSES, REFERENCE_FREE_LOSSES, SFT, SORTING_LOSSES, PairLoss, PairScores
+from prefopt.trainers.pair_metrics import effective_pairs, record_pairs, record_weights
 from prefopt.trainers.policy import (
     base_model_of,
     frozen_copy,
@@ -214,28 +215,11 @@ class PreferenceTrainer(BaseTrainer):
     def record(
         self, losses: torch.Tensor, pair: PairScores, scores: CompletionScores, batch: dict[str, Any], sums: MetricSums
     ) -> None:
-        """Add this micro-batch's metrics, under TRL's names where TRL has them."""
+        """Add this micro-batch's metrics."""
         real = batch["real"]
-        rewards = {
-            "chosen": self.args.beta * pair.chosen_logratios,
-            "rejected": self.args.beta * pair.rejected_logratios,
-        }
-        sums.add_mean("rewards/margins", rewards["chosen"] - rewards["rejected"], real)
-        sums.add_mean("rewards/accuracies", (rewards["chosen"] > rewards["rejected"]).float(), real)
-        logps = {"chosen": pair.chosen_logps, "rejected": pair.rejected_logps}
-        counts = {"chosen": pair.chosen_counts, "rejected": pair.rejected_counts}
-        for offset, side in enumerate(("chosen", "rejected")):
-            sums.add_mean(f"rewards/{side}", rewards[side], real)
-            sums.add_mean(f"logps/{side}", logps[side], real)
-            sums.add_mean(f"lengths/{side}", counts[side], real)
-            if self._vocab_statistics:
-                tokens = counts[side] * real
-                sums.add_mean(f"logits/{side}", scores.mean_logits[offset::2] / counts[side], tokens)
-                sums.add_mean("entropy", scores.entropy[offset::2] / counts[side], tokens)
-        if self._vocab_statistics:
-            sums.add_mean("mean_token_accuracy", scores.top1[0::2] / counts["chosen"], counts["chosen"] * real)
+        record_pairs(sums, pair, scores, real, beta=self.args.beta)
         if self.args.use_weighting:
-            self._record_weights(self.pair_weights(pair), pair, real, sums)
+            record_weights(sums, self.pair_weights(pair), pair, real, max_weight=self.args.max_weight)
         if not self.model.training:
             sums.add_mean("loss", losses, real)
 
@@ -290,22 +274,9 @@ class PreferenceTrainer(BaseTrainer):
             sums.add_mean("aux_loss", scores.aux_loss.expand(1), real.sum()[None])
         return terms
 
-    def _record_weights(self, weights: torch.Tensor, pair: PairScores, real: torch.Tensor, sums: MetricSums) -> None:
-        sums.add_mean("wpo/weight_mean", weights, real)
-        sums.add_min("wpo/weight_min", weights, real)
-        sums.add_max("wpo/weight_max", weights, real)
-        kept = torch.where(real, weights, 0.0)
-        sums.add_total("wpo/_sum", kept)
-        sums.add_total("wpo/_sum_of_squares", kept.square())
-        limit = self.args.max_weight
-        unclamped = (pair.chosen_mean_aligned_logps + pair.rejected_mean_aligned_logps).exp()
-        clamped = unclamped > limit if limit is not None else torch.zeros_like(unclamped)
-        sums.add_mean("wpo/clamped_fraction", clamped.float(), real)
-
     def derive_metrics(self, values: dict[str, torch.Tensor]) -> None:
-        """Effective pairs of the whole step: (sum of weights)^2 / sum of squared weights."""
-        if "wpo/_sum" in values:
-            values["wpo/effective_pairs"] = values.pop("wpo/_sum").square() / values.pop("wpo/_sum_of_squares")
+        """See `BaseTrainer.derive_metrics`."""
+        effective_pairs(values)
 
     # ---- data ------------------------------------------------------------------------------------------------------------------
 
