@@ -67,6 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for both")
     parser.add_argument("--fused_layers", action="store_true", help="liger-kernel's fused layers, for prefopt only")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    parser.add_argument("--plot", type=Path, default=None, help="draw pairs/s here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--contender", default=None, help=argparse.SUPPRESS
@@ -372,6 +373,34 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Pairs per second of every contender, one group of bars for each length distribution."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "pairs_per_second" in row]
+    names = list(dict.fromkeys(row["lengths"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.2), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        own = [row for row in rows if row["lengths"] == name]
+        labels = [
+            f"{row['library']} {row['layout']}"
+            if row["library"] == "prefopt"
+            else f"TRL, {row['micro_batch']} a batch"
+            for row in own
+        ]
+        colours = ["tab:blue" if row["library"] == "prefopt" else "tab:grey" for row in own]
+        bars = axis.barh(labels[::-1], [row["pairs_per_second"] for row in own][::-1], color=colours[::-1])
+        axis.bar_label(bars, fmt="%.2f", padding=2)
+        axis.set(title=f"{name} lengths", xlabel="pairs per second")
+        axis.margins(x=0.15)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
     """Compare on every length distribution, print the table, write the JSON."""
     args = parse(argv)
@@ -381,6 +410,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = [row for lengths in args.lengths for row in compare(args, lengths)]
     print(f"{args.method.upper()}, {args.size} on {args.device}, {args.pairs} pairs a step, reference {args.reference}, medians of {args.rounds} x {args.steps} steps\n")  # fmt: skip
     print(table(rows))
+    if args.plot:
+        draw(rows, args.plot)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=2) + "\n")

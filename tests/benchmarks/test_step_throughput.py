@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from benchmarks.step_throughput import draw_lengths, main, parse, step_order, summarise, table
+from benchmarks.step_throughput import draw, draw_lengths, main, parse, step_order, summarise, table
 
 
 def test_lengths_have_the_means_that_they_are_named_for():
@@ -31,7 +31,7 @@ def test_both_libraries_see_each_pair_once():
     assert sorted(order) == list(range(20))
 
 
-def test_figures_are_medians_over_all_steps_of_all_runs():
+def test_figures_are_medians_over_all_steps_of_all_runs(tmp_path):
     """Steps of 1, 2 and 3 s over two runs: median 2 s, so 8 pairs are 4 pairs/s; 6 * 10 * 100 / 2 s = 3,000 FLOP/s without a live reference."""
     args = parse(["--reference", "cached"])
     run = {
@@ -45,6 +45,8 @@ def test_figures_are_medians_over_all_steps_of_all_runs():
     assert row["pairs_per_second"] == 4.0
     assert row["fraction_of_matrix_rate"] == pytest.approx(0.5)
     assert "| hh | prefopt | packed | 8 | 2000 | 4.00 |" in table([row])
+    draw([row], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
