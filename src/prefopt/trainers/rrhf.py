@@ -68,7 +68,7 @@ class RRHFTrainer(BaseTrainer):
     _paper = {
         "title": "RRHF: Rank Responses to Align Language Models with Human Feedback without tears",
         "id": "2304.05302",
-    }  # noqa: RUF012
+    }
 
     def __init__(
         self,

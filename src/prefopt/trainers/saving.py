@@ -15,7 +15,7 @@ def check_saved_shapes(folder: Path) -> None:
     """
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as saved:
-            empty = [name for name in saved.keys() if 0 in saved.get_slice(name).get_shape()]  # noqa: SIM118
+            empty = [name for name in saved.keys() if 0 in saved.get_slice(name).get_shape()]
         if empty:
             raise RuntimeError(
                 f"{path} was saved without the weights of {len(empty)} tensor(s), {empty[0]} among them. "
