@@ -65,7 +65,7 @@ class RRHFTrainer(BaseTrainer):
 
     _name = "RRHF"
     _tag_names = ("prefopt", "rrhf")
-    _paper = {
+    _paper = {  # noqa: RUF012
         "title": "RRHF: Rank Responses to Align Language Models with Human Feedback without tears",
         "id": "2304.05302",
     }
