@@ -306,3 +306,17 @@ def test_a_killed_run_continues_to_the_same_result(tmp_path, stage, how):
     for name in "ab":
         assert (run_dir / name / "result").read_text() == (tmp_path / "whole" / name / "result").read_text()
     assert second.plan()[0].action == second.plan()[1].action == "done"
+
+
+def test_output_is_shown_line_by_line(tmp_path):
+    """A Python program's prints arrive while it runs, although it writes to a pipe."""
+    code = "import pathlib, time\nprint('first', flush=False)\nfor _ in range(500):\n    if pathlib.Path('seen').exists(): break\n    time.sleep(0.02)\nelse: raise SystemExit('not shown')"
+
+    class Console(io.StringIO):
+        def write(self, text):
+            if "first" in text:
+                (tmp_path / "seen").touch()
+            return super().write(text)
+
+    stage = Stage("a", ("sh", "-c", f'cd {tmp_path} && {sys.executable} -c "{code}"'), {})
+    Runner([stage], tmp_path, console=Console()).run()

@@ -49,6 +49,7 @@ def run_logged(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},  # lines as they come, not when the pipe's buffer is full
             start_new_session=True,
             pass_fds=(keep_open,),
         )
