@@ -311,7 +311,7 @@ def test_an_iteration_of_the_game_then_another_aligner_in_the_same_run(game, tmp
     print(output[: output.index("===")])
     tuned = mean_true_reward(game, run / "iteration-1" / "answers")
     print(f"true reward {before:.3f} -> {tuned:.3f} (RJS)")
-    assert [line for line in output.splitlines() if line.startswith("$")][0].startswith("$ prefopt build-rows")
+    assert next(line for line in output.splitlines() if line.startswith("$")).startswith("$ prefopt build-rows")
     assert done.count("done") == 5
     best = [row["completion"][0]["content"] for row in read_jsonl(run / "iteration-1" / "build-rows" / "train.jsonl")]
     assert len(best) > 250
