@@ -317,6 +317,23 @@ def test_validation_rows_are_held_out_by_prompt(tmp_path):
         trainer(tmp_path, scored_pairs(12), weighting="vaw", validation_rows=12)
 
 
+def test_an_evaluation_set_may_serve_the_weights_and_then_no_training_row_is_held_out(tmp_path):
+    sets = {"validation": scored_pairs(10, seed=1), "test": scored_pairs(6, seed=2)}
+    run = trainer(tmp_path, scored_pairs(12), sets, weighting="vaw", validation_set="validation")
+    assert len(run.train_dataset) == 12
+    means = [
+        torch.tensor(sets["validation"][f"ref_{side}_logps"]) / torch.tensor(sets["validation"][f"ref_{side}_counts"])
+        for side in ("chosen", "rejected")
+    ]
+    accuracy = (means[0] > means[1]).float().mean(dim=0)
+    assert run.weighting.weights(first_batch(run), training=True).tolist() == pytest.approx(
+        (accuracy / accuracy.sum()).tolist()
+    )
+    for evaluation in (sets, None):
+        with pytest.raises(ValueError, match="`validation_set` 'valid' is not among the evaluation sets"):
+            trainer(tmp_path, scored_pairs(12), evaluation, weighting="vaw", validation_set="valid")
+
+
 def test_wpo_weights_and_other_losses_compose(tmp_path):
     run = trainer(tmp_path, use_weighting=True, max_weight=1.0, max_steps=1)
     batch, chosen, rejected, *_ = first_loss(run)

@@ -6,9 +6,8 @@ memory is free for the next one), done once and skipped while its settings stay 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +19,19 @@ from prefopt.pipelines.commands import Commands, Place, parse_command
 from prefopt.pipelines.stages import Runner, Stage, table
 from prefopt.pipelines.state import FAILED, RunState
 from prefopt.pipelines.study_data import POOL_FILE, Pool, make_pool, split_pool
-from prefopt.pipelines.sweep_arguments import SweepArguments, slug
-from prefopt.recipes.recipe import plain
+from prefopt.pipelines.sweep_arguments import SweepArguments
+from prefopt.pipelines.sweep_runs import Run, every_run, named_references
+from prefopt.recipes.recipe import Recipe, build, plain
 from prefopt.recipes.source import Setting, read_settings
 from prefopt.references.health import HealthCard, cards_table
 from prefopt.references.score import cards_of
-from prefopt.trainers.reference_data import short_names
+from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 
 METHOD = "multi-reference-dpo"
 SCORING = "score-references"
-# what says how references are combined; a single reference has none of it, so it is swept over the other keys only
-COMBINING = frozenset(
-    {
-        "references", "mode", "weighting", "reference_weights", "clip_to_anchor", "max_exponent", "accuracy_temperature", "window",
-        "window_reduce", "sampling_prior", "sampling_subset", "sampling_metric", "sampling_ties", "sampling_discount",
-    }
-)  # fmt: skip
 # of the scoring stage: what decides its result
 SCORED = ("references", "reference_dtype", "max_length", "dataset_name", "ref_logps_dir")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One setting, to be trained with every seed.
-
-    Attributes:
-        name: of its folder, unique.
-        kind: "multi" or "single".
-        settings: over the recipe.
-        reference: of a single one.
-    """
-
-    name: str
-    kind: str
-    settings: Mapping[str, Any]
-    reference: str | None = None
 
 
 def run(args: SweepArguments) -> int:
@@ -86,7 +62,7 @@ class Sweep:
         self.policy = str(values.get("model_name_or_path") or "")
         self.references = [str(name) for name in values.get("references") or []]
         for key in ("grid", "runs"):
-            self.references += [name for name in _listed(getattr(args, key)) if name not in self.references]
+            self.references += [name for name in named_references(getattr(args, key)) if name not in self.references]
         if not self.policy or len(self.references) < 2:
             raise ValueError("the recipe must name model_name_or_path and at least two `references`.")
         self.anchor = values.get("anchor") or (self.policy if self.policy in self.references else None)
@@ -101,16 +77,19 @@ class Sweep:
 
     def run(self) -> None:
         """See `run`."""
+        planned = every_run(self.args, self.references)
+        for item in planned:
+            self.check_run(item)
         if self.args.dry_run:
-            stages = [self.scoring(), *self.stages(self.every_run(self.references), self.references)]
+            stages = [self.scoring(), *self.stages(planned)]
             print(table(Runner(stages, self.run_dir).plan()))
             return
         self.prepare_data()
         scoring = self.scoring()
         self.runner([scoring], self.run_dir).run()
         usable = self.check_health()
-        runs = self.every_run(usable)
-        stages = self.stages(runs, usable)
+        runs = every_run(self.args, usable)
+        stages = self.stages(runs)
         self.write_study(runs, usable)
         failed = [message for stage in stages if (message := self.do(scoring, stage)) is not None]
         report_study(self.run_dir)
@@ -186,31 +165,16 @@ class Sweep:
 
     # ---- the runs --------------------------------------------------------------------------------------------------------------
 
-    def every_run(self, usable: list[str]) -> list[Run]:
-        """Singles first (the baselines), then the grid, then the list; of the references only the usable ones.
-
-        Raises:
-            ValueError: two runs of one name.
-        """
-        runs = list(self.singles(usable)) if self.args.baselines else []
-        combined = _combinations(self.args.grid) if self.args.grid else []
-        for name, settings in [*((_name(s), s) for s in combined), *self.args.runs.items()]:
-            chosen = [reference for reference in settings.get("references", usable) if reference in usable]
-            runs.append(Run(name, "multi", {**settings, "references": chosen}))
-        names = [item.name for item in runs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two runs are called {twice[0]!r}: name them differently.")
-        return runs
-
-    def singles(self, usable: list[str]) -> Iterator[Run]:
-        """DPO against each reference: all weight on it, so that rows and metrics are those of the other runs."""
-        others = {key: values for key, values in self.args.grid.items() if key not in COMBINING}
-        for settings in _combinations(others):
-            for k, (reference, short) in enumerate(zip(usable, short_names(usable))):
-                one_hot = [1.0 if place == k else 0.0 for place in range(len(usable))]
-                fixed = {"mode": "multi_dpo", "weighting": "fixed", "reference_weights": one_hot, "references": usable}
-                name = ",".join([f"single={slug(short)}", *([_name(settings)] if settings else [])])
-                yield Run(name, "single", {**settings, **fixed}, reference)
+    def check_run(self, item: Run) -> None:
+        """Refuse settings that training would refuse, before anything is scored."""
+        settings = {"method": METHOD, **self.args.training, **item.settings}
+        try:
+            values = parse_command(METHOD, self.args.recipe, _settings(self.args.recipe, settings)).values
+            known = {field.name for field in fields(MultiReferenceDPOConfig) if field.init}
+            given = {key: value for key, value in values.items() if key in known}
+            build(Recipe(None, {**given, "use_cpu": True, "output_dir": "unused"}), (MultiReferenceDPOConfig,))
+        except ValueError as error:
+            raise ValueError(f"{item.name}: {error}") from error
 
     def common(self, references: list[str]) -> dict[str, Any]:
         """What every stage is told."""
@@ -226,7 +190,7 @@ class Sweep:
         """What a stage reads from outside; names that are no paths are left to themselves."""
         return [str(data), *dict.fromkeys([self.policy, *self.references])]
 
-    def stages(self, runs: list[Run], usable: list[str]) -> list[Stage]:
+    def stages(self, runs: list[Run]) -> list[Stage]:
         """Every run with every seed, the first seed first."""
         return [self.stage(item, seed) for seed in self.args.seeds for item in runs]
 
@@ -293,25 +257,4 @@ def _settings(recipe: str | None, values: Mapping[str, Any]) -> list[Any]:
 
     read = [setting for setting in read_settings(recipe, []) if setting.key != "env"]
     top = max((setting.level for setting in read), default=-1) + 1
-    return [*read, *(Setting(key, value, f"training: {key}", top) for key, value in values.items())]
-
-
-def _listed(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Every reference that a grid or a list of runs names."""
-    lists = (
-        settings.get("references", [])
-        if "references" in settings
-        else [run.get("references", []) for run in settings.values() if isinstance(run, dict)]
-    )
-    for names in lists:
-        if not isinstance(names, list):
-            raise ValueError(f"references must be lists of names, found {names!r}.")
-        yield from map(str, names)
-
-
-def _combinations(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-
-
-def _name(settings: Mapping[str, Any]) -> str:
-    return ",".join(f"{key}={slug(value)}" for key, value in settings.items())
+    return [*read, *(Setting(key, value, "the sweep", top) for key, value in values.items())]
