@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from prefopt.evaluation.win_rate import interval, join_answers, length_statistic
 from prefopt.files import read_json, write_json, write_jsonl
 from prefopt.references.models import ReferenceModel
 from prefopt.scoring.layouts import Group
+from tests.candidates.launching import free_port
 from tests.scoring.helpers import plain_logps
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers.pairs import preference_rows
@@ -205,6 +209,33 @@ def test_evaluate_scores_a_model_on_pairs(tmp_path):
         dtype="float32",
     )
     assert found["accuracy"] == direct.accuracy and found["margin"] == pytest.approx(direct.margin, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(players, tmp_path):
+    """Win rates and preference accuracy, with 7 pairs for two ranks."""
+    tiny_model(seed=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer("llama3").save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(7).to_list())
+    words = [
+        f"--answers={players['new']}",
+        f"--opponents={{base: {players['base']}}}",
+        "--ranker=function",
+        f"--ranker_model={players['rule']}",
+    ]
+    words += [f"--model_name_or_path={tmp_path / 'model'}", f"--pairs={tmp_path / 'pairs.jsonl'}", "--dtype=float32"]
+    two = ["--accelerate_config=cpu_ddp_2ranks", f"--main_process_port={free_port()}"]
+    found = []
+    for name, more in (("one", []), ("two", two)):
+        command = [sys.executable, "-m", "prefopt", "evaluate", f"--output_dir={tmp_path / name}", *words, *more]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        found.append(read_json(tmp_path / name / "evaluation.json"))
+    assert found[1]["preference"].pop("margin") == pytest.approx(found[0]["preference"].pop("margin"), rel=1e-5)
+    assert found[1]["preference"].pop("margin_per_token") == pytest.approx(
+        found[0]["preference"].pop("margin_per_token"), rel=1e-4
+    )
+    assert found[0] == found[1] and found[0]["preference"]["pairs"] == 7
 
 
 def result(rate=0.6, lengths=(10.0, 10.0)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
@@ -77,8 +77,7 @@ def _logps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N,) summed log-probs of chosen and of rejected, the same on every process."""
     state = PartialState()
-    accelerator = Accelerator() if state.num_processes > 1 else None
-    module, config = prepare_model(model, dtype=dtype, padded=False, accelerator=accelerator)
+    module, config = prepare_model(model, dtype=dtype, padded=False, accelerator=None)
     longest = max(len(group.prompt) + len(completion) for group in groups for completion in group.completions)
     layout = choose_layout(config, pad_token_id=pad_token_id, batch_layout="auto", longest_sequence=longest)
     score = group_scorer(module, config, layout, device=state.device, dtype=getattr(torch, dtype))
