@@ -125,7 +125,7 @@ def test_a_step_moves_log_ratios_towards_their_targets(tmp_path):
         ({"loss_type": "gpo", "max_target": 9.0}, {"score/chosen", "score/rejected", "targets/bounded_fraction"}),
         ({"use_weighting": True}, {"win_prob/chosen", "win_prob/rejected", *WPO_METRICS}),
     ],
-    ids=str,
+    ids=["sppo", "sppo_single", "sppo_hard", "gpo", "weighted"],
 )
 def test_metric_names_are_exactly_these(tmp_path, settings, names):
     data = rows()
