@@ -34,7 +34,10 @@ def write_study(folder, runs=RUNS, seeds=(0, 1, 2)):
                 "eval_validation_accuracies/reference_free": validation,
                 "eval_test_accuracies/reference_free": test,
             }
-            write_json(place / "eval_results.json", {**metrics, "eval_test_accuracies/own_init": 0.7})
+            write_json(
+                place / "eval_results.json",
+                {**metrics, "eval_test_accuracies/own_init": 0.7, "eval_test_logps/chosen": -250.0},
+            )
             names = ("spread", "effective_number", "harmonic_dominance")
             write_json(place / "trainer_state.json", {"log_history": [{f"references/{n}": 1.5 for n in names}]})
     told = [
@@ -78,7 +81,7 @@ def test_the_page_the_table_and_the_numbers(tmp_path, capsys):
     page = (tmp_path / TABLE_FILE).read_text()
     for text in (told, page):
         assert "QUARANTINED bad: 9 nats per byte." in text
-        assert "| geometric | 3/3 | 0.6600 | 0.7000 | 0.7000 | +0.0500" in text
+        assert "| geometric | 3/3 | 0.6600 | 0.7000 | 0.7000 | -250 | +0.0500" in text
         assert "minus own initialisation" in text
     rows = list(csv.DictReader((tmp_path / ROWS_FILE).open()))
     assert len(rows) == 12 and rows[0]["run"] == "single=own" and float(rows[0]["test_accuracy"]) == 0.60

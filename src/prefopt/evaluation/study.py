@@ -24,6 +24,7 @@ from prefopt.references.health import HealthCard
 STUDY_FILE, HEALTH_FILE, RESULT_FILE = "study.json", "health.json", "eval_results.json"
 METRIC = "accuracies/reference_free"
 OWN_INIT = "accuracies/own_init"
+CHOSEN = "logps/chosen"
 
 
 @dataclass
@@ -35,6 +36,8 @@ class StudyRun:
         reference: of a single one, else None.
         test, validation: seed -> share of pairs whose chosen answer the policy finds likelier per token.
         own_init: seed -> share of test pairs whose margin has grown beyond the initial model's.
+        chosen_logps: seed -> mean log-prob of the chosen test answers, in the unit of `normalize`: far below the baselines', the policy is
+            damaged, whatever its accuracies.
         influences: of each seed's training.
     """
 
@@ -43,6 +46,7 @@ class StudyRun:
     test: dict[int, float] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
     own_init: dict[int, float] = field(default_factory=dict)
+    chosen_logps: dict[int, float] = field(default_factory=dict)
     influences: list[Influence] = field(default_factory=list)
 
     def mean_influence(self, name: str) -> float:
@@ -120,8 +124,9 @@ def _read_run(folder: Path, told: Mapping[str, Any], seeds: Sequence[int]) -> St
             continue
         found = read_json(place / RESULT_FILE)
         run.validation[seed], run.test[seed] = (found[f"eval_{part}_{METRIC}"] for part in ("validation", "test"))
-        if f"eval_test_{OWN_INIT}" in found:
-            run.own_init[seed] = found[f"eval_test_{OWN_INIT}"]
+        for name, values in ((OWN_INIT, run.own_init), (CHOSEN, run.chosen_logps)):
+            if f"eval_test_{name}" in found:
+                values[seed] = found[f"eval_test_{name}"]
         state = place / "trainer_state.json"
         acted = influence(read_json(state)["log_history"]) if state.is_file() else None
         run.influences += [acted] if acted is not None else []

@@ -65,7 +65,8 @@ def study_page(study: Study, verdict: Verdict, *, picture: str | None) -> str:
     lines += [
         "Accuracy: test pairs whose chosen answer the policy finds likelier per token, without a reference; mean over seeds. Differences are "
         'paired within seeds, with 95 % intervals; "best single" and the run in the verdict are chosen within each seed on its validation rows. '
-        "Own-init accuracy: test pairs whose margin has grown beyond the initial model's. Spread: standard deviation over references of beta "
+        "Own-init accuracy: test pairs whose margin has grown beyond the initial model's. Chosen log-prob: "
+        "mean over the chosen test answers, in the unit of `normalize`; far below the others, the policy is damaged. Spread: standard deviation over references of beta "
         "times the margin, nats.",
     ]
     return "\n".join(lines) + "\n"
@@ -79,6 +80,7 @@ def runs_table(study: Study, verdict: Verdict) -> list[str]:
         "accuracy",
         "validation",
         "own-init",
+        "chosen log-prob",
         "minus best single",
         "minus own init",
         "spread",
@@ -94,11 +96,9 @@ def runs_table(study: Study, verdict: Verdict) -> list[str]:
             f"{np.mean(list(found.values())):.4f}" if found else ""
             for found in (run.test, run.validation, run.own_init)
         ]
-        lines.append(
-            _row(
-                [run.name, f"{len(run.test)}/{len(study.seeds)}", *accuracies, *told, *(f"{m:.3g}" for m in measures)]
-            )
-        )
+        logps = f"{np.mean(list(run.chosen_logps.values())):.4g}" if run.chosen_logps else ""
+        done = f"{len(run.test)}/{len(study.seeds)}"
+        lines.append(_row([run.name, done, *accuracies, logps, *told, *(f"{m:.3g}" for m in measures)]))
     missing = [run.name for run in study.runs if not run.test]
     return lines + ([f"\nNot done, or failed: {', '.join(missing)}."] if missing else [])
 
@@ -107,11 +107,21 @@ def rows_csv(study: Study) -> str:
     """One line a run and seed."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["run", "reference", "seed", "test_accuracy", "validation_accuracy", "own_init_accuracy"])
+    writer.writerow(
+        ["run", "reference", "seed", "test_accuracy", "validation_accuracy", "own_init_accuracy", "chosen_logps"]
+    )
     for run in study.runs:
         for seed, value in run.test.items():
             writer.writerow(
-                [run.name, run.reference or "", seed, value, run.validation[seed], run.own_init.get(seed, "")]
+                [
+                    run.name,
+                    run.reference or "",
+                    seed,
+                    value,
+                    run.validation[seed],
+                    run.own_init.get(seed, ""),
+                    run.chosen_logps.get(seed, ""),
+                ]
             )
     return file.getvalue()
 

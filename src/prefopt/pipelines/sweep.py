@@ -6,7 +6,7 @@ memory is free for the next one), done once and skipped while its settings stay 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,11 @@ class Sweep:
             "output_dir": Place("scoring"),
         }
         stage = self.commands.stage(
-            "scoring", SCORING, own, recipe=self.args.recipe, inputs=self.inputs(self.data / POOL_FILE)
+            "scoring",
+            SCORING,
+            own,
+            recipe=self.args.recipe,
+            inputs=self.inputs(self.data / POOL_FILE, self.references),
         )
         return replace(stage, folder=None, settings={key: stage.settings.get(key) for key in SCORED})
 
@@ -186,9 +190,9 @@ class Sweep:
             "test_split_size": None,
         }
 
-    def inputs(self, data: Path) -> list[str]:
+    def inputs(self, data: Path, references: Sequence[str]) -> list[str]:
         """What a stage reads from outside; names that are no paths are left to themselves."""
-        return [str(data), *dict.fromkeys([self.policy, *self.references])]
+        return [str(data), *dict.fromkeys([self.policy, *references])]
 
     def stages(self, runs: list[Run]) -> list[Stage]:
         """Every run with every seed, the first seed first."""
@@ -219,7 +223,7 @@ class Sweep:
             recipe=self.args.recipe,
             outputs=(RESULT_FILE,),
             needs=("scoring",),
-            inputs=self.inputs(self.data / f"seed-{seed}"),
+            inputs=self.inputs(self.data / f"seed-{seed}", item.settings["references"]),
         )
 
     def do(self, scoring: Stage, stage: Stage) -> str | None:
