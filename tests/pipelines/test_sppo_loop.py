@@ -41,7 +41,7 @@ def small_game(tmp_path_factory):
 def test_three_iterations_raise_the_rules_win_rate(tmp_path):
     """`prefopt pipeline` as a user types it: each iteration wins more often against the base; then nothing is left to do."""
     start, run_dir = tmp_path / "start", tmp_path / "run"
-    make_game(start, prompts=300, held_out=60)
+    make_game(start)
     command = [sys.executable, "-m", "prefopt", "pipeline", *words(start, run_dir)]
     began = time.monotonic()
     done = subprocess.run(
