@@ -33,6 +33,7 @@ def test_a_paired_interval_by_hand():
     found = paired_difference(mine, theirs)
     assert (found.seeds, found.interval, found.verdict) == (3, "t", "no evidence")
     assert [found.mean, found.low, found.high] == pytest.approx([0.02, -0.004842, 0.044842], abs=1e-6)
+    assert paired_difference(theirs, mine).verdict == "no evidence"
 
 
 def test_pairing_sees_what_the_spread_over_seeds_hides():
