@@ -181,7 +181,10 @@ def test_dry_run_writes_nothing(tmp_path, models, capsys):
         ({"runs": {"a/b": {}}}, "names a folder"),
         ({"grid": {"beta": [0.1, 0.1]}}, "two runs are called"),
         ({"grid": {"mode": ["multi_dpo", "harmnic"]}}, "mode=harmnic: `mode` must be one of"),
-        ({"runs": {"half": {"weighting": "fixed", "reference_weights": [0.5, 0.4, 0]}}}, "half: reference_weights must sum to one"),
+        (
+            {"runs": {"half": {"weighting": "fixed", "reference_weights": [0.5, 0.4, 0]}}},
+            "half: reference_weights must sum to one",
+        ),
         ({"dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"recipe": "no/such"}, "no/such"),
         ({"grid": {"references": ["a"]}}, "lists of names"),
