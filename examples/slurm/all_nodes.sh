@@ -2,7 +2,7 @@
 # A launcher for stages of `prefopt pipeline`: `all_nodes.sh WORDS...` runs `prefopt WORDS...` on every GPU of every node of this Slurm job.
 # ACCELERATE_CONFIG names the accelerate config (default: accelerate_configs/deepspeed_zero3_multinode.yaml).
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 config=${ACCELERATE_CONFIG:-accelerate_configs/deepspeed_zero3_multinode.yaml}
 # one task a node; SLURM_PROCID is the node's number
 # shellcheck disable=SC2016
