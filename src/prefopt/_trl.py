@@ -12,7 +12,11 @@ from trl.trainer.utils import (
 LOGPROB_CHUNK_SIZE = 32768
 """Vocabulary columns of one tile of the log-prob kernel (TRL's own default)."""
 
+CPU_LOGPROB_CHUNK_SIZE = 256
+"""The same on a CPU: the kernel passes over a tile many times there, so a tile has to fit into the cache."""
+
 __all__ = [
+    "CPU_LOGPROB_CHUNK_SIZE",
     "LOGPROB_CHUNK_SIZE",
     "ChunkedLogProbFunction",
     "create_model_from_path",

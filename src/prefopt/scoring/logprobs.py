@@ -19,7 +19,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from prefopt._trl import LOGPROB_CHUNK_SIZE, ChunkedLogProbFunction, maybe_gather_lm_head_ctx
+from prefopt._trl import (
+    CPU_LOGPROB_CHUNK_SIZE,
+    LOGPROB_CHUNK_SIZE,
+    ChunkedLogProbFunction,
+    maybe_gather_lm_head_ctx,
+)
 from prefopt.scoring.attention import packed_attention_mask
 
 ALIGNMENTS = ("sampled", "greedy", "none")
@@ -189,7 +194,8 @@ def _token_scores(
         bias = bias.full_tensor() if bias is not None else None
     softcap, scale = logit_transform(model.config)
     with maybe_gather_lm_head_ctx(weight, bias):
-        chunk = min(LOGPROB_CHUNK_SIZE, weight.shape[0])
+        widest = CPU_LOGPROB_CHUNK_SIZE if hidden.device.type == "cpu" else LOGPROB_CHUNK_SIZE
+        chunk = min(widest, weight.shape[0])
         logps, entropy, log_sum_sq, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, 1.0, chunk, softcap, scale, wanted
         )
