@@ -64,6 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trl_batch_sizes", nargs="+", type=int, default=None, help="default: every divisor of --pairs"
     )
+    parser.add_argument("--prefopt_batch_sizes", nargs="+", type=int, default=None, help="default: --pairs")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for both")
     parser.add_argument("--fused_layers", action="store_true", help="liger-kernel's fused layers, for prefopt only")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
@@ -283,7 +284,11 @@ def matrix_rate(device: str) -> float:
 def compare(args: argparse.Namespace, lengths: str) -> list[dict]:
     """All contenders on one length distribution, in turns; one row of figures each."""
     sizes = args.trl_batch_sizes or [size for size in range(1, args.pairs + 1) if args.pairs % size == 0]
-    contenders = [{"library": "prefopt", "layout": layout, "micro_batch": args.pairs} for layout in args.layouts]
+    contenders = [
+        {"library": "prefopt", "layout": layout, "micro_batch": size}
+        for layout in args.layouts
+        for size in args.prefopt_batch_sizes or [args.pairs]
+    ]
     if args.method == "multi_reference":  # which TRL does not have
         contenders, sizes = [{**contenders[0], "references": count} for count in args.references], []
     contenders += [{"library": "trl", "layout": "padded", "micro_batch": size} for size in sizes]
@@ -386,7 +391,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for axis, name in zip(axes[0], names):
         own = [row for row in rows if row["lengths"] == name]
         labels = [
-            f"{row['library']} {row['layout']}"
+            f"prefopt {row['layout']}, {row['micro_batch']} a batch"
             if row["library"] == "prefopt"
             else f"TRL, {row['micro_batch']} a batch"
             for row in own

@@ -166,3 +166,9 @@ def test_row_lengths_are_the_best_of_all_choices(fills, count):
         c for size in range(1, count + 1) for c in combinations(levels, min(size, len(levels))) if c[-1] == levels[-1]
     ]
     assert waste(chosen) == min(waste(option) for option in options)
+
+
+def test_rows_of_any_length_where_nothing_is_compiled():
+    plan = build(count=20, capacity=2048, epoch=0, groups_per_micro_batch=2, few_row_lengths=False)
+    assert plan.row_lengths == ()
+    assert all(batch.row_length is None for (batch,) in plan)

@@ -67,6 +67,7 @@ class BatchPlan(torch.utils.data.Sampler):
         seed: seed of the shuffles; ignored without `shuffle`.
         max_tokens_per_row: packed rows hold at most this many tokens; None plans for the padded layout.
         epochs: how many epochs the row lengths are chosen for.
+        few_row_lengths: pad rows to one of a few lengths, for kernels that are compiled per length; False: to the longest row.
         shuffle: draw a new order each epoch.
         drop_last: leave out the last, smaller step of an epoch.
 
@@ -85,6 +86,7 @@ class BatchPlan(torch.utils.data.Sampler):
         seed: int = 0,
         max_tokens_per_row: int | None = None,
         epochs: int = 1,
+        few_row_lengths: bool = True,
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
@@ -107,7 +109,8 @@ class BatchPlan(torch.utils.data.Sampler):
         full, rest = divmod(len(lengths), self.groups_per_step)
         self.num_steps = full + (rest > 0 and not (drop_last and full > 0))
         self.epoch = 0
-        self._row_lengths = self._choose_row_lengths(epochs) if max_tokens_per_row is not None else ()
+        self.few_row_lengths = few_row_lengths and max_tokens_per_row is not None
+        self._row_lengths = self._choose_row_lengths(epochs) if self.few_row_lengths else ()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of `epoch`; the trainer calls it before every epoch, on resume too."""
@@ -168,7 +171,7 @@ class BatchPlan(torch.utils.data.Sampler):
         return pack_rows(members, [self.lengths[index].packed for index in members], self.max_tokens_per_row)
 
     def _row_length(self, rows: tuple[tuple[int, ...], ...]) -> int | None:
-        if self.max_tokens_per_row is None:
+        if not self.few_row_lengths:
             return None
         longest = max(sum(self.lengths[index].packed for index in row) for row in rows)
         # a step beyond those judged may hold a longer row; the cap always fits

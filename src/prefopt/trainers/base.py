@@ -213,6 +213,7 @@ class BaseTrainer(Trainer):
             seed=args.data_seed if args.data_seed is not None else args.seed,
             max_tokens_per_row=self._row_capacity(lengths, batch_size),
             epochs=math.ceil(args.num_train_epochs) if training else 1,
+            few_row_lengths=args.device.type != "cpu",  # nothing is compiled there
             shuffle=training,
             drop_last=training and args.dataloader_drop_last,
         )
