@@ -562,3 +562,15 @@ def test_raw_strings_and_ready_ids_train_alike(tmp_path):
     assert history(first) == history(second)
     assert COMMON["logging_steps"] == 1
     assert losses.dpo_loss(torch.zeros(1), torch.zeros(1), beta=0.1).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.slow
+def test_torch_compile_trains_alike(tmp_path):
+    """`torch_compile: true` compiles the model around the scoring path; losses are the eager ones."""
+    eager = make_trainer(tmp_path, max_steps=3)
+    compiled = make_trainer(tmp_path, max_steps=3, torch_compile=True)
+    eager.train()
+    compiled.train()
+    assert history(compiled) == pytest.approx(history(eager), rel=1e-4)
+    assert history(compiled, "perf/compiled_graphs")[-1] >= 1
+    print({name: value for name, value in compiled.state.log_history[-2].items() if "compile" in name})
