@@ -197,8 +197,10 @@ class BaseTrainer(Trainer):
         return self.model.config._attn_implementation
 
     def _row_capacity(self, lengths: list[GroupLengths], batch_size: int) -> int | None:
-        if self.layout.name == "padded" or self.args.max_tokens_per_row is not None:
-            return None if self.layout.name == "padded" else self.args.max_tokens_per_row
+        if self.layout.name == "padded":
+            return None
+        if self.args.max_tokens_per_row is not None:
+            return self.args.max_tokens_per_row
         return row_capacity(lengths, groups_per_row=batch_size, on_cpu=self.args.device.type == "cpu")
 
     def _loader(self, dataset: Dataset, *, training: bool) -> DataLoader:

@@ -17,6 +17,7 @@ from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
 from prefopt.scoring.logprobs import score_completions
+from prefopt.trainers.batching import CPU_ROW_TOKENS
 from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of
 
@@ -52,15 +53,10 @@ class Reference:
     def logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """(C,) float32 summed log-probs of the batch's completions."""
         trainer = self.trainer
-        wrapped = trainer.model_wrapped if trainer.is_in_train else self._evaluated_model()
-        with torch.no_grad(), self.in_place(wrapped) as (model, config):
+        with torch.no_grad(), self.in_place(trainer.model_wrapped) as (model, config):
             return score_completions(
                 model, batch, attn_implementation=config._attn_implementation, dtype=trainer.model.dtype
             ).logps
-
-    def _evaluated_model(self) -> nn.Module:
-        # outside training the policy may be wrapped (after it) or plain (before it); both hold the same weights
-        return self.trainer.model_wrapped
 
     @contextlib.contextmanager
     def in_place(self, wrapped_policy: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
@@ -123,7 +119,7 @@ def with_reference_scores(
         model, base.config, name=base.config._name_or_path or "in memory", dtype=dtype, adapter=adapter
     )
     longest = max(group.packed for dataset in missing.values() for group in trainer.lengths(dataset))
-    tokens = max(longest, 1024 if args.device.type == "cpu" else GPU_ROW_TOKENS)
+    tokens = max(longest, CPU_ROW_TOKENS if args.device.type == "cpu" else GPU_ROW_TOKENS)
     folder = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
     engine = prepare_deepspeed(model, accelerator) if trainer.is_deepspeed_enabled else model.to(args.device)
     score = group_scorer(
