@@ -47,6 +47,22 @@ def test_the_last_checkpoint_of_the_same_run(folder):
     assert start(folder, resume=str(folder / "checkpoint-9")) == str(folder / "checkpoint-9")
 
 
+@pytest.mark.parametrize("state", [None, "", '{"epoch": 1'])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(folder, state, capsys):
+    """A killed run leaves a folder without the trainer's state, which is written last, or with a part of it."""
+    open_folder(folder, MINE, overwrite=False)
+    whole, cut = checkpoint(folder, 9), folder / "checkpoint-10"
+    cut.mkdir()
+    if state is not None:
+        (cut / "trainer_state.json").write_text(state)
+    assert start(folder, resume=True) == whole
+    assert f"{cut} was not written to its end" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        start(folder, resume=str(cut))
+    with pytest.raises(ValueError, match="a run that reached step 9"):
+        start(folder)
+
+
 def test_a_run_without_a_checkpoint_may_start_again(folder):
     open_folder(folder, MINE, overwrite=False)
     assert start(folder) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -87,16 +88,19 @@ def test_the_resolved_recipe_is_the_same_run(tmp_path, model, data, capsys):
     assert history(tmp_path / "again") == first_losses
 
 
-def test_resumed_equals_uninterrupted(tmp_path, model, data, capsys):
+@pytest.mark.parametrize("killed", ["before it saved", "while it saved"])
+def test_resumed_equals_uninterrupted(tmp_path, model, data, capsys, killed):
     recipe = tiny_recipe(tmp_path, model, data, max_steps=4, save_strategy="steps", save_steps=2)
     whole = run(recipe, "--output_dir", str(tmp_path / "whole")) and tmp_path / "whole"
     folder = tmp_path / "out"
     run(recipe)
     for name in ("model.safetensors", "trainer_state.json"):
         (folder / name).unlink()
-    for path in sorted((folder / "checkpoint-4").rglob("*"), reverse=True):
-        path.unlink()
-    (folder / "checkpoint-4").rmdir()  # as if killed after step 3
+    if killed == "before it saved":
+        shutil.rmtree(folder / "checkpoint-4")
+    else:
+        for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
+            (folder / "checkpoint-4" / name).unlink()
     run(recipe, "--resume_from_checkpoint", "true", capsys=capsys)
     assert history(folder) == history(whole)
     ours, theirs = load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.files import write_json, write_text
+from prefopt.trainers.saving import is_whole, last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "package_versions.json"
@@ -60,10 +60,12 @@ def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, res
         raise ValueError(
             "resume_from_checkpoint continues a run and overwrite_output_dir replaces it: give one of them."
         )
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    last = last_checkpoint(output_dir)
     if isinstance(resume, str) and resume.lower() not in ("true", "false"):
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise ValueError(f"resume_from_checkpoint: {resume} holds no checkpoint (no trainer_state.json).")
+        if not is_whole(Path(resume)):
+            raise ValueError(
+                f"resume_from_checkpoint: {resume} holds no whole checkpoint (no readable trainer_state.json)."
+            )
         _check_same_run(Path(resume).parent, resolved)
         return resume
     if resume and str(resume).lower() == "true":

@@ -18,7 +18,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from prefopt import files
 from prefopt.scoring.layouts import Layout
@@ -30,7 +31,7 @@ from prefopt.trainers.compilation import compiled_so_far
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
 from prefopt.trainers.policy import base_model_of
-from prefopt.trainers.saving import check_saved_shapes
+from prefopt.trainers.saving import check_saved_shapes, last_checkpoint
 
 STATE_FILE = "method_state.json"
 _TOTALS = ("num_tokens", "perf/tokens")
@@ -251,7 +252,7 @@ class BaseTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; see `transformers.Trainer.train`. Resuming takes up the method's own state as well."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
         if resume_from_checkpoint and (state := Path(resume_from_checkpoint) / STATE_FILE).exists():
@@ -356,10 +357,16 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
-        super()._save_checkpoint(model, trial)
-        if self.is_world_process_zero():
+        if self.is_world_process_zero():  # before the trainer's state, which says that the checkpoint is whole
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of a run that was resumed before it
             files.write_json(folder / STATE_FILE, self.method_state())
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every rank writes before the main process writes the trainer's state."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """Write a README.md with method, paper and settings into the output folder (main process only)."""

@@ -1,10 +1,37 @@
-"""Checks of what was saved."""
+"""Checks of what was saved: models with every tensor whole, and checkpoints that a killed run had finished writing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+from prefopt import files
+from prefopt.launch import tell
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end; newer ones that were not are named on stderr.
+
+    A run that is killed while it saves leaves a checkpoint without its optimizer or its schedule, and transformers would go on from that
+    without a word.
+    """
+    for checkpoint in reversed(sort_checkpoints(str(folder))):
+        if is_whole(Path(checkpoint)):
+            return checkpoint
+        tell(f"{checkpoint} was not written to its end, so it is left out.")
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer's state comes last, after every rank has written its part."""
+    try:
+        files.read_json(checkpoint / TRAINER_STATE_NAME)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_saved_shapes(folder: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl import SFTConfig as TRLSFTConfig
 
 from prefopt.data.sources import DataSource, load_source
 from prefopt.trainers.config import BatchConfig
+from prefopt.trainers.saving import last_checkpoint
 
 __all__ = ["ModelConfig", "SFTArguments", "SFTConfig", "run"]
 
@@ -86,4 +86,4 @@ def _start(config: SFTConfig) -> str | None:
         return None
     if str(resume).lower() != "true":
         return str(resume)
-    return get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    return last_checkpoint(Path(config.output_dir))
