@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import pytest
 
 from prefopt import cli
 from prefopt.files import read_json
+from prefopt.pipelines.process import marked_sessions
 from prefopt.pipelines.stages import Runner
+from prefopt.pipelines.state import RunLock
 from tests.pipelines.toy import ROOT, environment, forked, make_game, stages, words
 
 pytestmark = pytest.mark.slow
@@ -113,12 +116,9 @@ def run_until_killed(start, run_dir, name, delay, *, with_stage):
         time.sleep(0.01)
     time.sleep(delay)
     if with_stage:
-        leftover = read_json(run_dir / ".lock")["session"]
-        if leftover is not None:
-            try:
-                os.killpg(leftover, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        for session in marked_sessions(RunLock(run_dir).mark):
+            with suppress(ProcessLookupError):
+                os.killpg(session, signal.SIGKILL)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "with its stage" if with_stage else "the runner alone"

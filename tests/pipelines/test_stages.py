@@ -240,7 +240,7 @@ def test_only_one_runner_at_a_time(tmp_path):
 
 
 def test_the_lock_file_of_a_runner_that_is_gone_stops_nobody(tmp_path):
-    (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "born": 1.0, "host": "elsewhere", "session": 1}))
+    (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "born": 1.0, "host": "elsewhere"}))
     runner(chain(tmp_path), tmp_path).run()
     assert calls(tmp_path) == ["a", "b", "c", "d"]
 
@@ -306,6 +306,28 @@ def test_a_killed_run_continues_to_the_same_result(tmp_path, stage, how):
     for name in "ab":
         assert (run_dir / name / "result").read_text() == (tmp_path / "whole" / name / "result").read_text()
     assert second.plan()[0].action == second.plan()[1].action == "done"
+
+
+@pytest.mark.parametrize("holds_lock", [True, False])
+def test_what_a_dead_stage_has_left_at_work_is_ended_as_well(tmp_path, holds_lock):
+    """Runner and stage are killed; a process that the stage started, in a session of its own, lives on."""
+    code = f"import os, time; {'' if holds_lock else 'os.closerange(3, 1000);'} os.mkdir('{tmp_path}/at_work'); time.sleep(300)"
+    work = f'setsid {sys.executable} -c "{code}" & echo $! > $RUN/orphan; wait'
+    stage = shell(tmp_path, "a", f"test -e $RUN/at_work || {{ {work}; }}; echo 1 > $OUT/result")
+    child = os.fork()
+    if child == 0:
+        runner([stage], tmp_path).run()
+        os._exit(0)
+    wait_for((tmp_path / "at_work").exists)
+    orphan = psutil.Process(int((tmp_path / "orphan").read_text()))
+    stage_process = next(p for p in psutil.Process(child).children() if p.name() == "sh")
+    os.kill(child, signal.SIGKILL)
+    stage_process.kill()
+    wait_for(lambda: psutil.Process(child).status() == psutil.STATUS_ZOMBIE)  # as where nothing waits for it
+    runner([stage], tmp_path).run()
+    os.waitpid(child, 0)
+    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+    assert calls(tmp_path) == ["a", "a"]
 
 
 def test_output_is_shown_line_by_line(tmp_path):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -16,14 +16,15 @@ from typing import TextIO
 import psutil
 
 GRACE = 20.0  # seconds between the request to end and the end
+MARK = "PREFOPT_STAGE_OF"  # environment variable of every process of a stage: the lock file of its run
 
 
 def run_logged(
     words: Sequence[str],
     log: Path,
     *,
+    mark: str,
     keep_open: int,
-    started: Callable[[int], None],
     console: TextIO | None = None,
 ) -> int:
     """Run a command; what it prints goes to the console as it comes and is appended to `log`.
@@ -34,8 +35,8 @@ def run_logged(
     Args:
         words: the command.
         log: a text file; its folder is made.
+        mark: what `marked_sessions` finds it by, from any process and after the end of this one.
         keep_open: a file descriptor that the process inherits: the run's lock, which holds as long as any part of the process lives.
-        started: called with the number of the process's session.
         console: where to show the output; default: standard output.
 
     Returns:
@@ -49,12 +50,15 @@ def run_logged(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},  # lines as they come, not when the pipe's buffer is full
+            env={
+                **os.environ,
+                MARK: mark,
+                "PYTHONUNBUFFERED": "1",
+            },  # lines as they come, not when the pipe's buffer is full
             start_new_session=True,
             pass_fds=(keep_open,),
         )
         try:
-            started(process.pid)
             assert process.stdout is not None
             for text in _decoded(process.stdout.fileno()):
                 file.write(text)
@@ -84,6 +88,16 @@ def session_members(session: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 members.append(process)
     return members
+
+
+def marked_sessions(mark: str) -> set[int]:
+    """The sessions of all living processes on this machine that were started as a stage with `mark`, or by one."""
+    sessions = set()
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                sessions.add(os.getsid(process.pid))
+    return sessions
 
 
 def end_session(session: int) -> int:

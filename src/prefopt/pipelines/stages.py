@@ -252,19 +252,11 @@ class Runner:
             file.write(f"\n=== {datetime.now().isoformat(' ', 'seconds')}\n$ {stage.line}\n")
         started = time.monotonic()
         try:
-            status = run_logged(
-                words,
-                log,
-                keep_open=lock.descriptor,
-                started=lambda session: lock.note(session=session),
-                console=self.console,
-            )
+            status = run_logged(words, log, mark=lock.mark, keep_open=lock.descriptor, console=self.console)
         except FileNotFoundError as error:
             raise ValueError(
                 f"the stage {stage.name}: there is no command {words[0]!r} ({error.strerror})."
             ) from error
-        finally:
-            lock.note(session=None)
         return status, time.monotonic() - started
 
     def log_path(self, stage: Stage) -> Path:

@@ -17,13 +17,14 @@ from typing import Any
 import psutil
 
 from prefopt.files import content_hash, read_json, write_json
-from prefopt.pipelines.process import end_session
+from prefopt.pipelines.process import GRACE, end_session, marked_sessions
 
 VERSION = 1
 STATE_FILE = "state.json"
 PREVIOUS_FILE = "state.previous.json"
 LOCK_FILE = ".lock"
 RUNNING, DONE, FAILED = "running", "done", "failed"
+TAKE_OVER = GRACE + 10.0  # seconds that the stages of a killed runner get to end
 
 
 @dataclass
@@ -174,17 +175,23 @@ class RunLock:
 
     @contextmanager
     def held(self) -> Iterator[RunLock]:
-        """Hold the lock for a block.
+        """Hold the lock for a block; whatever a killed runner has left at work is ended first.
 
         Raises:
             ValueError: another runner is at work there.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+", encoding="utf-8") as file:
-            if not _try(file):
-                self._take_over(file)
+            deadline = time.monotonic() + TAKE_OVER
+            while not _try(file):
+                self._refuse_living(file)
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{self.path}: still locked although its runner has ended; try again.")
+                self._end_leftovers()
+                time.sleep(0.05)
+            self._end_leftovers()  # a stage that does not hold the lock may live as well
             self._file = file
-            self.note(session=None)
+            self._sign()
             try:
                 yield self
             finally:
@@ -195,31 +202,30 @@ class RunLock:
         """The open lock file, for stages to inherit."""
         return int(self._file.fileno())
 
-    def note(self, *, session: int | None) -> None:
-        """Write down who holds the lock, and the session of the stage at work."""
-        me = {"pid": os.getpid(), "born": _born(os.getpid()), "host": platform.node(), "session": session}
-        me["session_born"] = None if session is None else _born(session)
+    @property
+    def mark(self) -> str:
+        """What the processes of this run's stages are found by."""
+        return str(self.path.resolve())
+
+    def _sign(self) -> None:
+        """Write down who holds the lock."""
+        me = {"pid": os.getpid(), "born": _born(os.getpid()), "host": platform.node()}
         self._file.seek(0)
         self._file.truncate()
         self._file.write(json.dumps(me))
         self._file.flush()
 
-    def _take_over(self, file: Any) -> None:
-        """End what a killed runner has left at work, or refuse where the runner lives."""
+    def _refuse_living(self, file: Any) -> None:
         holder = _holder(file)
         here = holder.get("host") == platform.node()
-        alive = here and holder.get("born") is not None and _born(holder.get("pid", -1)) == holder["born"]
-        session, born = holder.get("session"), holder.get("session_born")
-        if not here or alive or session is None or born is None or _born(session) != born:
+        if not here or (holder.get("born") is not None and _born(holder.get("pid", -1)) == holder["born"]):
             who = f"process {holder.get('pid', '?')} on {holder.get('host', 'some machine')}"
             raise ValueError(f"{self.path.parent}: another runner is at work there ({who}). Wait for it, or end it.")
-        print(f"pipeline: ending the stage that a killed runner left at work (session {session}).", flush=True)
-        end_session(session)
-        deadline = time.monotonic() + 10
-        while not _try(file):
-            if time.monotonic() > deadline:
-                raise ValueError(f"{self.path}: still locked after the stage of a killed runner was ended; try again.")
-            time.sleep(0.1)
+
+    def _end_leftovers(self) -> None:
+        for session in marked_sessions(self.mark) - {os.getsid(0)}:
+            print(f"pipeline: ending the stage that a killed runner left at work (session {session}).", flush=True)
+            end_session(session)
 
 
 def _try(file: Any) -> bool:
@@ -239,6 +245,8 @@ def _holder(file: Any) -> dict[str, Any]:
 
 
 def _born(pid: int) -> float | None:
+    """When a living process was started; None for one that has ended, waited for or not."""
     with suppress(psutil.Error):
-        return psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        return process.create_time() if process.status() != psutil.STATUS_ZOMBIE else None
     return None
