@@ -12,11 +12,11 @@ from trl.trainer.utils import (
 LOGPROB_CHUNK_SIZE = 32768
 """Vocabulary columns of one tile of the log-prob kernel (TRL's own default)."""
 
-CPU_LOGPROB_CHUNK_SIZE = 256
-"""The same on a CPU: the kernel passes over a tile many times there, so a tile has to fit into the cache."""
+CPU_LOGPROB_TILE = 2**18
+"""Elements of a tile on a CPU: the kernel passes over it many times there, so it has to fit into the cache, and small ones cost calls."""
 
 __all__ = [
-    "CPU_LOGPROB_CHUNK_SIZE",
+    "CPU_LOGPROB_TILE",
     "LOGPROB_CHUNK_SIZE",
     "ChunkedLogProbFunction",
     "create_model_from_path",

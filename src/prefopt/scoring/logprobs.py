@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from prefopt._trl import (
-    CPU_LOGPROB_CHUNK_SIZE,
+    CPU_LOGPROB_TILE,
     LOGPROB_CHUNK_SIZE,
     ChunkedLogProbFunction,
     maybe_gather_lm_head_ctx,
@@ -194,8 +194,7 @@ def _token_scores(
         bias = bias.full_tensor() if bias is not None else None
     softcap, scale = logit_transform(model.config)
     with maybe_gather_lm_head_ctx(weight, bias):
-        widest = CPU_LOGPROB_CHUNK_SIZE if hidden.device.type == "cpu" else LOGPROB_CHUNK_SIZE
-        chunk = min(widest, weight.shape[0])
+        chunk = min(_tile_width(hidden), weight.shape[0])
         logps, entropy, log_sum_sq, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, 1.0, chunk, softcap, scale, wanted
         )
@@ -210,6 +209,13 @@ def _token_scores(
     if vocab_statistics:
         tokens |= {"entropy": entropy.detach(), "mean_logits": mean_logits, "is_top1": is_top1.float()}
     return tokens
+
+
+def _tile_width(hidden: torch.Tensor) -> int:
+    """Vocabulary columns of one tile of the log-prob kernel for hidden states (S, H)."""
+    if hidden.device.type != "cpu":
+        return LOGPROB_CHUNK_SIZE
+    return max(CPU_LOGPROB_TILE // max(len(hidden), 1), 128)
 
 
 def _largest_logps(
