@@ -190,6 +190,8 @@ def test_evaluate_compares_policies_and_writes_what_it_found(players, tmp_path, 
     assert "win rate against base: 0.667" in capsys.readouterr().out
     outputs = read_json(tmp_path / "out" / "alpaca_eval" / "model_outputs.json")
     assert outputs[0] == {"dataset": "alpaca_eval", "instruction": "question 0", "output": "a b c", "generator": "me"}
+    config = yaml.safe_load((tmp_path / "out" / "alpaca_eval" / "configs.yaml").read_text())["me"]
+    assert config["completions_kwargs"]["model_name"] == "m"  # the answers say which model wrote them
 
 
 def test_evaluate_scores_a_model_on_pairs(tmp_path):
@@ -264,6 +266,8 @@ def test_the_stop_rules():
         ({"answers": "x", "opponents": {"old": "y"}, "ranker": "function"}, "model_name_or_path is missing"),
         ({"answers": "x", "opponents": {"o": "y"}, "ranker": "function", "ranker_model": "a:b", "ranker_settings": {"sze": 1}}, "`ranker_settings`: .*'sze'"),
         ({"answers": "x", "min_win_rate": 0.5}, "`min_win_rate` needs `opponents`"),
+        ({"answers": "x", "opponents": {"base": "y"}, "ranker": "function", "ranker_model": "a:b", "min_win_rate": 55.0}, "must lie in .0, 1., not 55"),
+        ({"answers": "x", "opponents": {"base": "y"}, "ranker": "function", "ranker_model": "a:b", "max_length_ratio": 0.0}, "must be above 0, not 0"),
         ({"pairs": "x", "model_name_or_path": "m", "alpaca_eval": "me"}, "which are not given"),
     ],
 )  # fmt: skip
@@ -350,7 +354,14 @@ def test_a_run_without_evaluations(tmp_path, capsys):
 def test_alpaca_evals_config_has_the_published_sampling(tmp_path):
     llama = model_config("llama3", "runs/x", "SPPO-Llama-3")["SPPO-Llama-3"]
     assert llama["fn_completions"] == "vllm_local_completions"
-    wanted = {"temperature": 0.9, "top_p": 1.0, "max_new_tokens": 4096, "stop_token_ids": [128001, 128009]}
+    wanted = {
+        "temperature": 0.9,
+        "top_p": 1.0,
+        "max_new_tokens": 4096,
+        "batch_size": 900,
+        "stop_token_ids": [128001, 128009],
+        "model_kwargs": {"dtype": "bfloat16"},  # arguments of vLLM's LLM: it refuses torch_dtype
+    }
     assert wanted.items() <= llama["completions_kwargs"].items()
     for family in ("mistral", "gemma2"):
         settings = model_config(family, "x", "g")["g"]["completions_kwargs"]

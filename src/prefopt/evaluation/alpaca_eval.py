@@ -16,7 +16,13 @@ from prefopt.files import write_json, write_text
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"max_new_tokens": 2048, "temperature": 0.7, "top_p": 0.9, "batch_size": 900},
     "gemma2": {"max_new_tokens": 2048, "temperature": 0.7, "top_p": 0.9, "batch_size": 900},
-    "llama3": {"max_new_tokens": 4096, "temperature": 0.9, "top_p": 1.0, "stop_token_ids": [128001, 128009]},
+    "llama3": {
+        "max_new_tokens": 4096,
+        "temperature": 0.9,
+        "top_p": 1.0,
+        "batch_size": 900,
+        "stop_token_ids": [128001, 128009],
+    },
 }
 PROMPTS = {
     "mistral": "<s>[INST] {instruction} [/INST]",
@@ -67,7 +73,8 @@ def model_config(family: str, model: str, generator: str) -> dict[str, Any]:
     """
     if family not in FAMILIES:
         raise ValueError(f"AlpacaEval settings are known for {', '.join(FAMILIES)}, not {family!r}.")
-    settings = {"model_name": model, "model_kwargs": {"torch_dtype": "bfloat16"}, **FAMILIES[family]}
+    # its decoder hands model_kwargs to vLLM's LLM, which knows no torch_dtype
+    settings = {"model_name": model, "model_kwargs": {"dtype": "bfloat16"}, **FAMILIES[family]}
     return {
         generator: {
             "prompt_template": f"{generator}/prompt.txt",
@@ -78,10 +85,12 @@ def model_config(family: str, model: str, generator: str) -> dict[str, Any]:
     }
 
 
-def export(folder: Path, records: Sequence[Record], *, generator: str, model: str, family: str | None = None) -> None:
-    """Write `model_outputs.json`, and with a family also `configs.yaml` and `prompt.txt`, to `folder`."""
+def export(
+    folder: Path, records: Sequence[Record], *, generator: str, model: str | None = None, family: str | None = None
+) -> None:
+    """Write `model_outputs.json`, and with a family also `configs.yaml` (of `model`, or of the answers' writer) and `prompt.txt`, to `folder`."""
     write_json(folder / "model_outputs.json", model_outputs(records, generator))
     if family is not None:
-        config = model_config(family, model, generator)
+        config = model_config(family, model or records[0]["candidates"][0]["source"], generator)
         write_text(folder / "configs.yaml", yaml.safe_dump(config, sort_keys=False))
         write_text(folder / "prompt.txt", PROMPTS[family])

@@ -97,6 +97,10 @@ class EvaluateArguments:
             raise ValueError(f"`confidence` must lie between 0 and 1, not {self.confidence}.")
         if self.min_win_rate is not None and not self.opponents:
             raise ValueError("`min_win_rate` needs `opponents`.")
+        if self.min_win_rate is not None and not 0 <= self.min_win_rate <= 1:
+            raise ValueError(f"`min_win_rate` is a share and must lie in [0, 1], not {self.min_win_rate}.")
+        if self.max_length_ratio is not None and not self.max_length_ratio > 0:
+            raise ValueError(f"`max_length_ratio` must be above 0, not {self.max_length_ratio}.")
         if self.max_length_ratio is not None and "base" not in self.opponents:
             raise ValueError("`max_length_ratio` compares with the opponent `base`, which is not there.")
         if (self.alpaca_eval or self.alpaca_eval_family) and self.answers is None:
@@ -164,7 +168,7 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
                 folder / "alpaca_eval",
                 answers[POLICY],
                 generator=args.alpaca_eval,
-                model=args.model_name_or_path or args.alpaca_eval,
+                model=args.model_name_or_path,
                 family=args.alpaca_eval_family,
             )
     if args.pairs is not None:
