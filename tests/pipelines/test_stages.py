@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from prefopt import files
+from prefopt.pipelines import process
 from prefopt.pipelines.stages import Runner, Stage
 from prefopt.pipelines.state import LOCK_FILE, PREVIOUS_FILE, STATE_FILE, RunLock
 
@@ -171,6 +172,19 @@ def test_a_stage_that_writes_nothing_has_failed(tmp_path):
     assert runner([stage], tmp_path).plan()[0].action == "continue"
 
 
+@pytest.mark.parametrize("left", ["sleep 300", "while sleep 0.1; do echo still here; done"])
+def test_a_stage_has_ended_when_its_command_has(tmp_path, monkeypatch, left):
+    """A worker that outlives its parent (killed for memory, say) keeps the pipe open: it is ended, and does not hold up the run."""
+    monkeypatch.setattr(process, "GRACE", 2.0)
+    stages = [shell(tmp_path, "a", f"({left}) & echo $! > $RUN/worker; echo the end; exit 3")]
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="the stage a ended with status 3"):
+        runner(stages, tmp_path).run()
+    assert time.monotonic() - began < 60 and "the end" in (tmp_path / "logs" / "a.log").read_text()
+    worker = int((tmp_path / "worker").read_text())
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_command_that_does_not_exist(tmp_path):
     with pytest.raises(ValueError, match="the stage a: there is no command 'no-such-program'"):
         runner([Stage("a", ("no-such-program",), {})], tmp_path).run()
@@ -290,14 +304,14 @@ def lines(path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_continues_to_the_same_result(tmp_path, stage, how):
     run_dir = tmp_path / "run"
-    process = start(run_dir)
+    first = start(run_dir)
     wait_for(lambda: lines(run_dir / stage / "part") >= 4)
-    shells = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(how)
-    output = process.communicate()[0] if how == signal.SIGTERM else ""
-    process.wait()
+    shells = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(how)
+    output = first.communicate()[0] if how == signal.SIGTERM else ""
+    first.wait()
     if how == signal.SIGTERM:
-        assert process.returncode == 130 and "stopped by SIGTERM; the same command continues" in output
+        assert first.returncode == 130 and "stopped by SIGTERM; the same command continues" in output
         assert not any(child.is_running() and child.status() != "zombie" for child in shells)
     second = runner(slow_stages(run_dir), run_dir)
     second.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import TextIO
 import psutil
 
 GRACE = 20.0  # seconds between the request to end and the end
+PATIENCE = 0.5  # seconds without output after which a process is looked at
 MARK = "PREFOPT_STAGE_OF"  # environment variable of every process of a stage: the lock file of its run
 
 
@@ -59,8 +61,7 @@ def run_logged(
             pass_fds=(keep_open,),
         )
         try:
-            assert process.stdout is not None
-            for text in _decoded(process.stdout.fileno()):
+            for text in _decoded(process):
                 file.write(text)
                 file.flush()
                 console.write(text)
@@ -73,10 +74,21 @@ def run_logged(
                 process.stdout.close()
 
 
-def _decoded(pipe: int) -> Iterator[str]:
+def _decoded(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """What the process prints, until it has ended: what it has left running may hold the pipe open for ever."""
+    assert process.stdout is not None
+    pipe = process.stdout.fileno()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    while block := os.read(pipe, 1 << 16):
-        yield decoder.decode(block)
+    last_look = float("inf")
+    while time.monotonic() < last_look:
+        if select.select([pipe], [], [], PATIENCE)[0]:
+            if not (block := os.read(pipe, 1 << 16)):
+                break
+            yield decoder.decode(block)
+        elif process.poll() is not None:
+            break
+        if process.poll() is not None:
+            last_look = min(last_look, time.monotonic() + GRACE)
     yield decoder.decode(b"", final=True)
 
 
