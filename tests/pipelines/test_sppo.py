@@ -149,6 +149,24 @@ def test_pairs_follow_from_the_loss(words, method, policy):
     assert keys(stages["iteration-1/build-pairs"])["policy"] == policy
 
 
+def test_the_loss_may_be_in_the_trainings_recipe(tmp_path):
+    """A recipe for GPO, and nothing said in the pipeline: the pairs have scores."""
+    (tmp_path / "gpo.yaml").write_text("method: sppo\nloss_type: gpo\nbeta: 1.0\n")
+    values = yaml.safe_load(TOY.read_text())
+    del values["training"]["loss_type"], values["training"]["beta"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    stages, _ = plan(f"--training.recipe={tmp_path / 'gpo.yaml'}", recipe=tmp_path / "recipe.yaml")
+    assert keys(stages["iteration-1/build-pairs"])["policy"] == "gpo"
+    assert stages["iteration-1/train"].settings["loss_type"] == ["gpo"]
+
+
+def test_held_out_answers_are_the_policys_alone():
+    """Responses that a dataset has already join the pairs (the hybrid setting), but are no answers of the policy that is measured."""
+    stages, _ = plan("--sampling.off_policy_columns=[chosen]")
+    assert keys(stages["iteration-1/generate"])["off_policy_columns"] == '["chosen"]'
+    assert "off_policy_columns" not in {**keys(stages["base/answers"]), **keys(stages["iteration-1/answers"])}
+
+
 def test_settings_with_a_dot_reach_their_stage_and_only_it():
     before, _ = plan()
     after, loop = plan(
@@ -175,6 +193,15 @@ def test_processes_ports_and_logging_decide_no_result():
         "--num_processes=2" in after["iteration-1/train"].command
         and "--num_processes=2" in after["iteration-1/evaluate"].command
     )
+
+
+def test_how_fast_the_ranker_works_decides_no_result():
+    model = ("--ranking.ranker=general-preference", "--ranking.model_name_or_path=some/model")
+    slow, fast = (plan(*model, f"--ranking.tokens_per_batch={tokens}")[0] for tokens in (1024, 4096))
+    assert {name: stage.settings for name, stage in slow.items()} == {
+        name: stage.settings for name, stage in fast.items()
+    }
+    assert '"tokens_per_batch": 4096' in keys(fast["iteration-1/evaluate"])["ranker_settings"]
 
 
 def test_a_run_may_be_moved():
@@ -252,7 +279,19 @@ def test_the_script_holds_every_command(tmp_path):
         (["--prompts=[{path: a}, {path: b}]"], "prompts has 2 sources for 3 iterations"),
         (["--prompts=[{path: a, split: 'train[:10]'}]"], "is a slice, which cannot be shared out"),
         (["--push_to_hub=true"], "push_to_hub and hub_model_id belong together"),
-        (["--training.push_to_hub=true"], "the loop pushes at its end"),
+        (["--training.push_to_hub=true"], "training: the loop pushes its models at its end"),
+        (["--sampling.push_to_hub=true", "--sampling.hub_dataset_id=me/x"], "sampling: the loop pushes its models"),
+        (["--evaluation.sampling.num_samples=1"], "evaluation: sampling: num_samples is set by the loop"),
+        (["--evaluation.sampling={model_name_or_path: other}"], "evaluation: sampling: model_name_or_path is set by"),
+        (["--evaluation.min_win_rate=55"], "`min_win_rate` is a share and must lie in"),
+        (["--training.loss_type=sigmoid"], "iteration-1/train: unknown loss_type 'sigmoid' for sppo"),
+        (["--training.method=reward-model"], "training: reward-model trains no policy on pairs"),
+        (["--training.global_batch_size=64", "--training.num_processes=6"], "train: global_batch_size 64 cannot be"),
+        (
+            ["--selection.policy=best_worst"],
+            "reads chosen_win_prob and rejected_win_prob, which the policy 'best_worst'",
+        ),
+        (["--training.loss_type=gpo", "--selection.policy=sppo"], "reads chosen_score and rejected_score, which"),
         (["--from=iteration-9", "--dry_run"], "--from iteration-9: there is no such stage"),
         (["--pipeline=selfplay"], "unknown pipeline 'selfplay'; did you mean 'self-play'"),
         (["--seed.x=1"], "what is before 'x' is no mapping"),

@@ -96,6 +96,8 @@ class Commands:
         parsed = parse_command(tool, recipe, settings)
         free = (_TRAINING if _method_of(tool, parsed) in METHODS else _MACHINE) | LAUNCH_KEYS
         values = {key: plain(value) for key, value in parsed.values.items() if key not in free}
+        if "ranker_settings" in values:  # an evaluation's, of `prefopt rank`
+            values["ranker_settings"] = {k: v for k, v in values["ranker_settings"].items() if k not in free}
         return {"command": tool, **_without(values, f"{self.run_dir}/")}
 
 

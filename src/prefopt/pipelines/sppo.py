@@ -8,16 +8,22 @@ Reference: arXiv 2405.00675 (SPPO), arXiv 2410.02197 (GPO).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.candidates.pairs import POLICIES
+from prefopt.cli import arguments_of, function_of
 from prefopt.evaluation.evaluate import EVALUATION_FILE
 from prefopt.files import read_json
 from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines.commands import Commands, Place, check_method
 from prefopt.pipelines.sppo_keys import Evaluation, PromptSource, SelfPlayLoop
 from prefopt.pipelines.stages import Stage
+from prefopt.recipes.convert import unknown_key
+from prefopt.run_settings import batch_sizes
+from prefopt.trainers.pair_losses import SFT
+from prefopt.trainers.sppo import SELF_PLAY_LOSSES
 
 MODEL = ("*.safetensors", "*config.json", "tokenizer*")
 ROWS = "train.*"
@@ -26,6 +32,7 @@ __all__ = ["SelfPlayLoop", "stages_of", "stop_after"]
 
 # what pairs a loss is trained on, unless `selection` names another policy
 SELECTION_OF = {"sppo": "sppo", "sppo_single": "sppo", "gpo": "gpo"}
+DEFAULT_LOSS = {"sppo": "sppo"}  # of the methods where it is not DPO's
 
 
 def stages_of(loop: SelfPlayLoop, commands: Commands) -> list[Stage]:
@@ -91,18 +98,35 @@ class _Plan:
         candidates = self.generate(f"{prefix}/generate", policy, loop.prompts_of(number), sampling)
         ranked = self.rank(f"{prefix}/rank", candidates)
         pairs = f"{prefix}/build-pairs"
-        selection = {"policy": self._selection(), **loop.selection}
+        losses = self.losses(f"{prefix}/train")
+        policy_of_pairs = next((SELECTION_OF[loss] for loss in losses if loss in SELECTION_OF), "best_worst")
+        selection = {"policy": policy_of_pairs, **loop.selection}
         own = {"candidates": Place(ranked), **selection, "output_dir": Place(pairs)}
         self.add(pairs, "build-pairs", own, outputs=(ROWS,), needs=(ranked,))
+        check_columns(pairs, selection["policy"], losses)
         trained = self.train(prefix, policy, pairs)
         if loop.evaluation is not None:
             self.evaluate(loop.evaluation, number, trained)
         return Place(trained)
 
-    def _selection(self) -> str:
-        losses = self.training.get("loss_type", "sppo" if self.method == "sppo" else "sigmoid")
-        first = losses[0] if isinstance(losses, list) else losses
-        return SELECTION_OF.get(str(first), "best_worst")
+    def losses(self, name: str) -> list[str]:
+        """The losses of the training `name`, whether they are in `training` or in its recipe.
+
+        Raises:
+            ValueError: the method has no such loss, or its batch cannot be shared out among its processes.
+        """
+        settings = self.commands.stage(name, self.method, self.training, recipe=self.recipe).settings
+        losses = [str(loss) for loss in settings.get("loss_type", [DEFAULT_LOSS.get(self.method, "sigmoid")])]
+        known = [*function_of(self.method).pair_loss_table, SFT]
+        if unknown := [loss for loss in losses if loss not in known]:
+            raise ValueError(
+                f"{name}: {unknown_key(unknown[0], known).replace('key', 'loss_type')} for {self.method}."
+            )
+        try:
+            batch_sizes(dict(settings), arguments_of(self.method)[0], int(self.training.get("num_processes") or 1))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        return losses
 
     def train(self, prefix: str, policy: str | Place, pairs: str) -> str:
         """The training, after the scoring of its reference where that is a stage of its own."""
@@ -137,9 +161,9 @@ class _Plan:
     # ---- evaluation ------------------------------------------------------------------------------------------------------------
 
     def answers(self, evaluation: Evaluation, name: str, policy: str | Place) -> str:
-        """Answers to held-out prompts, sampled alike for every policy."""
+        """Answers to held-out prompts, sampled alike for every policy; by it alone, so without what a dataset has already."""
         sampling = {
-            **self.loop.sampling,
+            **{key: value for key, value in self.loop.sampling.items() if key != "off_policy_columns"},
             "num_samples": evaluation.num_samples,
             "for_evaluation": True,
             "seed": self.loop.seed,
@@ -168,7 +192,7 @@ class _Plan:
             "opponents": {name: Place(place) for name, place in others.items()},
             "ranker": ranking.pop("ranker", ""),
             "ranker_model": ranking.pop("model_name_or_path", ""),
-            "ranker_settings": {k: v for k, v in ranking.items() if not k.startswith(("push", "hub"))},
+            "ranker_settings": ranking,
             **launching,
         }
         rules = {"min_win_rate": evaluation.min_win_rate, "max_length_ratio": evaluation.max_length_ratio}
@@ -211,6 +235,21 @@ class _Plan:
             "--private",
         )
         self.stages.append(Stage(f"push/iteration-{number}", words, {"repository": repository}, needs=(trained,)))
+
+
+def check_columns(name: str, policy: str, losses: Sequence[str]) -> None:
+    """Refuse pairs without a number that one of the losses reads.
+
+    Raises:
+        ValueError: names the policies that make it.
+    """
+    for loss in losses:
+        columns = SELF_PLAY_LOSSES[loss].columns if loss in SELF_PLAY_LOSSES else ()
+        if not set(columns) <= set(POLICIES[policy].columns):
+            able = [other for other, entry in POLICIES.items() if set(columns) <= set(entry.columns)]
+            raise ValueError(
+                f"{name}: `loss_type: {loss}` reads {' and '.join(columns)}, which the policy {policy!r} does not make; {', '.join(able)} do."
+            )
 
 
 def _needs(policy: str | Place) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefopt.cli import COMMANDS
 from prefopt.pipelines.commands import check_method
 
 # keys that the loop itself sets
@@ -14,6 +15,8 @@ OWN_KEYS = {
     "selection": ("candidates", "output_dir"),
     "training": ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint", "ref_logps_dir"),
 }  # fmt: skip
+# and those that an evaluation's sampling may not have besides: it is of the policy alone, and as often as the evaluation says
+OWN_EVALUATION_KEYS = (*OWN_KEYS["sampling"], "num_samples", "for_evaluation", "off_policy_columns")
 
 
 @dataclass
@@ -112,11 +115,18 @@ class SelfPlayLoop:
         for mapping, own in OWN_KEYS.items():
             if taken := [key for key in own if key in getattr(self, mapping)]:
                 raise ValueError(f"{mapping}: {taken[0]} is set by the loop; leave it out.")
-        if self.training.get("push_to_hub"):
-            raise ValueError(
-                "training: the loop pushes at its end: use push_to_hub and hub_model_id of the loop itself."
-            )
-        check_method(self.training.get("method", "sppo"))
+            if getattr(self, mapping).get("push_to_hub"):
+                raise ValueError(
+                    f"{mapping}: the loop pushes its models at its end (push_to_hub and hub_model_id of the loop itself), and nothing else: "
+                    "each iteration would replace what the one before has pushed."
+                )
+        if self.evaluation is not None:
+            taken = [key for key in OWN_EVALUATION_KEYS if key in self.evaluation.sampling]
+            if taken:
+                raise ValueError(f"evaluation: sampling: {taken[0]} is set by the loop; leave it out.")
+        method = check_method(self.training.get("method", "sppo"))
+        if COMMANDS[method].rows != "pairs":
+            raise ValueError(f"training: {method} trains no policy on pairs.")
         self._check_prompts()
 
     def _check_prompts(self) -> None:
