@@ -225,6 +225,7 @@ def test_models_are_pushed_last_and_only_when_asked():
     stages, _ = plan("--push_to_hub=true", "--hub_model_id=me/toy")
     assert list(stages)[-3:] == [f"push/iteration-{t}" for t in (1, 2, 3)]
     assert stages["push/iteration-2"].command[:3] == ("hf", "upload", "me/toy-iter2")
+    assert all(stage.at_end == stage.name.startswith("push/") for stage in stages.values())  # after an early end, too
     assert all(keys(stages[f"iteration-{t}/train"])["push_to_hub"] == "false" for t in (1, 2, 3))
 
 
@@ -260,6 +261,10 @@ def test_the_script_holds_every_command(tmp_path):
     commands = [tuple(shlex.split(line)) for line in lines if line and not line.startswith(("#", "set"))]
     assert commands == [stage.command for stage in stages.values()] and "set -euo pipefail" in lines
     assert script.stat().st_mode & 0o100 and not (tmp_path / "run").exists()
+    part = ["--from=iteration-2/train", "--until=iteration-3/rank"]
+    assert cli.main(["pipeline", str(TOY), f"--run_dir={tmp_path / 'run'}", f"--write_script={script}", *part]) == 0
+    names = [line[2:].split()[0] for line in script.read_text().splitlines() if line.startswith("# iteration")]
+    assert names == list(stages)[list(stages).index("iteration-2/train") : list(stages).index("iteration-3/rank") + 1]
 
 
 @pytest.mark.parametrize(

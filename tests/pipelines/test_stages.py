@@ -1,5 +1,6 @@
 """The runner of stages, with commands of the shell: what is done again and what is not, and every way in which a run can end."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -146,6 +147,19 @@ def test_a_rule_ends_the_run_early_each_time_alike(tmp_path):
     assert runner(stages, tmp_path, stop_after=rule).run() == "good enough"
     assert runner(stages, tmp_path, stop_after=rule).run() == "good enough"
     assert calls(tmp_path) == ["a", "b"]
+
+
+def test_what_comes_at_the_end_comes_after_an_early_end_too(tmp_path):
+    """Of the stages for the end, those whose needs were done; and each once."""
+    at_end = [
+        dataclasses.replace(shell(tmp_path, f"push/{n}", "echo 1 > $OUT/result", needs=[n]), at_end=True) for n in "bc"
+    ]
+    for _ in range(2):
+        run = runner(
+            [*chain(tmp_path), *at_end], tmp_path, stop_after=lambda s: "good enough" if s.name == "b" else None
+        )
+        assert run.run() == "good enough"
+    assert calls(tmp_path) == ["a", "b", "push/b"]
 
 
 # ---- ways to end badly ---------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def as_script(stages: Sequence[Stage]) -> str:
     """
     lines = [
         "#!/usr/bin/env bash",
-        "# Written by `prefopt pipeline --write_script`: every stage of the run, in order.",
+        "# Written by `prefopt pipeline --write_script`: stages of the run, in order.",
         "set -euo pipefail",
     ]
     for stage in stages:

@@ -6,7 +6,7 @@ Keys of every loop: pipeline (self-play, adversarial), run_dir, launchers. A rec
   --dry_run            show the stages, their commands, and which of them would run
   --from STAGE         do this stage and all after it again (a name, or its beginning: iteration-2)
   --until STAGE        end after this stage
-  --write_script FILE  write all commands as a shell script
+  --write_script FILE  write all commands (those from --from to --until) as a shell script
 """
 
 from __future__ import annotations
@@ -90,9 +90,10 @@ def run(words: list[str]) -> int:
     rule = getattr(module, entry.stop_after) if entry.stop_after is not None else None
     runner = Runner(stages, run_dir, stop_after=lambda stage: rule(stage, run_dir) if rule is not None else None)
     if arguments.write_script is not None:
-        write_text(arguments.write_script, as_script(stages))
+        chosen = runner.selected(arguments.first, arguments.last)
+        write_text(arguments.write_script, as_script(chosen))
         Path(arguments.write_script).chmod(0o755)
-        print(f"pipeline: {len(stages)} commands written to {arguments.write_script}")
+        print(f"pipeline: {len(chosen)} commands written to {arguments.write_script}")
     if arguments.dry_run:
         planned = runner.plan(arguments.first, arguments.last)
         print(table(planned))

@@ -234,7 +234,8 @@ class _Plan:
             "checkpoint-*/*",
             "--private",
         )
-        self.stages.append(Stage(f"push/iteration-{number}", words, {"repository": repository}, needs=(trained,)))
+        name = f"push/iteration-{number}"
+        self.stages.append(Stage(name, words, {"repository": repository}, needs=(trained,), at_end=True))
 
 
 def check_columns(name: str, policy: str, losses: Sequence[str]) -> None:

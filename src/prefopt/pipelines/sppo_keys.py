@@ -96,7 +96,10 @@ class SelfPlayLoop:
             "help": "After each iteration: prompts (held out), num_samples, sampling, min_win_rate and max_length_ratio (stop rules), dtype."
         },
     )
-    push_to_hub: bool = _setting(False, "Push the models of all iterations to the hub, after everything else is done.")
+    push_to_hub: bool = _setting(
+        False,
+        "Push the models of all iterations to the hub, after everything else is done or the loop has ended early.",
+    )
     hub_model_id: str | None = _setting(None, "Name of the models there; -iter1, -iter2, ... is appended.")
 
     def __post_init__(self) -> None:

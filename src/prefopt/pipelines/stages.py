@@ -47,6 +47,7 @@ class Stage:
         outputs: patterns relative to the run's folder, of the files that other stages read; each must match when the stage has ended.
         needs: names of the earlier stages whose outputs it reads.
         inputs: files and folders outside the run that it reads.
+        at_end: whether it is also done after a rule has ended the run early, if what it needs was done before.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     outputs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     inputs: tuple[Path, ...] = ()
+    at_end: bool = False
 
     def __post_init__(self) -> None:
         # as they come back from the state file
@@ -83,7 +85,7 @@ class Runner:
     Args:
         stages: each after all that it needs.
         run_dir: the folder of the run: state, logs, and the stages' folders.
-        stop_after: called with each stage that is done; a sentence ends the run there, for that reason.
+        stop_after: called with each stage that is done; a sentence ends the run there, for that reason, but for stages with `at_end`.
         programs: first word of a command -> the words that really start it.
         console: where everything is shown; default: standard output.
     """
@@ -92,7 +94,10 @@ class Runner:
     run_dir: Path
     stop_after: Callable[[Stage], str | None] = lambda stage: None
     programs: Mapping[str, Sequence[str]] = field(
-        default_factory=lambda: {"prefopt": (sys.executable, "-m", "prefopt")}
+        default_factory=lambda: {
+            "prefopt": (sys.executable, "-m", "prefopt"),
+            "hf": (sys.executable, "-m", "huggingface_hub.cli.hf"),
+        }
     )
     console: TextIO | None = None
 
@@ -119,19 +124,28 @@ class Runner:
         return self._plan(RunState(self.run_dir), InputHashes(self.run_dir, keep=False), first, last)
 
     def _plan(self, state: RunState, hashes: InputHashes, first: str | None, last: str | None) -> list[Planned]:
-        begin = self._place(first, "--from")[0] if first is not None else None
-        end = self._place(last, "--until")[1] if last is not None else len(self.stages)
-        if begin is not None and begin >= end:
-            raise ValueError(f"--from {first} comes after --until {last}.")
+        begin, end = self._range(first, last)
         planned: list[Planned] = []
         for place, stage in enumerate(self.stages[:end]):
             item = self._assess(stage, state, hashes, {p.stage.name for p in planned if p.action != "done"})
-            if begin is not None and place >= begin and item.action in ("done", "maybe"):
+            if first is not None and place >= begin and item.action in ("done", "maybe"):
                 item = Planned(stage, "again", FORCED)
-            if begin is not None and place < begin and item.action != "done":
+            if place < begin and item.action != "done":
                 raise ValueError(f"--from {first}: the stage {stage.name} before it is not done ({item.reason}).")
             planned.append(item)
         return planned
+
+    def selected(self, first: str | None, last: str | None) -> Sequence[Stage]:
+        """The stages from `first` to `last`, named as for `plan`."""
+        begin, end = self._range(first, last)
+        return self.stages[begin:end]
+
+    def _range(self, first: str | None, last: str | None) -> tuple[int, int]:
+        begin = self._place(first, "--from")[0] if first is not None else 0
+        end = self._place(last, "--until")[1] if last is not None else len(self.stages)
+        if begin >= end:
+            raise ValueError(f"--from {first} comes after --until {last}.")
+        return begin, end
 
     def _place(self, name: str, flag: str) -> tuple[int, int]:
         """Where the stages called `name`, or beginning with it, start and end."""
@@ -198,20 +212,21 @@ class Runner:
         state, hashes = RunState(self.run_dir), InputHashes(self.run_dir, keep=True)
         planned = self._plan(state, hashes, first, last)
         self._say(table(planned))
-        started = time.monotonic()
+        started, reason, done = time.monotonic(), None, set()
         for number, item in enumerate(planned, start=1):
+            if reason is not None and not (item.stage.at_end and done.issuperset(item.stage.needs)):
+                continue
             now = self._assess(item.stage, state, hashes, set())
             if now.action == "done" and item.reason == FORCED:
                 now = item
             if now.action != "done":
                 self._say(f"\n=== {number} of {len(planned)}: {item.stage.name} ({now.reason})\n$ {item.stage.line}")
                 self._do(item.stage, now.action, state, hashes, lock)
-            reason = self.stop_after(item.stage)
-            if reason is not None:
+            done.add(item.stage.name)
+            if reason is None and (reason := self.stop_after(item.stage)) is not None:
                 self._say(f"pipeline: ends early after {item.stage.name}: {reason}")
-                return reason
-        self._say(f"pipeline: {len(planned)} stages done in {self.run_dir} ({time.monotonic() - started:.0f} s).")
-        return None
+        self._say(f"pipeline: {len(done)} stages done in {self.run_dir} ({time.monotonic() - started:.0f} s).")
+        return reason
 
     def _do(self, stage: Stage, action: str, state: RunState, hashes: InputHashes, lock: RunLock) -> None:
         before = state.stages.get(stage.name)
