@@ -14,6 +14,7 @@ from prefopt.files import write_json
 from prefopt.pipelines.commands import Commands
 from prefopt.pipelines.run import read_pipeline
 from prefopt.pipelines.sppo import stages_of, stop_after
+from prefopt.pipelines.state import RunLock
 from prefopt.recipes.locate import locate, packaged_names
 from prefopt.recipes.recipe import load_settings
 
@@ -309,6 +310,19 @@ def test_a_mistake_is_one_line_before_anything_starts(tmp_path, capsys, words, s
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(said, error), error
     assert not run_dir.exists()
+
+
+def test_a_refused_run_changes_nothing_in_the_folder(tmp_path, capsys):
+    """Neither where another runner is at work, nor where the folder holds what no run has made."""
+    (tmp_path / "pipeline.yaml").write_text("the other's")
+    with RunLock(tmp_path).held():
+        assert cli.main(["pipeline", str(TOY), f"--run_dir={tmp_path}"]) == 2
+    assert "another runner is at work" in capsys.readouterr().err
+    (tmp_path / "base" / "answers").mkdir(parents=True)
+    (tmp_path / "base" / "answers" / "precious").touch()
+    assert cli.main(["pipeline", str(TOY), f"--run_dir={tmp_path}"]) == 2
+    assert "this run has not made it" in capsys.readouterr().err
+    assert (tmp_path / "pipeline.yaml").read_text() == "the other's"
 
 
 def test_a_pipeline_needs_its_kind_and_a_folder(tmp_path, capsys):

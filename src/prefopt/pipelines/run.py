@@ -88,7 +88,12 @@ def run(words: list[str]) -> int:
         counts = getattr(module, entry.check)(loop)
         print(f"pipeline: {', '.join(f'{number} {what}' for what, number in counts.items())}")
     rule = getattr(module, entry.stop_after) if entry.stop_after is not None else None
-    runner = Runner(stages, run_dir, stop_after=lambda stage: rule(stage, run_dir) if rule is not None else None)
+    runner = Runner(
+        stages,
+        run_dir,
+        stop_after=lambda stage: rule(stage, run_dir) if rule is not None else None,
+        begin=lambda: write_text(run_dir / RECIPE_FILE, resolved),
+    )
     if arguments.write_script is not None:
         chosen = runner.selected(arguments.first, arguments.last)
         write_text(arguments.write_script, as_script(chosen))
@@ -99,7 +104,6 @@ def run(words: list[str]) -> int:
         print(table(planned))
         print("\n".join(f"\n# {item.stage.name}\n{item.stage.line}" for item in planned))
     elif arguments.write_script is None:
-        write_text(run_dir / RECIPE_FILE, resolved)
         runner.run(arguments.first, arguments.last)
     return 0
 

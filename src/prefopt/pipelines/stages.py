@@ -86,6 +86,7 @@ class Runner:
         stages: each after all that it needs.
         run_dir: the folder of the run: state, logs, and the stages' folders.
         stop_after: called with each stage that is done; a sentence ends the run there, for that reason, but for stages with `at_end`.
+        begin: called when a run may start: nobody else is at work there, and it is planned.
         programs: first word of a command -> the words that really start it.
         console: where everything is shown; default: standard output.
     """
@@ -93,6 +94,7 @@ class Runner:
     stages: Sequence[Stage]
     run_dir: Path
     stop_after: Callable[[Stage], str | None] = lambda stage: None
+    begin: Callable[[], object] = lambda: None
     programs: Mapping[str, Sequence[str]] = field(
         default_factory=lambda: {
             "prefopt": (sys.executable, "-m", "prefopt"),
@@ -205,12 +207,16 @@ class Runner:
             try:
                 return self._run(lock, first, last)
             except KeyboardInterrupt as signal:
-                self._say(f"\npipeline: stopped{f' by {signal}' if str(signal) else ''}; the same command continues.")
+                again = f" without --from {first}" if first is not None else ""
+                self._say(
+                    f"\npipeline: stopped{f' by {signal}' if str(signal) else ''}; the same command{again} continues."
+                )
                 raise SystemExit(130) from None
 
     def _run(self, lock: RunLock, first: str | None, last: str | None) -> str | None:
         state, hashes = RunState(self.run_dir), InputHashes(self.run_dir, keep=True)
         planned = self._plan(state, hashes, first, last)
+        self.begin()
         self._say(table(planned))
         started, reason, done = time.monotonic(), None, set()
         for number, item in enumerate(planned, start=1):
@@ -256,8 +262,8 @@ class Runner:
             self._say(f"\npipeline: the end of {log}:\n{tail}")
             last = next(iter(last_lines(log, 1)), "its log is empty")
             raise ValueError(
-                f"the stage {stage.name} {fault} after {seconds:.0f} s: {last} (the whole log is {log}; once the cause is mended, the same command "
-                "continues here.)"
+                f"the stage {stage.name} {fault} after {seconds:.0f} s: {last} (the whole log is {log}; once the cause is mended, the same command, "
+                "without any --from, continues here.)"
             )
 
     def _execute(self, stage: Stage, log: Path, lock: RunLock) -> tuple[int, float]:
