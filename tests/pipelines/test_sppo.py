@@ -161,6 +161,13 @@ def test_the_loss_may_be_in_the_trainings_recipe(tmp_path):
     assert stages["iteration-1/train"].settings["loss_type"] == ["gpo"]
 
 
+def test_held_out_prompts_may_be_another_slice():
+    sources = "[{path: a, split: 'train[:90]'}, {path: a, split: 'train[90:180]'}]"
+    held_out = ["--evaluation.prompts.path=a", "--evaluation.prompts.split=train[180:]"]
+    stages, _ = plan("--num_iterations=2", f"--prompts={sources}", *held_out)
+    assert keys(stages["base/answers"])["prompts_split"] == "train[180:]"
+
+
 def test_held_out_answers_are_the_policys_alone():
     """Responses that a dataset has already join the pairs (the hybrid setting), but are no answers of the policy that is measured."""
     stages, _ = plan("--sampling.off_policy_columns=[chosen]")
@@ -289,6 +296,11 @@ def test_the_script_holds_every_command(tmp_path):
         (["--sampling.push_to_hub=true", "--sampling.hub_dataset_id=me/x"], "sampling: the loop pushes its models"),
         (["--evaluation.sampling.num_samples=1"], "evaluation: sampling: num_samples is set by the loop"),
         (["--evaluation.sampling={model_name_or_path: other}"], "evaluation: sampling: model_name_or_path is set by"),
+        (["--evaluation.prompts.split=train"], "the split 'train' of outputs/self-play-start/prompts is trained on"),
+        (
+            ["--evaluation.prompts.split=train[:9]"],
+            "the split 'train.:9.' of outputs/self-play-start/prompts is trained",
+        ),
         (["--evaluation.min_win_rate=55"], "`min_win_rate` is a share and must lie in"),
         (["--training.loss_type=sigmoid"], "iteration-1/train: unknown loss_type 'sigmoid' for sppo"),
         (["--training.method=reward-model"], "training: reward-model trains no policy on pairs"),

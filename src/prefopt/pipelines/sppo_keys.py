@@ -34,6 +34,12 @@ class PromptSource:
         named = {} if self.name is None else {"prompts_config": self.name}
         return {"prompts": self.path, "prompts_split": self.split, "prompt_column": self.column, **named}
 
+    def holds(self, other: PromptSource) -> bool:
+        """Whether its name alone says that it has prompts of `other`: the same data, and no slice or the same one."""
+        (mine, _, my_slice), (theirs, _, their_slice) = self.split.partition("["), other.split.partition("[")
+        same = (self.path, self.name, mine) == (other.path, other.name, theirs)
+        return same and (not my_slice or not their_slice or my_slice == their_slice)
+
 
 @dataclass
 class Evaluation:
@@ -138,6 +144,11 @@ class SelfPlayLoop:
         if 1 < len(self.prompts) < self.num_iterations:
             raise ValueError(
                 f"prompts has {len(self.prompts)} sources for {self.num_iterations} iterations: name one for each, or a single one to share."
+            )
+        if self.evaluation is not None and any(source.holds(self.evaluation.prompts) for source in self.prompts):
+            raise ValueError(
+                f"evaluation: prompts: the split {self.evaluation.prompts.split!r} of {self.evaluation.prompts.path} is trained on; name prompts "
+                "that are held out."
             )
         if self.reuse_prompts and len(self.prompts) > 1:
             raise ValueError("reuse_prompts is for a single source of prompts.")
