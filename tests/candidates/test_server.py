@@ -3,10 +3,11 @@
 import logging
 import socket
 import threading
+import traceback
 
 import pytest
 
-from prefopt.candidates.backends import Request, Sampling
+from prefopt.candidates.backends import Request, Sampling, http
 from prefopt.candidates.backends.http import JsonClient, ServerError
 from prefopt.candidates.backends.server import ServerBackend, find_model
 from prefopt.candidates.generate import GenerateArguments, run
@@ -128,6 +129,18 @@ def test_one_request_that_fails_for_good_ends_the_others():
     assert len(endpoint.bodies) < 50
 
 
+def test_an_interrupted_run_waits_for_no_request_that_has_not_begun(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http, "wait", interrupted)
+    endpoint = Endpoint()
+    endpoint.delay = 0.05
+    with pytest.raises(KeyboardInterrupt):
+        complete(endpoint, 100, concurrency=2)
+    assert len(endpoint.bodies) < 50
+
+
 def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv(KEY_VARIABLE, SECRET)
@@ -142,6 +155,12 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, capl
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(ServerError, match=f"{KEY_VARIABLE}, which is not set"):
         complete(Endpoint(key=SECRET))
+    monkeypatch.setenv(KEY_VARIABLE, f"{SECRET}\nOTHER=1")  # the HTTP library's own message holds the key
+    with pytest.raises(
+        ServerError, match=f"The key in {KEY_VARIABLE} holds a character that cannot be sent"
+    ) as caught:
+        complete(Endpoint())
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
     output = capfd.readouterr()
     assert SECRET not in caplog.text + output.out + output.err
 
