@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 
 from prefopt.candidates.backends import Request, Sampling, completion_of
 from prefopt.candidates.backends.local import PenaltyWithoutPadding, TransformersBackend
-from prefopt.candidates.generate import GenerateArguments, run
+from prefopt.candidates.generate import GenerateArguments, Job, run
+from prefopt.candidates.processes import Processes
 from prefopt.candidates.records import read_records
 from prefopt.candidates.shards import ShardFailed
 from prefopt.cli import main
@@ -216,6 +217,25 @@ def test_stop_ids_of_the_recipe_end_answers(tmp_path, model_folder):
     assert short["finish_reason"] == "stop"
     assert short["num_tokens"] == ids.index(ids[4]) + 1
     assert short["text"] == tokenizer.decode(ids[: ids.index(ids[4])], skip_special_tokens=True)
+
+
+def test_the_end_tokens_that_a_model_declares_end_answers(tmp_path):
+    """Of a model, of the base under an adapter (where Gemma's end of turn is declared), and without a generation config."""
+    tokenizer = tiny_tokenizer("gemma2")
+    turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    model = tiny_model("llama", eos_token_id=[tokenizer.eos_token_id, turn])
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn]
+    places = {name: str(tmp_path / name) for name in ("full", "bare", "adapter")}
+    model.save_pretrained(places["full"])
+    model.save_pretrained(places["bare"])
+    (tmp_path / "bare" / "generation_config.json").unlink()
+    base = AutoModelForCausalLM.from_pretrained(places["full"])
+    get_peft_model(base, LoraConfig(target_modules=["v_proj"])).save_pretrained(places["adapter"])
+    assert tokenizer.eos_token_id != turn
+    for name, place in places.items():
+        tokenizer.save_pretrained(place)
+        job = Job(arguments(tmp_path, place, ["hello"]), Processes())
+        assert job.sampling.stop_token_ids == tuple(sorted([tokenizer.eos_token_id, turn])), name
 
 
 def test_the_seed_decides_the_samples(tmp_path, model_folder):
