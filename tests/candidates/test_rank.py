@@ -131,11 +131,18 @@ def test_half_written_shards_are_made_again(candidates, lengths, tmp_path):
     assert len((tmp_path / "seen").read_text().splitlines()) == 4
 
 
-def test_shards_of_another_run_are_refused(candidates, lengths, tmp_path):
+def test_shards_of_another_run_are_refused(candidates, lengths, tmp_path, monkeypatch):
     run(arguments(candidates, tmp_path / "out", "function", lengths))
     (tmp_path / "other.py").write_text("def score(prompt, candidates):\n    return [0.0] * len(candidates)\n")
     with pytest.raises(ValueError, match=r"other settings.*fingerprint"):
         run(arguments(candidates, tmp_path / "out", "function", f"{tmp_path}/other.py:score"))
+    monkeypatch.syspath_prepend(tmp_path)
+    module = arguments(candidates, tmp_path / "module", "function", "lengths:score")
+    run(module)
+    (tmp_path / "lengths.py").write_text((tmp_path / "other.py").read_text())
+    with pytest.raises(ValueError, match=r"other settings.*fingerprint"):
+        run(module)
+    (tmp_path / "lengths.py").write_text(LENGTHS.format(folder=str(tmp_path)))
     changed = records()
     changed[3]["candidates"][1]["text"] += "!"
     write_records(tmp_path / "changed.jsonl", changed)

@@ -13,6 +13,7 @@ from prefopt.candidates.processes import Processes, current_processes
 from prefopt.candidates.rank_arguments import FLAG_ALIASES, RankArguments
 from prefopt.candidates.rankers import MODEL_RANKERS, RankerOptions, build_ranker
 from prefopt.candidates.rankers.base import Request, check_scores
+from prefopt.candidates.rankers.function import function_file
 from prefopt.candidates.records import Record, read_records, to_dataset, write_records
 from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards
 from prefopt.data.messages import as_messages
@@ -92,9 +93,8 @@ def _identify(args: RankArguments) -> tuple[str, str | None]:
     if args.ranker in MODEL_RANKERS:
         folder = model_folder(name, args.model_revision, download=True)
         return str(folder), files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
-    module = name.rpartition(":")[0]
-    text = module if args.ranker == "function" and module.endswith(".py") else args.judge_template
-    return name, content_hash(Path(text).read_text(encoding="utf-8")) if text else None
+    text = function_file(name) if args.ranker == "function" else args.judge_template
+    return name, content_hash(Path(text).read_text(encoding="utf-8", errors="replace")) if text else None
 
 
 class _Work:
