@@ -105,10 +105,11 @@ def positions_of(config: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of a prompt with one answer; the first `prompt_length` are the prompt's."""
+    """Token ids of a prompt with one answer; the first `prompt_length` are the prompt's. `types`: for encoders that tell two texts apart."""
 
     ids: list[int]
     prompt_length: int
+    types: list[int] | None = None
 
 
 def encode_answers(
@@ -129,13 +130,13 @@ def encode_answers(
         if isinstance(group, BadRow):
             raise ValueError(f"Row {request.row!r}: the ranker's tokenizer cannot encode it ({group}).")
         row = []
+        prompt_cut = False
         for completion in group.completion_ids:
             prompt, (kept,) = truncation.cut(group.prompt_ids, [completion], tokenizer.bos_token_id)
-            tally.count(
-                "truncated prompts" if len(kept) == len(completion) else "truncated answers",
-                len(prompt) < len(group.prompt_ids),
-            )
+            prompt_cut |= len(prompt) < len(group.prompt_ids)
+            tally.count("truncated answers", len(kept) < len(completion))
             row.append(Answer([*prompt, *kept], len(prompt)))
+        tally.count("truncated prompts", prompt_cut)
         tally.count("answers", len(row))
         tally.count("prompts")
         answers.append(row)

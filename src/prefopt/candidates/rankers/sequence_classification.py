@@ -75,20 +75,22 @@ class RewardRanker:
 
     def _encode_pairs(self, request: Request, tally: Tally) -> list[Answer]:
         """Encoders without a chat template read prompt and answer as a pair of texts; the longer of the two is cut first."""
-        prompt = plain_text(request.prompt)
-        whole = self.tokenizer([prompt] * len(request.candidates), request.candidates, verbose=False)["input_ids"]
-        cut = self.tokenizer(
-            [prompt] * len(request.candidates), request.candidates, truncation=True, max_length=self.max_length
-        )["input_ids"]
+        texts = [plain_text(request.prompt)] * len(request.candidates), request.candidates
+        whole = self.tokenizer(*texts, verbose=False)["input_ids"]
+        cut = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         tally.count("prompts")
-        tally.count("answers", len(cut))
-        tally.count("truncated answers", sum(len(short) < len(full) for short, full in zip(cut, whole)))
-        return [Answer(ids, 0) for ids in cut]
+        tally.count("answers", len(whole))
+        tally.count("truncated answers", sum(len(short) < len(full) for short, full in zip(cut["input_ids"], whole)))
+        types = cut.get("token_type_ids") or [None] * len(whole)
+        return [Answer(ids, 0, kinds) for ids, kinds in zip(cut["input_ids"], types)]
 
     def _forward(self, answers: list[Answer]) -> Tensor:
         pad_id = _pad_id(self.model.config, self.tokenizer, answers)
         input_ids, mask = pad([answer.ids for answer in answers], pad_id, self.device)
-        output = self.model(input_ids=input_ids, attention_mask=mask)
+        types = {}
+        if answers[0].types is not None:
+            types["token_type_ids"] = pad([answer.types or [] for answer in answers], 0, self.device)[0]
+        output = self.model(input_ids=input_ids, attention_mask=mask, **types)
         if "score" in output:
             return output["score"].reshape(len(answers))
         if output.logits.shape != (len(answers), 1):
