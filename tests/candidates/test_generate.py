@@ -67,6 +67,8 @@ def test_every_prompt_gets_k_answers(tmp_path, model_folder):
         assert len({c["text"] for c in record["candidates"]}) == 3
         assert all(1 <= c["num_tokens"] <= 12 for c in record["candidates"])
         assert all((c["num_tokens"] == 12) or c["finish_reason"] == "stop" for c in record["candidates"])
+    with pytest.raises(ValueError, match=r"candidates\.jsonl is there already"):
+        generate(tmp_path, model_folder, ["hello"])
     report = read_json(tmp_path / "out" / "report.json")
     assert report["counts"]["answers"] == 9
     assert report["counts"]["tokens"] == sum(c["num_tokens"] for r in records for c in r["candidates"])
@@ -337,7 +339,17 @@ def test_responses_of_the_dataset_join_the_samples(tmp_path, model_folder):
         ("dataset[chosen]", 1, "better"),
     ]
     assert read_json(tmp_path / "out" / "report.json")["duplicate prompts"] == 1
-    with pytest.raises(ValueError, match="no column 'baseline'"):
+    scored = {"prompt": "s", "chosen": {"response": "x", "score": float("nan")}, "rejected": "y"}
+    with pytest.raises(ValueError, match=r"row 1: Column 'chosen': a score is nan"):  # and not when all is sampled
+        generate(
+            tmp_path,
+            model_folder,
+            [{"prompt": "t", "chosen": {"response": "x", "score": 1.0}}, scored],
+            off_policy_columns=["chosen"],
+            output_dir=str(tmp_path / "b"),
+        )
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match=r"row 0: .*no column 'baseline'"):
         generate(tmp_path, model_folder, rows, off_policy_columns=["baseline"], output_dir=str(tmp_path / "b"))
 
 

@@ -60,6 +60,8 @@ def test_scores_are_added_and_everything_else_stays(candidates, lengths, tmp_pat
             assert other["scores"] == {"score": len(one["text"]) + 0.25}
             assert {**other, "scores": {}} == one
         assert new["prompt"] == old["prompt"] and new["tables"] == {}
+    with pytest.raises(ValueError, match=r"candidates\.parquet is there already"):
+        run(arguments(candidates, tmp_path / "out", "function", lengths, output_format="jsonl"))
     report = json.loads((path.parent / "report.json").read_text())
     assert report["counts"] == {"prompts": 6, "answers": 18} and report["score name"] == "score"
 

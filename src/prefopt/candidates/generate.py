@@ -17,7 +17,15 @@ from prefopt.candidates.backends import Backend, Request, Sampling, stop_ids_of
 from prefopt.candidates.generate_arguments import FLAG_ALIASES, GenerateArguments
 from prefopt.candidates.processes import Processes, current_processes
 from prefopt.candidates.prompts import PromptSet, load_prompts, tokenize
-from prefopt.candidates.records import Record, join_candidates, make_candidate, make_record, to_dataset, write_records
+from prefopt.candidates.records import (
+    Record,
+    join_candidates,
+    make_candidate,
+    make_record,
+    output_file,
+    to_dataset,
+    write_records,
+)
 from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards, shard_seed
 from prefopt.candidates.workers import work_in_children
 from prefopt.data.rows import CONTEXT_COLUMNS
@@ -38,6 +46,7 @@ def run(args: GenerateArguments) -> Path:
     Raises:
         ValueError: a mistake in the settings or the data, or a shard that failed; see the modules of each step.
     """
+    output = output_file(args.output_dir, args.output_format)
     team = current_processes()
     job = Job(args, team)
     if args.backend == "vllm" and args.data_parallel_size > 1:
@@ -47,7 +56,6 @@ def run(args: GenerateArguments) -> Path:
         )
     else:
         plan = run_shards(job.prompts.items, job.work, processes=team, **job.shard_settings())
-    output = Path(args.output_dir) / f"candidates.{args.output_format}"
     if team.is_main:
         records = merge(plan, job.prompts)
         _write(args, job, plan, records, output)

@@ -57,7 +57,7 @@ def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequenc
         off_policy_columns: columns of responses, see `off_policy_candidates`.
 
     Raises:
-        ValueError: no such dataset or column; two different prompts with one `prompt_id`.
+        ValueError: no such dataset or column; two different prompts with one `prompt_id`; a response that cannot be read.
     """
     prompts = PromptSet()
     rows = load_source(source)
@@ -84,7 +84,10 @@ def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequenc
         else:
             prompts.duplicates += 1
         given = prompts.off_policy.setdefault(prompt_id, [])
-        given += _renumbered(given, off_policy_candidates(row, off_policy_columns))
+        try:
+            given += _renumbered(given, off_policy_candidates(row, off_policy_columns))
+        except ValueError as error:
+            raise ValueError(f"Dataset {source}, row {number}: {error}") from error
     return prompts
 
 

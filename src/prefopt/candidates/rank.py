@@ -14,7 +14,7 @@ from prefopt.candidates.rank_arguments import FLAG_ALIASES, RankArguments
 from prefopt.candidates.rankers import MODEL_RANKERS, RankerOptions, build_ranker
 from prefopt.candidates.rankers.base import Request, check_scores
 from prefopt.candidates.rankers.function import function_file
-from prefopt.candidates.records import Record, read_records, to_dataset, write_records
+from prefopt.candidates.records import Record, output_file, read_records, to_dataset, write_records
 from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards
 from prefopt.data.messages import as_messages
 from prefopt.files import content_hash, write_json
@@ -34,6 +34,7 @@ def run(args: RankArguments) -> Path:
     Raises:
         ValueError: a mistake in the settings or the data, a ranker that cannot be used, or a shard that failed.
     """
+    output = output_file(args.output_dir, args.output_format)
     records = read_records(args.candidates, split=args.split)
     scored = [record["prompt_id"] for record in records if args.name in _score_names(record)]
     if scored:
@@ -61,7 +62,6 @@ def run(args: RankArguments) -> Path:
         },
         processes=processes,
     )
-    output = Path(args.output_dir) / f"candidates.{args.output_format}"
     if processes.is_main:
         _finish(args, records, plan, output)
     processes.gather(None)  # nobody leaves before the file is there

@@ -111,6 +111,21 @@ def _check_finite(values: Iterable[Any], what: str) -> None:
             raise ValueError(f"{what} is {value!r}, not a finite number.")
 
 
+def output_file(folder: str | Path, output_format: str) -> Path:
+    """`candidates.<output_format>` in `folder`.
+
+    Raises:
+        ValueError: the folder holds records in the other format, which a reader would take for these.
+    """
+    path = Path(folder) / f"candidates.{output_format}"
+    for name in RECORD_FILES:
+        if name != path.name and (path.parent / name).exists():
+            raise ValueError(
+                f"{path.parent / name} is there already, and would be mixed up with {path.name}; remove it or give another output_dir."
+            )
+    return path
+
+
 def read_records(path: str | Path, *, split: str = "train") -> list[Record]:
     """Records from a parquet or jsonl file, a folder that a command wrote, or a hub dataset; each checked.
 
@@ -226,7 +241,7 @@ def off_policy_candidates(row: Mapping[str, Any], columns: Sequence[str]) -> lis
             source or model, and numbers, which become scores.
 
     Raises:
-        ValueError: a column is missing or holds something else.
+        ValueError: a column is missing or holds something else, or a number is not finite.
     """
     found: list[Candidate] = []
     for column in columns:
@@ -266,7 +281,9 @@ def _response(value: Any, column: str) -> Candidate:
                 for key, number in value.items()
                 if isinstance(number, (int, float)) and not isinstance(number, bool) and key not in ("k", "num_tokens")
             }
-            return make_candidate(text, source=writer, scores={**numbers, **without_none(value.get("scores") or {})})
+            scores = {**numbers, **without_none(value.get("scores") or {})}
+            _check_finite(scores.values(), f"Column {column!r}: a score")
+            return make_candidate(text, source=writer, scores=scores)
     raise ValueError(
         f"Column {column!r} holds no response: a string, a conversation, or a mapping with one of "
         f"{', '.join(TEXT_KEYS)} is expected, not {str(value)[:80]!r}."
