@@ -61,6 +61,14 @@ def test_sppo_generated_columns_become_records_and_come_back(tmp_path, capsys):
             assert back["probability"][i][j] == pytest.approx(1 / (1 + np.exp(sj - si)), abs=1e-12)
 
 
+def test_a_prompt_that_comes_again_is_a_record_of_its_own(tmp_path):
+    first = generated_rows()[0]
+    again = {**first, "generate_0": talk("Is None null?", "another answer")}
+    convert(tmp_path, [first, again, again], "sppo_generated", "records")
+    records = read_records(tmp_path / "output.jsonl")
+    assert [record["candidates"][0]["text"] for record in records] == ["answer 0 你", *["another answer"] * 2]
+
+
 def test_a_pairwise_table_is_aggregated_as_published(tmp_path):
     """c = [[0, 1], [-3, 0]]: s_0 = (1 - -3) / 2 = 2, s_1 = (-3 - 1) / 2 = -2, P_01 = 1 / (1 + e^-4)."""
     record = make_record("a", "q", [make_candidate(t, source="m") for t in "xy"])
