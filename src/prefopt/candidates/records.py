@@ -126,18 +126,22 @@ def output_file(folder: str | Path, output_format: str) -> Path:
     return path
 
 
+def file_of(path: str | Path) -> str:
+    """The file of records in a folder that a command wrote; any other path as it is."""
+    found = (Path(path) / name for name in RECORD_FILES)
+    return str(next((file for file in found if file.is_file()), path))
+
+
 def read_records(path: str | Path, *, split: str = "train") -> list[Record]:
     """Records from a parquet or jsonl file, a folder that a command wrote, or a hub dataset; each checked.
 
     Raises:
         ValueError: nothing there, or a row that is not a record; two records of one prompt_id.
     """
-    folder = Path(path)
-    found = next((folder / name for name in RECORD_FILES if (folder / name).is_file()), folder)
-    name = str(found if folder.is_dir() else path)
+    name = file_of(path)
     rows: Iterable[Record]
-    if found.is_file() and name.endswith((".jsonl", ".jsonl.gz")) and split == "train":
-        rows = read_jsonl(found)  # the JSON reader of `datasets` may change the last digit of a score
+    if Path(name).is_file() and name.endswith((".jsonl", ".jsonl.gz")) and split == "train":
+        rows = read_jsonl(name)  # the JSON reader of `datasets` may change the last digit of a score
     else:
         rows = load_source(DataSource(name, split=split))
     records = [check_record(row, f"{path}, row {number}") for number, row in enumerate(rows)]

@@ -47,9 +47,7 @@ def load_function(name: str) -> Callable[..., Any]:
     if not colon or not place or not attribute:
         raise ValueError(f"A ranking function is named `module:function` or `file.py:function`, not {name!r}.")
     if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise ValueError(f"There is no file {place} to take the ranking function {attribute!r} from.")
-        spec = importlib.util.spec_from_file_location(f"ranking_function_{Path(place).stem}", place)
+        spec = importlib.util.spec_from_file_location(f"ranking_function_{Path(place).stem}", function_file(name))
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -66,9 +64,15 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def function_file(name: str) -> Path | None:
-    """The file that holds the function called "module:function" or "file.py:function"; None where there is none to read."""
-    place = name.rpartition(":")[0]
+    """The file that holds the function called "module:function" or "file.py:function"; None for a module without one.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise ValueError(f"There is no file {place} to take the ranking function {attribute!r} from.")
         return Path(place)
     try:
         spec = importlib.util.find_spec(place)
