@@ -88,6 +88,9 @@ def test_truncated_answers_are_counted_and_told(candidates, tmp_path, capsys):
     counts = json.loads((path.parent / "report.json").read_text())["counts"]
     assert counts["truncated prompts"] > 0 and counts["answers"] == 18
     assert f"{counts['truncated prompts']} truncated prompts" in capsys.readouterr().out
+    (tmp_path / "rm" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"other settings.*fingerprint"):  # another template makes other scores
+        run(arguments(candidates, tmp_path / "out", "reward-model", tmp_path / "rm", max_length=24))
 
 
 def test_the_raw_prompt_is_read_unless_a_policy_template_is_asked_for(candidates, tmp_path):

@@ -209,6 +209,8 @@ def test_general_preference_tables(tmp_path, gate):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     tables = build("general-preference", tmp_path, tokens_per_batch=100).rank(REQUESTS, tally())
+    with pytest.raises(ValueError, match=r"max_length is 4096, but .* reads at most 2048 tokens"):
+        build("general-preference", tmp_path, max_length=4096)
     for request, table in zip(REQUESTS, tables):
         vectors, scales = [], np.ones(2)
         bare = tokenizer.apply_chat_template(conversation(request.prompt, "")[:-1], add_generation_prompt=True)[

@@ -15,6 +15,7 @@ from prefopt.candidates.rankers import MODEL_RANKERS, RankerOptions, build_ranke
 from prefopt.candidates.rankers.base import Request, check_scores
 from prefopt.candidates.rankers.function import function_file
 from prefopt.candidates.records import Record, output_file, read_records, to_dataset, write_records
+from prefopt.candidates.shard_plan import file_hash
 from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards
 from prefopt.data.messages import as_messages
 from prefopt.files import content_hash, write_json
@@ -22,6 +23,8 @@ from prefopt.references.fingerprints import files_fingerprint, model_folder
 
 __all__ = ["FLAG_ALIASES", "RankArguments", "run", "with_scores"]
 
+# with the weights, what decides a ranker's scores
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "tokenizer_config.json", "chat_template.jinja")
 FEW = "prompts with fewer than two candidates"
 
 
@@ -92,7 +95,8 @@ def _identify(args: RankArguments) -> tuple[str, str | None]:
     name = args.model_name_or_path
     if args.ranker in MODEL_RANKERS:
         folder = model_folder(name, args.model_revision, download=True)
-        return str(folder), files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
+        weights = files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
+        return str(folder), content_hash(weights, [file_hash(folder / file) for file in TOKENIZER_FILES])
     text = function_file(name) if args.ranker == "function" else args.judge_template
     return name, content_hash(Path(text).read_text(encoding="utf-8", errors="replace")) if text else None
 

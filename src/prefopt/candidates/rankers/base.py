@@ -17,6 +17,8 @@ from prefopt.data.faults import BadRow
 from prefopt.data.messages import Text, as_messages
 from prefopt.data.truncation import Truncation
 
+UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
+
 
 class Tally(Protocol):
     """Takes note of what happens during the work; a `Shard` is one."""
@@ -101,6 +103,18 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tup
 def positions_of(config: Any) -> int | None:
     """How many tokens a model has positions for; None where its config names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def longest_input(path: str, wanted: int | None, *limits: int | None) -> int | None:
+    """Tokens of prompt and answer: `wanted`, or else the smallest of the ranker's limits; None where nothing limits it.
+
+    Raises:
+        ValueError: more than a limit is wanted.
+    """
+    longest = min((limit for limit in limits if limit is not None and limit < UNLIMITED), default=None)
+    if wanted and longest and wanted > longest:
+        raise ValueError(f"max_length is {wanted}, but {path} reads at most {longest} tokens.")
+    return wanted or longest
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from prefopt.candidates.rankers.base import (
     Request,
     Tally,
     encode_answers,
+    longest_input,
     pad,
     plain_text,
     positions_of,
@@ -23,8 +24,6 @@ from prefopt.candidates.rankers.base import (
 )
 from prefopt.models.heads import RECORD
 from prefopt.models.reward import RewardModel
-
-UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
 
 
 class RewardRanker:
@@ -54,11 +53,9 @@ class RewardRanker:
         self.device = device
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         self.model = _load(path, dtype, trust_remote_code).to(device).eval()
-        known = [positions_of(self.model.config), self.tokenizer.model_max_length]
-        longest = min((limit for limit in known if limit is not None and limit < UNLIMITED), default=None)
-        if max_length and longest and max_length > longest:
-            raise ValueError(f"max_length is {max_length}, but {path} reads at most {longest} tokens.")
-        self.max_length = max_length or longest
+        self.max_length = longest_input(
+            path, max_length, positions_of(self.model.config), self.tokenizer.model_max_length
+        )
         self.reads_pairs = not self.tokenizer.chat_template and None not in (
             self.tokenizer.cls_token_id,
             self.tokenizer.sep_token_id,
