@@ -324,6 +324,25 @@ def test_prompts_without_room_and_empty_prompts_are_counted_and_listed(tmp_path,
     assert not (tmp_path / "b").exists()
 
 
+def test_each_prompt_that_the_template_refuses_is_listed_with_its_own_reason(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% if messages | length > 1 %}{{ raise_exception('not after ' + messages[0]['role']) }}{% endif %}{{ messages[0]['content'] }}"
+    )
+    rows = [
+        {"prompt": [{"role": role, "content": "x"}, {"role": "user", "content": "y"}], "prompt_id": role}
+        for role in ("system", "user")
+    ]
+    records = generate(tmp_path, model, [*rows, {"prompt": [{"role": "user", "content": "fox"}], "prompt_id": "good"}])
+    assert [record["prompt_id"] for record in records] == ["good"]
+    listed = {
+        row["prompt_id"]: (row["reason"], row["detail"]) for row in read_jsonl(tmp_path / "out" / "skipped.jsonl")
+    }
+    assert listed == {
+        role: ("refused by the chat template", f"TemplateError: not after {role}") for role in ("system", "user")
+    }
+
+
 def test_responses_of_the_dataset_join_the_samples(tmp_path, model_folder):
     rows = [
         {"prompt": "q", "chosen": "good", "rejected": [{"role": "assistant", "content": "bad"}]},
