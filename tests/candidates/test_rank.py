@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from prefopt.candidates.pairs import score_differences
 from prefopt.candidates.rank import run
@@ -181,6 +182,21 @@ def test_a_judge_that_cannot_be_reached(candidates, tmp_path):
     with judge_server(lambda question: "[[A]]" if question.count("blue") % 2 else "[[B]]") as url:
         path = run(arguments(candidates, tmp_path / "out", "judge", "judge", base_url=url))
     assert set(read_records(path)[0]["tables"]) == {"judge"}
+
+
+def test_the_hub_is_used_only_when_asked_and_last(candidates, lengths, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(self, repository, private):
+        assert (tmp_path / "out" / "candidates.parquet").exists()
+        pushed.append((repository, private, self[0]["candidates"][0]["scores"]))
+
+    monkeypatch.setattr(Dataset, "push_to_hub", push)
+    run(arguments(candidates, tmp_path / "out", "function", lengths))
+    assert pushed == []
+    asked = {"push_to_hub": True, "hub_dataset_id": "me/ranked", "hub_private_repo": False}
+    run(arguments(candidates, tmp_path / "out", "function", lengths, **asked))
+    assert pushed == [("me/ranked", False, {"score": len(records()[0]["candidates"][0]["text"]) + 0.25})]
 
 
 def test_arguments_are_checked():
