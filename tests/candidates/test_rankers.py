@@ -234,7 +234,7 @@ def test_general_preference_tables(tmp_path, gate):
 
 
 def judge(url):
-    return JudgeRanker("judge", JsonClient(url, "NO_KEY", 10, 4, first_pause=0.001), template=None, concurrency=4)
+    return JudgeRanker("judge", JsonClient(url, "NO_KEY", 60, 4, first_pause=0.001), template=None, concurrency=4)
 
 
 def test_judge_sees_both_orders():

@@ -21,7 +21,7 @@ KEY_VARIABLE = "PREFOPT_TEST_KEY"
 SECRET = "sk-very-secret"
 
 
-def backend_for(address, *, timeout=5.0, retries=3, concurrency=4, tokenizer=None):
+def backend_for(address, *, timeout=30.0, retries=3, concurrency=4, tokenizer=None):
     client = JsonClient(address, KEY_VARIABLE, timeout, retries, first_pause=0.01)
     sampling = Sampling(0.7, 0.9, 0, 1.1, (5, 9))
     return ServerBackend(client, "tiny", tokenizer or tiny_tokenizer("llama3"), sampling, concurrency=concurrency)
