@@ -208,7 +208,7 @@ def _uniform_prompts(records: Sequence[Record]) -> list[Record]:
 
 def _features(rows: Sequence[Record], columns: Sequence[str]) -> Features | None:
     """Column types that do not depend on which rows happen to be empty; None for other columns lets `datasets` infer."""
-    known: dict[str, Any] = {"prompt_id": Value("string"), "prompt": _prompt_feature(rows)}
+    known: dict[str, Any] = {"prompt_id": Value("string"), "prompt": prompt_feature(rows)}
     candidate: dict[str, Any] = {
         "source": Value("string"),
         "k": Value("int32"),
@@ -228,7 +228,8 @@ def _features(rows: Sequence[Record], columns: Sequence[str]) -> Features | None
     return Features({name: known[name] if name in known else inferred[name] for name in columns})
 
 
-def _prompt_feature(rows: Sequence[Record]) -> Any:
+def prompt_feature(rows: Sequence[Record]) -> Any:
+    """The column type of the prompts: text, messages, or JSON where messages have further keys (tool calls), which differ by row."""
     if not isinstance(rows[0]["prompt"], list):
         return Value("string")
     plain = all(set(message) == set(_MESSAGE) for row in rows for message in row["prompt"])
