@@ -10,9 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Endpoint:
     """What the server saw, and what it does next.
 
-    `faults` are taken in turn, one a POST request, before anything is answered well: an HTTP status, "hang" (longer than any
-    time limit here), "drip" (a byte now and then), "cut" (less than announced), "text" (no JSON), "list", "empty" (an object
+    `faults` are taken in turn, one a POST request, before anything is answered well: an HTTP status, "hang" (no answer while the
+    server runs), "drip" (a byte now and then), "cut" (less than announced), "text" (no JSON), "list", "empty" (an object
     without choices), "aborted" (another finish_reason), "close" (no answer at all) or "redirect".
+    `gather` holds requests back until that many are there, and a moment longer for more to come.
     """
 
     def __init__(self, *, models=("tiny",), max_model_len=512, faults=(), return_ids=True, key=None, always=None):
@@ -21,7 +22,8 @@ class Endpoint:
         self.bodies, self.keys, self.open_requests, self.most_at_once = [], [], 0, 0
         self.lock = threading.Lock()
         self.answer = lambda body: ([7, 8, 9], "stop")
-        self.delay = 0.0
+        self.delay, self.gather = 0.0, None
+        self.over = threading.Event()
 
     def take_fault(self):
         with self.lock:
@@ -46,16 +48,17 @@ def handler_for(endpoint):
                 endpoint.keys.append(("here", self.headers.get("Authorization")))
                 endpoint.open_requests += 1
                 endpoint.most_at_once = max(endpoint.most_at_once, endpoint.open_requests)
+            if endpoint.gather is not None:
+                endpoint.gather.wait(30)
+            time.sleep(endpoint.delay)
+            with endpoint.lock:  # before the answer: a client that has it may ask again at once
+                endpoint.open_requests -= 1
             try:
                 self.answer(body, endpoint.take_fault())
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the client had enough
-            finally:
-                with endpoint.lock:
-                    endpoint.open_requests -= 1
 
         def answer(self, body, fault):
-            time.sleep(endpoint.delay)
             if endpoint.key is not None and self.headers.get("Authorization") != f"Bearer {endpoint.key}":
                 said = f"wrong key {self.headers.get('Authorization')}"
                 return self.reply(401, json.dumps({"error": said}).encode())
@@ -67,7 +70,8 @@ def handler_for(endpoint):
                 choice["token_ids"] = ids
             good = json.dumps({"choices": [choice], "usage": {"completion_tokens": len(ids)}}).encode()
             if fault == "hang":
-                time.sleep(2.0)
+                endpoint.over.wait(30)
+                self.reply(200, good)
             elif fault == "drip":
                 self.start(200, len(good))
                 for byte in good:
@@ -115,5 +119,6 @@ def serving(endpoint):
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     finally:
+        endpoint.over.set()
         server.shutdown()
         server.server_close()

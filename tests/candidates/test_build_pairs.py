@@ -113,6 +113,20 @@ def test_conversations_stay_conversations_and_tools_come_along(tmp_path):
     assert train[0]["tools"] == tools and not any(row.get("fault") for row in train)
 
 
+@pytest.mark.parametrize("output_format", ["parquet", "jsonl"])
+def test_tool_calls_of_any_arguments_reach_the_trainer(tmp_path, output_format):
+    def turns(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return [{"role": "user", "content": "Look."}, asked, {"role": "tool", "content": "42"}]
+
+    prompts = [turns(arguments) for arguments in ({"a": 1}, {"a": "x"}, {"b": [1]})]
+    source = save(tmp_path / "in.parquet", *((p, [candidate("a", 1.0), candidate("b", 0.0)]) for p in prompts))
+    path = run(BuildPairsArguments(source, str(tmp_path / "out"), plots=False, output_format=output_format))
+    train, _ = load_datasets(DataArguments(train=[DataSource(str(path))]))
+    assert train["prompt"][:] == prompts
+
+
 def test_each_prompt_draws_with_its_own_seed(tmp_path):
     rows = [(f"q{n}", [candidate("best", 9.0), *(candidate(f"c{k}", k, k=k) for k in range(4))]) for n in range(30)]
     source = save(tmp_path / "in.jsonl", *rows)

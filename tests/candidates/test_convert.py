@@ -10,9 +10,12 @@ from datasets import Dataset, load_dataset
 from prefopt.candidates.convert import FORMATS, ConvertArguments, run
 from prefopt.candidates.formats.apo import clean_response
 from prefopt.candidates.formats.dialogues import from_dialogue, to_dialogue
+from prefopt.candidates.generate_arguments import GenerateArguments
 from prefopt.candidates.records import make_candidate, make_record, read_records, write_records
+from prefopt.candidates.split import SplitArguments
+from prefopt.candidates.split import run as split
 from prefopt.data.loading import DataArguments, load_datasets
-from prefopt.data.sources import DataSource
+from prefopt.data.sources import DataSource, load_source
 from prefopt.files import read_jsonl, write_json, write_jsonl
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -59,6 +62,30 @@ def test_sppo_generated_columns_become_records_and_come_back(tmp_path, capsys):
     for i, si in enumerate(back["rm_scores"]):
         for j, sj in enumerate(back["rm_scores"]):
             assert back["probability"][i][j] == pytest.approx(1 / (1 + np.exp(sj - si)), abs=1e-12)
+
+
+def test_the_folder_that_a_command_wrote_is_an_input_of_every_tool(tmp_path):
+    folder = tmp_path / "ranked"
+    rows = [
+        make_record(f"p{n}", f"q{n}", [make_candidate(t, source="m", scores={"rm": 1 / 3}) for t in "xy"])
+        for n in range(20)
+    ]
+    write_records(folder / "candidates.parquet", rows)
+    write_json(folder / "report.json", {"counts": {}})
+    write_jsonl(folder / "rank_shards" / "00000.jsonl", [{"prompt_id": "p0", "values": [1.0]}])
+    run(ConvertArguments(str(folder), str(tmp_path / "out.jsonl"), "records", "sppo_generated"))
+    assert [row["rm_scores"] for row in read_jsonl(tmp_path / "out.jsonl")] == [[1 / 3, 1 / 3]] * 20
+    split(SplitArguments(str(folder), str(tmp_path / "split"), reward_model=0, policy=0.5, test=0.5))
+    assert [len(read_jsonl(tmp_path / "split" / f"{name}.jsonl")) for name in ("policy", "test")] == [10, 10]
+    assert load_source(GenerateArguments("m", str(folder), "o").source)["prompt"] == [row["prompt"] for row in rows]
+
+
+def test_a_prompt_that_comes_again_is_a_record_of_its_own(tmp_path):
+    first = generated_rows()[0]
+    again = {**first, "generate_0": talk("Is None null?", "another answer")}
+    convert(tmp_path, [first, again, again], "sppo_generated", "records")
+    records = read_records(tmp_path / "output.jsonl")
+    assert [record["candidates"][0]["text"] for record in records] == ["answer 0 你", *["another answer"] * 2]
 
 
 def test_a_pairwise_table_is_aggregated_as_published(tmp_path):
@@ -222,7 +249,7 @@ def test_ultrafeedback_in_and_out(tmp_path):
     (pair,) = convert(tmp_path, [row], "ultrafeedback", "pairs")
     assert (pair["chosen_score"], pair["rejected_score"]) == (8.5, 4.0)
     (back,) = convert(tmp_path, [pair], "pairs", "ultrafeedback")
-    assert {**back, "prompt_id": "p"} == row
+    assert back == row
     (record,) = convert(tmp_path, [row], "ultrafeedback", "records")
     assert [(c["source"], c["text"]) for c in record["candidates"]] == [
         ("dataset[chosen]", "good"),

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 
 from prefopt.candidates.backends import Request, Sampling, completion_of
 from prefopt.candidates.backends.local import PenaltyWithoutPadding, TransformersBackend
-from prefopt.candidates.generate import GenerateArguments, run
+from prefopt.candidates.generate import GenerateArguments, Job, run
+from prefopt.candidates.processes import Processes
 from prefopt.candidates.records import read_records
 from prefopt.candidates.shards import ShardFailed
 from prefopt.cli import main
@@ -66,6 +67,8 @@ def test_every_prompt_gets_k_answers(tmp_path, model_folder):
         assert len({c["text"] for c in record["candidates"]}) == 3
         assert all(1 <= c["num_tokens"] <= 12 for c in record["candidates"])
         assert all((c["num_tokens"] == 12) or c["finish_reason"] == "stop" for c in record["candidates"])
+    with pytest.raises(ValueError, match=r"candidates\.jsonl is there already"):
+        generate(tmp_path, model_folder, ["hello"])
     report = read_json(tmp_path / "out" / "report.json")
     assert report["counts"]["answers"] == 9
     assert report["counts"]["tokens"] == sum(c["num_tokens"] for r in records for c in r["candidates"])
@@ -218,6 +221,25 @@ def test_stop_ids_of_the_recipe_end_answers(tmp_path, model_folder):
     assert short["text"] == tokenizer.decode(ids[: ids.index(ids[4])], skip_special_tokens=True)
 
 
+def test_the_end_tokens_that_a_model_declares_end_answers(tmp_path):
+    """Of a model, of the base under an adapter (where Gemma's end of turn is declared), and without a generation config."""
+    tokenizer = tiny_tokenizer("gemma2")
+    turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    model = tiny_model("llama", eos_token_id=[tokenizer.eos_token_id, turn])
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn]
+    places = {name: str(tmp_path / name) for name in ("full", "bare", "adapter")}
+    model.save_pretrained(places["full"])
+    model.save_pretrained(places["bare"])
+    (tmp_path / "bare" / "generation_config.json").unlink()
+    base = AutoModelForCausalLM.from_pretrained(places["full"])
+    get_peft_model(base, LoraConfig(target_modules=["v_proj"])).save_pretrained(places["adapter"])
+    assert tokenizer.eos_token_id != turn
+    for name, place in places.items():
+        tokenizer.save_pretrained(place)
+        job = Job(arguments(tmp_path, place, ["hello"]), Processes())
+        assert job.sampling.stop_token_ids == tuple(sorted([tokenizer.eos_token_id, turn])), name
+
+
 def test_the_seed_decides_the_samples(tmp_path, model_folder):
     prompts = [f"question {i}" for i in range(5)]
     first, again, other, finer = (
@@ -302,6 +324,25 @@ def test_prompts_without_room_and_empty_prompts_are_counted_and_listed(tmp_path,
     assert not (tmp_path / "b").exists()
 
 
+def test_each_prompt_that_the_template_refuses_is_listed_with_its_own_reason(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% if messages | length > 1 %}{{ raise_exception('not after ' + messages[0]['role']) }}{% endif %}{{ messages[0]['content'] }}"
+    )
+    rows = [
+        {"prompt": [{"role": role, "content": "x"}, {"role": "user", "content": "y"}], "prompt_id": role}
+        for role in ("system", "user")
+    ]
+    records = generate(tmp_path, model, [*rows, {"prompt": [{"role": "user", "content": "fox"}], "prompt_id": "good"}])
+    assert [record["prompt_id"] for record in records] == ["good"]
+    listed = {
+        row["prompt_id"]: (row["reason"], row["detail"]) for row in read_jsonl(tmp_path / "out" / "skipped.jsonl")
+    }
+    assert listed == {
+        role: ("refused by the chat template", f"TemplateError: not after {role}") for role in ("system", "user")
+    }
+
+
 def test_responses_of_the_dataset_join_the_samples(tmp_path, model_folder):
     rows = [
         {"prompt": "q", "chosen": "good", "rejected": [{"role": "assistant", "content": "bad"}]},
@@ -317,7 +358,17 @@ def test_responses_of_the_dataset_join_the_samples(tmp_path, model_folder):
         ("dataset[chosen]", 1, "better"),
     ]
     assert read_json(tmp_path / "out" / "report.json")["duplicate prompts"] == 1
-    with pytest.raises(ValueError, match="no column 'baseline'"):
+    scored = {"prompt": "s", "chosen": {"response": "x", "score": float("nan")}, "rejected": "y"}
+    with pytest.raises(ValueError, match=r"row 1: Column 'chosen': a score is nan"):  # and not when all is sampled
+        generate(
+            tmp_path,
+            model_folder,
+            [{"prompt": "t", "chosen": {"response": "x", "score": 1.0}}, scored],
+            off_policy_columns=["chosen"],
+            output_dir=str(tmp_path / "b"),
+        )
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match=r"row 0: .*no column 'baseline'"):
         generate(tmp_path, model_folder, rows, off_policy_columns=["baseline"], output_dir=str(tmp_path / "b"))
 
 

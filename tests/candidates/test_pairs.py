@@ -52,6 +52,7 @@ def test_antisymmetric_table_keeps_its_logits():
 
 
 @given(tables)
+@settings(deadline=None)
 def test_probabilities_are_complementary(table):
     probabilities = win_probabilities(table)
     np.testing.assert_allclose(probabilities + probabilities.T, 1.0, atol=1e-12)
@@ -220,7 +221,7 @@ def test_only_eligible_candidates_are_picked_but_all_count(policy):
 
 
 @given(score_lists, st.sampled_from(sorted(POLICIES)), st.floats(0, 5))
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_invariants(scores, policy, min_gap):
     texts = ["x" * (index * 7 % 5 + 1) for index in range(len(scores))]
     pairs = select_pairs(texts, scores, policy=policy, min_gap=min_gap)

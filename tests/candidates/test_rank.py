@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from prefopt.candidates.pairs import score_differences
 from prefopt.candidates.rank import run
@@ -60,6 +61,8 @@ def test_scores_are_added_and_everything_else_stays(candidates, lengths, tmp_pat
             assert other["scores"] == {"score": len(one["text"]) + 0.25}
             assert {**other, "scores": {}} == one
         assert new["prompt"] == old["prompt"] and new["tables"] == {}
+    with pytest.raises(ValueError, match=r"candidates\.parquet is there already"):
+        run(arguments(candidates, tmp_path / "out", "function", lengths, output_format="jsonl"))
     report = json.loads((path.parent / "report.json").read_text())
     assert report["counts"] == {"prompts": 6, "answers": 18} and report["score name"] == "score"
 
@@ -86,6 +89,9 @@ def test_truncated_answers_are_counted_and_told(candidates, tmp_path, capsys):
     counts = json.loads((path.parent / "report.json").read_text())["counts"]
     assert counts["truncated prompts"] > 0 and counts["answers"] == 18
     assert f"{counts['truncated prompts']} truncated prompts" in capsys.readouterr().out
+    (tmp_path / "rm" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"other settings.*fingerprint"):  # another template makes other scores
+        run(arguments(candidates, tmp_path / "out", "reward-model", tmp_path / "rm", max_length=24))
 
 
 def test_the_raw_prompt_is_read_unless_a_policy_template_is_asked_for(candidates, tmp_path):
@@ -131,11 +137,18 @@ def test_half_written_shards_are_made_again(candidates, lengths, tmp_path):
     assert len((tmp_path / "seen").read_text().splitlines()) == 4
 
 
-def test_shards_of_another_run_are_refused(candidates, lengths, tmp_path):
+def test_shards_of_another_run_are_refused(candidates, lengths, tmp_path, monkeypatch):
     run(arguments(candidates, tmp_path / "out", "function", lengths))
     (tmp_path / "other.py").write_text("def score(prompt, candidates):\n    return [0.0] * len(candidates)\n")
     with pytest.raises(ValueError, match=r"other settings.*fingerprint"):
         run(arguments(candidates, tmp_path / "out", "function", f"{tmp_path}/other.py:score"))
+    monkeypatch.syspath_prepend(tmp_path)
+    module = arguments(candidates, tmp_path / "module", "function", "lengths:score")
+    run(module)
+    (tmp_path / "lengths.py").write_text((tmp_path / "other.py").read_text())
+    with pytest.raises(ValueError, match=r"other settings.*fingerprint"):
+        run(module)
+    (tmp_path / "lengths.py").write_text(LENGTHS.format(folder=str(tmp_path)))
     changed = records()
     changed[3]["candidates"][1]["text"] += "!"
     write_records(tmp_path / "changed.jsonl", changed)
@@ -169,6 +182,21 @@ def test_a_judge_that_cannot_be_reached(candidates, tmp_path):
     with judge_server(lambda question: "[[A]]" if question.count("blue") % 2 else "[[B]]") as url:
         path = run(arguments(candidates, tmp_path / "out", "judge", "judge", base_url=url))
     assert set(read_records(path)[0]["tables"]) == {"judge"}
+
+
+def test_the_hub_is_used_only_when_asked_and_last(candidates, lengths, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(self, repository, private):
+        assert (tmp_path / "out" / "candidates.parquet").exists()
+        pushed.append((repository, private, self[0]["candidates"][0]["scores"]))
+
+    monkeypatch.setattr(Dataset, "push_to_hub", push)
+    run(arguments(candidates, tmp_path / "out", "function", lengths))
+    assert pushed == []
+    asked = {"push_to_hub": True, "hub_dataset_id": "me/ranked", "hub_private_repo": False}
+    run(arguments(candidates, tmp_path / "out", "function", lengths, **asked))
+    assert pushed == [("me/ranked", False, {"score": len(records()[0]["candidates"][0]["text"]) + 0.25})]
 
 
 def test_arguments_are_checked():

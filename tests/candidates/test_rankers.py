@@ -51,7 +51,7 @@ def test_reward_model_scores_whole_conversations(tmp_path, pad, tokens_per_batch
 def test_truncation_keeps_the_end_and_is_counted(tmp_path):
     save_reward_model(tmp_path)
     counts = tally()
-    requests = [Request("a", "word " * 60, ["five", "six " * 60]), Request("b", "short", ["x"])]
+    requests = [Request("a", "word " * 60, ["five", "six " * 60, "two"]), Request("b", "short", ["x"])]
     scores = build("reward-model", tmp_path, max_length=40).rank(requests, counts)
     assert counts.counts["truncated prompts"] == 1 and counts.counts["truncated answers"] == 1
     end = build("reward-model", tmp_path, max_length=40).rank(
@@ -68,7 +68,7 @@ def test_encoder_without_chat_template_reads_a_pair_of_texts(tmp_path):
 
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ids
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
     )
     config = AutoConfig.for_model(
         "bert",
@@ -82,14 +82,21 @@ def test_encoder_without_chat_template_reads_a_pair_of_texts(tmp_path):
     model = spread(AutoModelForSequenceClassification.from_config(config))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    described["model_input_names"] = [
+        "input_ids",
+        "token_type_ids",
+        "attention_mask",
+    ]  # as BERT's own tokenizer has them
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     counts = tally()
     (scores,) = build("reward-model", tmp_path, max_length=60).rank(
         [Request("a", "Name a colour.", ["Blue.", "green " * 60])], counts
     )
+    inputs = tokenizer("Name a colour.", "Blue.", return_tensors="pt", return_token_type_ids=True)
+    assert set(inputs["token_type_ids"][0].tolist()) == {0, 1}
     with torch.no_grad():
-        expected = model(
-            **tokenizer("Name a colour.", "Blue.", return_tensors="pt", return_token_type_ids=False)
-        ).logits.item()
+        expected = model(**inputs).logits.item()
     assert scores[0] == pytest.approx(expected, abs=1e-5)
     assert counts.counts["truncated answers"] == 1
 
@@ -202,6 +209,8 @@ def test_general_preference_tables(tmp_path, gate):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     tables = build("general-preference", tmp_path, tokens_per_batch=100).rank(REQUESTS, tally())
+    with pytest.raises(ValueError, match=r"max_length is 4096, but .* reads at most 2048 tokens"):
+        build("general-preference", tmp_path, max_length=4096)
     for request, table in zip(REQUESTS, tables):
         vectors, scales = [], np.ones(2)
         bare = tokenizer.apply_chat_template(conversation(request.prompt, "")[:-1], add_generation_prompt=True)[
@@ -225,7 +234,7 @@ def test_general_preference_tables(tmp_path, gate):
 
 
 def judge(url):
-    return JudgeRanker("judge", JsonClient(url, "NO_KEY", 10, 4, first_pause=0.001), template=None, concurrency=4)
+    return JudgeRanker("judge", JsonClient(url, "NO_KEY", 60, 4, first_pause=0.001), template=None, concurrency=4)
 
 
 def test_judge_sees_both_orders():
@@ -291,7 +300,8 @@ def test_templates_of_the_user(tmp_path):
 
 def test_functions_by_file_and_by_module(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def score(prompt, candidates):\n    return [len(prompt) + len(text) for text in candidates]\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Rule:\n    weight: int = 1\n\n"
+        "def score(prompt, candidates):\n    return [len(prompt) + Rule().weight * len(text) for text in candidates]\n"
     )
     (row,) = build("function", f"{tmp_path}/mine.py:score").rank([Request("r", "ab", ["x", "xyz"])], tally())
     assert row.tolist() == [3.0, 5.0]

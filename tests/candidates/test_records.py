@@ -10,6 +10,7 @@ from prefopt.candidates.records import (
     make_candidate,
     make_record,
     off_policy_candidates,
+    output_file,
     read_records,
     to_dataset,
     write_records,
@@ -45,6 +46,14 @@ def test_a_folder_that_a_command_wrote_is_read_by_its_records(tmp_path):
     write_records(tmp_path / "candidates.parquet", records())
     write_jsonl(tmp_path / "skipped.jsonl", [{"row": 1, "reason": "empty prompt"}])
     assert [record["prompt_id"] for record in read_records(tmp_path)] == ["a", "b"]
+
+
+def test_records_of_two_formats_are_not_left_side_by_side(tmp_path):
+    assert output_file(tmp_path, "jsonl") == tmp_path / "candidates.jsonl"
+    write_records(tmp_path / "candidates.parquet", records())
+    assert output_file(tmp_path, "parquet") == tmp_path / "candidates.parquet"
+    with pytest.raises(ValueError, match=r"candidates\.parquet is there already"):
+        output_file(tmp_path, "jsonl")
 
 
 def test_string_prompts_stay_strings_and_join_conversations_as_user_turns(tmp_path):

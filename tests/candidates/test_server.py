@@ -2,11 +2,12 @@
 
 import logging
 import socket
-import time
+import threading
+import traceback
 
 import pytest
 
-from prefopt.candidates.backends import Request, Sampling
+from prefopt.candidates.backends import Request, Sampling, http
 from prefopt.candidates.backends.http import JsonClient, ServerError
 from prefopt.candidates.backends.server import ServerBackend, find_model
 from prefopt.candidates.generate import GenerateArguments, run
@@ -20,7 +21,7 @@ KEY_VARIABLE = "PREFOPT_TEST_KEY"
 SECRET = "sk-very-secret"
 
 
-def backend_for(address, *, timeout=5.0, retries=3, concurrency=4, tokenizer=None):
+def backend_for(address, *, timeout=30.0, retries=3, concurrency=4, tokenizer=None):
     client = JsonClient(address, KEY_VARIABLE, timeout, retries, first_pause=0.01)
     sampling = Sampling(0.7, 0.9, 0, 1.1, (5, 9))
     return ServerBackend(client, "tiny", tokenizer or tiny_tokenizer("llama3"), sampling, concurrency=concurrency)
@@ -57,10 +58,11 @@ def test_every_setting_is_sent_with_token_ids():
 
 
 def test_requests_run_at_once_and_come_back_in_order():
+    """The server answers nothing until four requests are there (fewer: it gives up), and waits for a fifth, which must not come."""
     endpoint = Endpoint()
-    endpoint.delay = 0.05
+    endpoint.gather, endpoint.delay = threading.Barrier(4), 0.1
     endpoint.answer = lambda body: ([body["seed"], 9], "stop")
-    answers = complete(endpoint, 12, concurrency=4)
+    answers = complete(endpoint, 12, concurrency=4, timeout=60.0)
     assert [answer.token_ids for answer in answers] == [(100 + n, 9) for n in range(12)]
     assert endpoint.most_at_once == 4
 
@@ -76,10 +78,9 @@ def test_a_passing_fault_is_retried(fault):
 @pytest.mark.parametrize("fault", ["hang", "drip"])
 def test_a_request_has_a_time_limit(fault):
     endpoint = Endpoint(faults=[fault])
-    started = time.monotonic()
     (answer,) = complete(endpoint, timeout=0.4)
     assert answer.num_tokens == 3
-    assert time.monotonic() - started < 1.9
+    assert len(endpoint.bodies) > 1  # it waited for no end of the first
     with pytest.raises(ServerError, match=r"failed 2 times; the last time: no answer within 0\.3 s"):
         complete(Endpoint(always=fault), timeout=0.3, retries=1)
 
@@ -124,8 +125,20 @@ def test_one_request_that_fails_for_good_ends_the_others():
     endpoint = Endpoint(faults=[400])
     endpoint.delay = 0.05
     with pytest.raises(ServerError, match="HTTP 400"):
-        complete(endpoint, 50, concurrency=2)
-    assert len(endpoint.bodies) < 10
+        complete(endpoint, 100, concurrency=2)
+    assert len(endpoint.bodies) < 50
+
+
+def test_an_interrupted_run_waits_for_no_request_that_has_not_begun(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http, "wait", interrupted)
+    endpoint = Endpoint()
+    endpoint.delay = 0.05
+    with pytest.raises(KeyboardInterrupt):
+        complete(endpoint, 100, concurrency=2)
+    assert len(endpoint.bodies) < 50
 
 
 def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, caplog, capfd):
@@ -142,6 +155,12 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, capl
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(ServerError, match=f"{KEY_VARIABLE}, which is not set"):
         complete(Endpoint(key=SECRET))
+    monkeypatch.setenv(KEY_VARIABLE, f"{SECRET}\nOTHER=1")  # the HTTP library's own message holds the key
+    with pytest.raises(
+        ServerError, match=f"The key in {KEY_VARIABLE} holds a character that cannot be sent"
+    ) as caught:
+        complete(Endpoint())
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
     output = capfd.readouterr()
     assert SECRET not in caplog.text + output.out + output.err
 

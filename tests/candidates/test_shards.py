@@ -165,12 +165,12 @@ def test_progress_tells_speed_and_time_left():
 SCRIPT = """
     import json, os, sys, time
     from prefopt.candidates.shards import run_shards
-    folder, fail = sys.argv[1], int(sys.argv[2])
+    folder, fail, hold = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     rank = int(os.environ.get("RANK", 0))
     def work(shard):
         if shard.index == fail:
             raise RuntimeError("broken shard")
-        time.sleep(0.2)
+        time.sleep(600 if shard.index >= hold else 0.2)
         return [{"prompt_id": i["prompt_id"], "rank": rank, "seed": shard.seed} for i in shard.items]
     items = [{"prompt_id": f"p{i}"} for i in range(30)]
     plan = run_shards(items, work, tool="test", settings={}, output_dir=folder, shard_size=3, seed=1)
@@ -179,10 +179,11 @@ SCRIPT = """
 """
 
 
-def start(tmp_path, folder, fail=-1, processes=2):
+def start(tmp_path, folder, fail=-1, hold=99, processes=2):
+    """`fail`: the shard whose work raises; `hold`: the first shard whose work does not end."""
     script = tmp_path / "work.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    return launch([script, folder, fail], processes=processes)
+    return launch([script, folder, fail, hold], processes=processes)
 
 
 def rows_of(output):
@@ -196,11 +197,11 @@ def test_two_processes_share_the_shards_are_killed_and_continue(tmp_path):
     assert {row["rank"] for row in rows} == {0, 1}
     assert [row["prompt_id"] for row in rows] == [f"p{i}" for i in range(30)]
 
-    killed = start(tmp_path, tmp_path / "killed")
+    killed = start(tmp_path, tmp_path / "killed", hold=4)
     folder = tmp_path / "killed" / "test_shards"
-    kill_when(killed, lambda: len(list(folder.glob("*.json"))) >= 3)
+    kill_when(killed, lambda: len(list(folder.glob("*.json"))) == 4)
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
-    assert 3 <= len(kept) < 10
+    assert len(kept) == 4
     resumed = start(tmp_path, tmp_path / "killed", processes=1)
     again = rows_of(resumed.communicate(timeout=120)[0])
     assert [(r["prompt_id"], r["seed"]) for r in again] == [(r["prompt_id"], r["seed"]) for r in rows]

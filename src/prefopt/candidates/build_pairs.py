@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from prefopt.candidates.pairs import POLICIES, Pair, Probabilities, check_policy, select_pairs
 from prefopt.candidates.pairs_report import PairRecord, summarise, write_report
-from prefopt.candidates.records import Record, read_records
+from prefopt.candidates.records import Record, prompt_feature, read_records
 from prefopt.data.messages import as_messages
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.files import atomic_path, content_hash, write_jsonl
@@ -266,7 +266,9 @@ def pair_rows(found: Sequence[PairRecord], columns: Sequence[str]) -> list[dict[
 
 
 def _write(path: Path, rows: list[dict[str, Any]], output_format: str) -> Dataset:
-    dataset = Dataset.from_list(rows)
+    others = Dataset.from_list([{name: value for name, value in row.items() if name != "prompt"} for row in rows])
+    features = {name: prompt_feature(rows) if name == "prompt" else others.features[name] for name in rows[0]}
+    dataset = Dataset.from_list(rows, features=Features(features))
     if output_format == "jsonl":
         write_jsonl(path, rows)
     else:

@@ -10,15 +10,11 @@ from typing import Any
 from datasets import Dataset
 
 from prefopt.candidates.formats import Context, Format, apo, dialogues, read_pairs, sppo
-from prefopt.candidates.records import check_record, write_records
+from prefopt.candidates.records import read_records, write_records
 from prefopt.data.messages import without_none
 from prefopt.data.rows import Row
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import atomic_path, write_json, write_jsonl
-
-
-def _read_records(rows: Sequence[Row], context: Context) -> list[Row]:
-    return [check_record(row, f"Row {number}") for number, row in enumerate(rows)]
 
 
 def _as_they_are(rows: Sequence[Row], context: Context) -> list[Row]:
@@ -26,7 +22,7 @@ def _as_they_are(rows: Sequence[Row], context: Context) -> list[Row]:
 
 
 FORMATS: dict[str, Format] = {
-    "records": Format("candidate records of prefopt", "records", _read_records, _as_they_are),
+    "records": Format("candidate records of prefopt", "records", _as_they_are, _as_they_are),
     "pairs": Format("pairs: prompt, chosen, rejected, method columns", "pairs", read_pairs, _as_they_are),
     "responses": Format(
         "any dataset with a prompt and `columns` of responses", "records", dialogues.read_responses, None
@@ -118,7 +114,10 @@ def run(args: ConvertArguments) -> Path:
     Raises:
         ValueError: a row that is not of the format, or nothing left to write.
     """
-    rows = [without_none(row) for row in load_source(DataSource(args.input, split=args.split))]
+    if args.from_format == "records":
+        rows = read_records(args.input, split=args.split)
+    else:
+        rows = [without_none(row) for row in load_source(DataSource(args.input, split=args.split))]
     golden = None
     if args.golden is not None:
         golden = apo.read_golden(list(load_source(DataSource(args.golden))))

@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from prefopt.candidates.backends import Backend, Request, Sampling, stop_ids_of
 from prefopt.candidates.generate_arguments import FLAG_ALIASES, GenerateArguments
 from prefopt.candidates.processes import Processes, current_processes
 from prefopt.candidates.prompts import PromptSet, load_prompts, tokenize
-from prefopt.candidates.records import Record, join_candidates, make_candidate, make_record, to_dataset, write_records
+from prefopt.candidates.records import (
+    Record,
+    join_candidates,
+    make_candidate,
+    make_record,
+    output_file,
+    to_dataset,
+    write_records,
+)
 from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards, shard_seed
 from prefopt.candidates.workers import work_in_children
 from prefopt.data.rows import CONTEXT_COLUMNS
@@ -38,6 +46,7 @@ def run(args: GenerateArguments) -> Path:
     Raises:
         ValueError: a mistake in the settings or the data, or a shard that failed; see the modules of each step.
     """
+    output = output_file(args.output_dir, args.output_format)
     team = current_processes()
     job = Job(args, team)
     if args.backend == "vllm" and args.data_parallel_size > 1:
@@ -47,7 +56,6 @@ def run(args: GenerateArguments) -> Path:
         )
     else:
         plan = run_shards(job.prompts.items, job.work, processes=team, **job.shard_settings())
-    output = Path(args.output_dir) / f"candidates.{args.output_format}"
     if team.is_main:
         records = merge(plan, job.prompts)
         _write(args, job, plan, records, output)
@@ -80,13 +88,16 @@ class Job:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
         )
-        self.context = _context(args, server_length)
+        base = _adapter_base(args)
+        place, revision = base or args.model_name_or_path, None if base else args.model_revision
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=args.trust_remote_code)
+        self.context = _context(args, config, server_length)
         self.template = (
             bool(self.tokenizer.chat_template) if args.prompt_format == "auto" else args.prompt_format == "chat"
         )
         read = load_prompts(args.source, column=args.prompt_column, off_policy_columns=args.off_policy_columns)
         self.prompts: PromptSet = tokenize(read, self.tokenizer, template=self.template, context=self.context)
-        stops = stop_ids_of(self.tokenizer, args.model_name_or_path, args.model_revision, args.stop_token_ids)
+        stops = stop_ids_of(self.tokenizer, config, place, revision, args.stop_token_ids)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, stops)
         self.backend: Backend | None = None
 
@@ -191,13 +202,7 @@ def _fingerprint(args: GenerateArguments) -> str | None:
     return files_fingerprint(model_folder(args.model_name_or_path, args.model_revision, download=True))
 
 
-def _context(args: GenerateArguments, server_length: int | None) -> int | None:
-    base = _adapter_base(args)
-    config = AutoConfig.from_pretrained(
-        base or args.model_name_or_path,
-        revision=None if base else args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+def _context(args: GenerateArguments, config: PretrainedConfig, server_length: int | None) -> int | None:
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (own, server_length) if limit is not None]
     if args.max_model_len is not None and limits and args.max_model_len > min(limits):

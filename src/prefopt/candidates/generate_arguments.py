@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefopt.candidates.records import file_of
 from prefopt.data.sources import DataSource
 
 BACKENDS = ("transformers", "vllm", "server")
@@ -164,4 +165,4 @@ class GenerateArguments:
     @property
     def source(self) -> DataSource:
         """Where the prompts are."""
-        return DataSource(self.prompts, name=self.prompts_config, split=self.prompts_split)
+        return DataSource(file_of(self.prompts), name=self.prompts_config, split=self.prompts_split)

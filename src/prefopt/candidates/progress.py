@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -42,17 +43,19 @@ class Progress:
         self.first = finished()
         self.started = self.last = clock()
         self.rows, self.tokens = 0.0, 0
+        self.lock = threading.Lock()
 
     def start_shard(self) -> None:
         """Forget what was reported within the shard before: it counts as finished now."""
         self.rows, self.tokens = 0.0, 0
 
     def advance(self, *, rows: float = 0, tokens: int = 0) -> None:
-        """Add rows and tokens done within the present shard, and print where a line is due."""
-        self.rows += rows
-        self.tokens += tokens
-        if self.clock() - self.last >= self.every:
-            self.show()
+        """Add rows and tokens done within the present shard, and print where a line is due; threads may call this at once."""
+        with self.lock:
+            self.rows += rows
+            self.tokens += tokens
+            if self.clock() - self.last >= self.every:
+                self.show()
 
     def show(self) -> None:
         """Print a line."""

@@ -7,19 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, Json, Value
-from datasets import Features as DatasetFeatures
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.candidates.records import Candidate, off_policy_candidates
-from prefopt.data.encoding import check_chat_template
-from prefopt.data.faults import EMPTY_PROMPT, PROMPT_TOO_LONG, BadRow
-from prefopt.data.messages import as_messages, is_blank, without_none
+from prefopt.data.encoding import Group, check_chat_template, encode_groups
+from prefopt.data.faults import PROMPT_TOO_LONG, BadRow
+from prefopt.data.messages import as_messages, without_none
 from prefopt.data.rows import CONTEXT_COLUMNS, Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
-from prefopt.data.tokenization import tokenize_prompts
-
-NOT_TOKENISED = "cannot be tokenised"
 
 
 @dataclass
@@ -57,7 +52,7 @@ def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequenc
         off_policy_columns: columns of responses, see `off_policy_candidates`.
 
     Raises:
-        ValueError: no such dataset or column; two different prompts with one `prompt_id`.
+        ValueError: no such dataset or column; two different prompts with one `prompt_id`; a response that cannot be read.
     """
     prompts = PromptSet()
     rows = load_source(source)
@@ -84,7 +79,10 @@ def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequenc
         else:
             prompts.duplicates += 1
         given = prompts.off_policy.setdefault(prompt_id, [])
-        given += _renumbered(given, off_policy_candidates(row, off_policy_columns))
+        try:
+            given += _renumbered(given, off_policy_candidates(row, off_policy_columns))
+        except ValueError as error:
+            raise ValueError(f"Dataset {source}, row {number}: {error}") from error
     return prompts
 
 
@@ -120,49 +118,24 @@ def tokenize(
     Raises:
         ValueError: no prompt is left, or messages without a chat template.
     """
+    items, prompts.items = prompts.items, []
     if template:
         check_chat_template(tokenizer)
-    items = []
-    for item in prompts.items:
-        if is_blank(item["prompt"]):
-            prompts.skip(item["row"], item["prompt_id"], EMPTY_PROMPT, "nothing but white space")
-        else:
-            items.append({**item, "prompt": as_messages(item["prompt"])} if template else item)
-    if not items:
-        raise ValueError(f"No prompt can be used ({_told(prompts)}).")
-    ids, detail = _ids_of(items, tokenizer)
-    prompts.items = []
-    for item in items:
-        prompt_ids = ids.get(item["prompt_id"])
-        if prompt_ids is None:
-            prompts.skip(item["row"], item["prompt_id"], NOT_TOKENISED, detail)
-        elif context is not None and len(prompt_ids) >= context:
-            found = f"{len(prompt_ids)} tokens leave no room for an answer in a context of {context}"
+        items = [{**item, "prompt": as_messages(item["prompt"])} for item in items]
+    groups = [Group(item["prompt"], [], *(item.get(name) for name in CONTEXT_COLUMNS)) for item in items]
+    for item, encoded in zip(items, encode_groups(groups, tokenizer)):
+        if isinstance(encoded, BadRow):
+            prompts.skip(item["row"], item["prompt_id"], encoded.reason, encoded.detail)
+        elif context is not None and len(encoded.prompt_ids) >= context:
+            found = f"{len(encoded.prompt_ids)} tokens leave no room for an answer in a context of {context}"
             prompts.skip(item["row"], item["prompt_id"], PROMPT_TOO_LONG, found)
         else:
             kept = {name: value for name, value in item.items() if name != "row"}
-            prompts.items.append({**kept, "prompt_ids": list(prompt_ids)})
+            prompts.items.append({**kept, "prompt_ids": encoded.prompt_ids})
     prompts.skipped.sort(key=lambda row: row["row"])
     if not prompts.items:
         raise ValueError(f"No prompt can be used ({_told(prompts)}).")
     return prompts
-
-
-def _ids_of(items: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[int]], str]:
-    """prompt_id -> ids, and what was wrong with the first row that has none."""
-    kinds = {isinstance(item["prompt"], list) for item in items}
-    ids: dict[str, list[int]] = {}
-    details = []
-    for messages in sorted(kinds):
-        rows = [item for item in items if isinstance(item["prompt"], list) == messages]
-        features: dict[str, Any] = {"prompt_id": Value("string"), "prompt": Json() if messages else Value("string")}
-        features |= {name: Json() for name in CONTEXT_COLUMNS if any(name in row for row in rows)}
-        columns = {name: [row.get(name) for row in rows] for name in features}
-        dataset = Dataset.from_dict(columns, features=DatasetFeatures(features))
-        tokenised, report = tokenize_prompts(dataset, tokenizer, max_length=None)
-        ids |= dict(zip(tokenised["prompt_id"], tokenised["prompt_ids"]))
-        details += [detail for _, detail in report.examples.values()]
-    return ids, details[0] if details else ""
 
 
 def _told(prompts: PromptSet) -> str:

@@ -13,7 +13,9 @@ from prefopt.candidates.processes import Processes, current_processes
 from prefopt.candidates.rank_arguments import FLAG_ALIASES, RankArguments
 from prefopt.candidates.rankers import MODEL_RANKERS, RankerOptions, build_ranker
 from prefopt.candidates.rankers.base import Request, check_scores
-from prefopt.candidates.records import Record, read_records, to_dataset, write_records
+from prefopt.candidates.rankers.function import function_file
+from prefopt.candidates.records import Record, output_file, read_records, to_dataset, write_records
+from prefopt.candidates.shard_plan import file_hash
 from prefopt.candidates.shards import Row, Shard, ShardPlan, run_shards
 from prefopt.data.messages import as_messages
 from prefopt.files import content_hash, write_json
@@ -21,6 +23,8 @@ from prefopt.references.fingerprints import files_fingerprint, model_folder
 
 __all__ = ["FLAG_ALIASES", "RankArguments", "run", "with_scores"]
 
+# with the weights, what decides a ranker's scores
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "tokenizer_config.json", "chat_template.jinja")
 FEW = "prompts with fewer than two candidates"
 
 
@@ -33,6 +37,7 @@ def run(args: RankArguments) -> Path:
     Raises:
         ValueError: a mistake in the settings or the data, a ranker that cannot be used, or a shard that failed.
     """
+    output = output_file(args.output_dir, args.output_format)
     records = read_records(args.candidates, split=args.split)
     scored = [record["prompt_id"] for record in records if args.name in _score_names(record)]
     if scored:
@@ -60,7 +65,6 @@ def run(args: RankArguments) -> Path:
         },
         processes=processes,
     )
-    output = Path(args.output_dir) / f"candidates.{args.output_format}"
     if processes.is_main:
         _finish(args, records, plan, output)
     processes.gather(None)  # nobody leaves before the file is there
@@ -91,10 +95,10 @@ def _identify(args: RankArguments) -> tuple[str, str | None]:
     name = args.model_name_or_path
     if args.ranker in MODEL_RANKERS:
         folder = model_folder(name, args.model_revision, download=True)
-        return str(folder), files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
-    module = name.rpartition(":")[0]
-    text = module if args.ranker == "function" and module.endswith(".py") else args.judge_template
-    return name, content_hash(Path(text).read_text(encoding="utf-8")) if text else None
+        weights = files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
+        return str(folder), content_hash(weights, [file_hash(folder / file) for file in TOKENIZER_FILES])
+    text = function_file(name) if args.ranker == "function" else args.judge_template
+    return name, content_hash(Path(text).read_text(encoding="utf-8", errors="replace")) if text else None
 
 
 class _Work:

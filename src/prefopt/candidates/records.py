@@ -111,18 +111,37 @@ def _check_finite(values: Iterable[Any], what: str) -> None:
             raise ValueError(f"{what} is {value!r}, not a finite number.")
 
 
+def output_file(folder: str | Path, output_format: str) -> Path:
+    """`candidates.<output_format>` in `folder`.
+
+    Raises:
+        ValueError: the folder holds records in the other format, which a reader would take for these.
+    """
+    path = Path(folder) / f"candidates.{output_format}"
+    for name in RECORD_FILES:
+        if name != path.name and (path.parent / name).exists():
+            raise ValueError(
+                f"{path.parent / name} is there already, and would be mixed up with {path.name}; remove it or give another output_dir."
+            )
+    return path
+
+
+def file_of(path: str | Path) -> str:
+    """The file of records in a folder that a command wrote; any other path as it is."""
+    found = (Path(path) / name for name in RECORD_FILES)
+    return str(next((file for file in found if file.is_file()), path))
+
+
 def read_records(path: str | Path, *, split: str = "train") -> list[Record]:
     """Records from a parquet or jsonl file, a folder that a command wrote, or a hub dataset; each checked.
 
     Raises:
         ValueError: nothing there, or a row that is not a record; two records of one prompt_id.
     """
-    folder = Path(path)
-    found = next((folder / name for name in RECORD_FILES if (folder / name).is_file()), folder)
-    name = str(found if folder.is_dir() else path)
+    name = file_of(path)
     rows: Iterable[Record]
-    if found.is_file() and name.endswith((".jsonl", ".jsonl.gz")) and split == "train":
-        rows = read_jsonl(found)  # the JSON reader of `datasets` may change the last digit of a score
+    if Path(name).is_file() and name.endswith((".jsonl", ".jsonl.gz")) and split == "train":
+        rows = read_jsonl(name)  # the JSON reader of `datasets` may change the last digit of a score
     else:
         rows = load_source(DataSource(name, split=split))
     records = [check_record(row, f"{path}, row {number}") for number, row in enumerate(rows)]
@@ -189,7 +208,7 @@ def _uniform_prompts(records: Sequence[Record]) -> list[Record]:
 
 def _features(rows: Sequence[Record], columns: Sequence[str]) -> Features | None:
     """Column types that do not depend on which rows happen to be empty; None for other columns lets `datasets` infer."""
-    known: dict[str, Any] = {"prompt_id": Value("string"), "prompt": _prompt_feature(rows)}
+    known: dict[str, Any] = {"prompt_id": Value("string"), "prompt": prompt_feature(rows)}
     candidate: dict[str, Any] = {
         "source": Value("string"),
         "k": Value("int32"),
@@ -209,7 +228,8 @@ def _features(rows: Sequence[Record], columns: Sequence[str]) -> Features | None
     return Features({name: known[name] if name in known else inferred[name] for name in columns})
 
 
-def _prompt_feature(rows: Sequence[Record]) -> Any:
+def prompt_feature(rows: Sequence[Record]) -> Any:
+    """The column type of the prompts: text, messages, or JSON where messages have further keys (tool calls), which differ by row."""
     if not isinstance(rows[0]["prompt"], list):
         return Value("string")
     plain = all(set(message) == set(_MESSAGE) for row in rows for message in row["prompt"])
@@ -226,7 +246,7 @@ def off_policy_candidates(row: Mapping[str, Any], columns: Sequence[str]) -> lis
             source or model, and numbers, which become scores.
 
     Raises:
-        ValueError: a column is missing or holds something else.
+        ValueError: a column is missing or holds something else, or a number is not finite.
     """
     found: list[Candidate] = []
     for column in columns:
@@ -266,7 +286,9 @@ def _response(value: Any, column: str) -> Candidate:
                 for key, number in value.items()
                 if isinstance(number, (int, float)) and not isinstance(number, bool) and key not in ("k", "num_tokens")
             }
-            return make_candidate(text, source=writer, scores={**numbers, **without_none(value.get("scores") or {})})
+            scores = {**numbers, **without_none(value.get("scores") or {})}
+            _check_finite(scores.values(), f"Column {column!r}: a score")
+            return make_candidate(text, source=writer, scores=scores)
     raise ValueError(
         f"Column {column!r} holds no response: a string, a conversation, or a mapping with one of "
         f"{', '.join(TEXT_KEYS)} is expected, not {str(value)[:80]!r}."

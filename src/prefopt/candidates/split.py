@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from prefopt.candidates.records import file_of
 from prefopt.data.faults import BadRow
 from prefopt.data.messages import as_messages, without_none
 from prefopt.data.rows import Row, normalise_prompt
@@ -26,7 +27,9 @@ def _setting(default: Any, text: str) -> Any:
 class SplitArguments:
     """Which rows to split, and how large each set is: shares of the prompts (below 1) or numbers of prompts."""
 
-    prompts: str = _setting("", "Rows with prompts (prompts, pairs, records, ...): hub name, file or folder.")
+    prompts: str = _setting(
+        "", "Rows with prompts (prompts, pairs, candidates, ...): hub name, file, or folder (of a command, too)."
+    )
     output_dir: str = _setting("", "Folder for reward_model.jsonl, policy.jsonl and test.jsonl.")
     prompts_config: str | None = _setting(None, "Configuration (subset) of a hub dataset.")
     prompts_split: str = _setting("train", "Split to read.")
@@ -113,7 +116,7 @@ def run(args: SplitArguments) -> Path:
     Raises:
         ValueError: too few prompts, or no row with one.
     """
-    source = DataSource(args.prompts, name=args.prompts_config, split=args.prompts_split)
+    source = DataSource(file_of(args.prompts), name=args.prompts_config, split=args.prompts_split)
     rows, keys, dropped = _read(source)
     places = assign(keys, args.sizes, seed=args.seed)
     folder = Path(args.output_dir)

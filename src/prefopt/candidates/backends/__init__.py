@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 OnDone = Callable[[int, int], None]
 
@@ -75,15 +75,26 @@ def completion_of(
 
 
 def stop_ids_of(
-    tokenizer: PreTrainedTokenizerBase, model: str, revision: str | None, more: Iterable[int]
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    model: str,
+    revision: str | None,
+    more: Iterable[int],
 ) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's end token, those of the model's generation config, and `more`."""
+    """The ids that end an answer: the tokenizer's end token, those that the model declares, and `more`.
+
+    Args:
+        tokenizer: of the policy.
+        config: of the model; it declares the end tokens where there is no generation config.
+        model, revision: where the model is; under an adapter, which declares none, its base.
+        more: of the recipe.
+    """
     found = {*more}
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     try:
         declared = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
     except OSError:  # many checkpoints have no generation_config.json
-        declared = None
+        declared = getattr(config.get_text_config(), "eos_token_id", None)
     found |= set(declared) if isinstance(declared, list) else {declared} - {None}
     return tuple(sorted(found))

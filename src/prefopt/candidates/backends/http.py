@@ -10,7 +10,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.message import Message
 from typing import IO, Any, TypeVar
@@ -104,13 +105,37 @@ class JsonClient:
                 self.stopped.wait(min(max(pause, failure.pause), LONGEST_PAUSE))
         raise AssertionError("at least one attempt")
 
+    def request_all(self, asks: Sequence[Callable[[], T]], concurrency: int, on_done: Callable[[T], None]) -> list[T]:
+        """What each of `asks` returns, in order; when one fails or is interrupted, those that have not begun are given up.
+
+        Args:
+            asks: functions that call `request`.
+            concurrency: how many run at a time.
+            on_done: called with each result, from several threads.
+
+        Raises:
+            ServerError: one failed for good.
+        """
+        self.stopped.clear()
+        with ThreadPoolExecutor(concurrency) as pool:
+            try:
+                futures = [pool.submit(_then, ask, on_done) for ask in asks]
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                self.stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [future.result() for future in futures]
+
     def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         request = urllib.request.Request(
             f"{self.base_url.rstrip('/')}/{path}",
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json", "Accept": "application/json"},
         )
-        key = os.environ.get(self.key_variable, "").strip()
+        key = self._key()
         if key:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         deadline = time.monotonic() + self.timeout
@@ -134,6 +159,15 @@ class JsonClient:
         if not isinstance(value, dict):
             raise AttemptFailed(f"its answer is not a JSON object ({_short(content, key)!r})")
         return value
+
+    def _key(self) -> str:
+        """The key, or nothing; the HTTP library would show one that it cannot send."""
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ServerError(
+                f"The key in {self.key_variable} holds a character that cannot be sent, such as a line break."
+            )
+        return key
 
     def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         """The body; a server that sends a byte now and then is cut off at the deadline like a silent one."""
@@ -164,6 +198,12 @@ class JsonClient:
         if 300 <= error.code < 400:
             hint = " It wants to redirect the request; give the final address as base_url."
         return ServerError(f"The server at {self.address} refused the request: {reason}.{hint}")
+
+
+def _then(ask: Callable[[], T], on_done: Callable[[T], None]) -> T:
+    result = ask()
+    on_done(result)
+    return result
 
 
 def _short(content: bytes, key: str) -> str:

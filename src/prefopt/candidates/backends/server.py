@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -44,20 +44,11 @@ class ServerBackend:
         Raises:
             ServerError: one request failed for good; the others are given up.
         """
-        self.client.stopped.clear()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._answer, request) for request in requests]
-            for future in futures:
-                future.add_done_callback(
-                    lambda f: None if f.cancelled() or f.exception() else on_done(1, f.result().num_tokens)
-                )
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = next((future for future in done if future.exception() is not None), None)
-            if failed is not None:
-                self.client.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                failed.result()
-        return [future.result() for future in futures]
+        return self.client.request_all(
+            [partial(self._answer, request) for request in requests],
+            self.concurrency,
+            lambda answer: on_done(1, answer.num_tokens),
+        )
 
     def _answer(self, request: Request) -> Completion:
         sampling = self.sampling

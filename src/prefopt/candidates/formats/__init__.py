@@ -54,11 +54,12 @@ class Format:
 
 
 def read_pairs(rows: Sequence[Row], context: Context) -> list[Row]:
-    """Pairs of any shape that the trainers take, in one: prompt, chosen, rejected and method columns; bad rows counted."""
+    """Pairs of any shape that the trainers take, in one: prompt, chosen, rejected, method columns and `prompt_id`; bad rows counted."""
     pairs = []
     for row in rows:
         try:
-            pairs.append(normalise_pair(row))
+            named = {} if row.get("prompt_id") is None else {"prompt_id": str(row["prompt_id"])}
+            pairs.append({**normalise_pair(row), **named})
         except BadRow as fault:
             context.counts[f"rows dropped: {fault.reason}"] += 1
     return pairs

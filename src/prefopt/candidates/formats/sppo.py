@@ -21,12 +21,13 @@ def read_generated(rows: Sequence[Row], context: Context) -> list[Record]:
     """Records from `prompt`, `generate_0`, ..., `generate_<K-1>` and, where there are any, `rm_scores`.
 
     The published tables of the first iteration score two responses more than they hold; the scores of those that are held
-    come last. Such rows are counted. `probability` follows from the scores and is not kept.
+    come last. Such rows are counted. `probability` follows from the scores and is not kept. Every row is a record, those of a
+    prompt that comes again too.
 
     Raises:
         ValueError: no `generate_k` columns, a gap among them, or fewer scores than responses.
     """
-    records = []
+    records: dict[str, Record] = {}
     for number, row in enumerate(rows):
         columns = sorted((name for name in row if _GENERATED.fullmatch(name)), key=lambda n: int(n[9:]))
         if [int(name[9:]) for name in columns] != list(range(len(columns))) or not columns:
@@ -50,8 +51,11 @@ def read_generated(rows: Sequence[Row], context: Context) -> list[Record]:
             )
             for k, name in enumerate(columns)
         ]
-        records.append(make_record(str(row.get("prompt_id") or row_id(prompt, [], {})), prompt, candidates))
-    return records
+        name = str(row.get("prompt_id") or row_id(prompt, [], {}))
+        if name in records:
+            name = row_id(prompt, [candidate["text"] for candidate in candidates], {"row": number})
+        records[name] = make_record(name, prompt, candidates)
+    return list(records.values())
 
 
 def _answer(value: Any, number: int) -> str:

@@ -17,6 +17,8 @@ from prefopt.data.faults import BadRow
 from prefopt.data.messages import Text, as_messages
 from prefopt.data.truncation import Truncation
 
+UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
+
 
 class Tally(Protocol):
     """Takes note of what happens during the work; a `Shard` is one."""
@@ -103,12 +105,25 @@ def positions_of(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def longest_input(path: str, wanted: int | None, *limits: int | None) -> int | None:
+    """Tokens of prompt and answer: `wanted`, or else the smallest of the ranker's limits; None where nothing limits it.
+
+    Raises:
+        ValueError: more than a limit is wanted.
+    """
+    longest = min((limit for limit in limits if limit is not None and limit < UNLIMITED), default=None)
+    if wanted and longest and wanted > longest:
+        raise ValueError(f"max_length is {wanted}, but {path} reads at most {longest} tokens.")
+    return wanted or longest
+
+
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of a prompt with one answer; the first `prompt_length` are the prompt's."""
+    """Token ids of a prompt with one answer; the first `prompt_length` are the prompt's. `types`: for encoders that tell two texts apart."""
 
     ids: list[int]
     prompt_length: int
+    types: list[int] | None = None
 
 
 def encode_answers(
@@ -129,13 +144,13 @@ def encode_answers(
         if isinstance(group, BadRow):
             raise ValueError(f"Row {request.row!r}: the ranker's tokenizer cannot encode it ({group}).")
         row = []
+        prompt_cut = False
         for completion in group.completion_ids:
             prompt, (kept,) = truncation.cut(group.prompt_ids, [completion], tokenizer.bos_token_id)
-            tally.count(
-                "truncated prompts" if len(kept) == len(completion) else "truncated answers",
-                len(prompt) < len(group.prompt_ids),
-            )
+            prompt_cut |= len(prompt) < len(group.prompt_ids)
+            tally.count("truncated answers", len(kept) < len(completion))
             row.append(Answer([*prompt, *kept], len(prompt)))
+        tally.count("truncated prompts", prompt_cut)
         tally.count("answers", len(row))
         tally.count("prompts")
         answers.append(row)

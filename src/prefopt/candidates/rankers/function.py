@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,10 @@ def load_function(name: str) -> Callable[..., Any]:
     if not colon or not place or not attribute:
         raise ValueError(f"A ranking function is named `module:function` or `file.py:function`, not {name!r}.")
     if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise ValueError(f"There is no file {place} to take the ranking function {attribute!r} from.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        spec = importlib.util.spec_from_file_location(f"ranking_function_{Path(place).stem}", function_file(name))
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
     else:
         try:
@@ -61,3 +61,21 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{place} has no function {attribute!r}.")
     return function
+
+
+def function_file(name: str) -> Path | None:
+    """The file that holds the function called "module:function" or "file.py:function"; None for a module without one.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise ValueError(f"There is no file {place} to take the ranking function {attribute!r} from.")
+        return Path(place)
+    try:
+        spec = importlib.util.find_spec(place)
+    except (ImportError, ValueError):  # loading the function says more about it
+        return None
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None

@@ -10,7 +10,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from prefopt.candidates.pairs import Array
-from prefopt.candidates.rankers.base import Answer, Request, Tally, encode_answers, pad, positions_of, score_answers
+from prefopt.candidates.rankers.base import (
+    Answer,
+    Request,
+    Tally,
+    encode_answers,
+    longest_input,
+    pad,
+    positions_of,
+    score_answers,
+)
 from prefopt.models.general_preference import GeneralPreferenceModel, preference_table
 
 
@@ -35,7 +44,7 @@ class GeneralPreferenceRanker:
         model: Any = GeneralPreferenceModel.from_pretrained(path, dtype=dtype)
         self.model = model.to(device).eval()
         self.dim = int(model.head_record["dim"])
-        self.max_length = max_length or positions_of(model.config)
+        self.max_length = longest_input(path, max_length, positions_of(model.config))
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`."""

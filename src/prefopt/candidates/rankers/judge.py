@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,10 @@ class JudgeRanker:
             if first != second
         ]
         tables = [np.zeros((len(request.candidates),) * 2) for request in requests]
-        replies = self._replies(
-            [self.question(requests[row], first, second) for row, first, second in pairs], tally, len(requests)
+        replies = self.client.request_all(
+            [partial(self._ask, self.question(requests[row], first, second)) for row, first, second in pairs],
+            self.concurrency,
+            lambda reply: tally.advance(rows=len(requests) / len(pairs)),
         )
         unreadable = [reply for reply in replies if verdict(reply) is None]
         if len(unreadable) > LARGEST_UNREADABLE_SHARE * len(replies):
@@ -107,21 +109,6 @@ class JudgeRanker:
             "answer_b": request.candidates[second],
         }
         return _FIELD.sub(lambda match: values[match.group(1)], self.template)
-
-    def _replies(self, questions: Sequence[str], tally: Tally, rows: int) -> list[str]:
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._ask, question) for question in questions]
-            for future in futures:
-                future.add_done_callback(
-                    lambda f: None if f.cancelled() else tally.advance(rows=rows / len(questions))
-                )
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = next((future for future in done if future.exception() is not None), None)
-            if failed is not None:
-                self.client.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                failed.result()
-        return [future.result() for future in futures]
 
     def _ask(self, question: str) -> str:
         body = {

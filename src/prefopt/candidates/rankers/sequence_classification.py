@@ -16,6 +16,7 @@ from prefopt.candidates.rankers.base import (
     Request,
     Tally,
     encode_answers,
+    longest_input,
     pad,
     plain_text,
     positions_of,
@@ -23,8 +24,6 @@ from prefopt.candidates.rankers.base import (
 )
 from prefopt.models.heads import RECORD
 from prefopt.models.reward import RewardModel
-
-UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
 
 
 class RewardRanker:
@@ -54,11 +53,9 @@ class RewardRanker:
         self.device = device
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         self.model = _load(path, dtype, trust_remote_code).to(device).eval()
-        known = [positions_of(self.model.config), self.tokenizer.model_max_length]
-        longest = min((limit for limit in known if limit is not None and limit < UNLIMITED), default=None)
-        if max_length and longest and max_length > longest:
-            raise ValueError(f"max_length is {max_length}, but {path} reads at most {longest} tokens.")
-        self.max_length = max_length or longest
+        self.max_length = longest_input(
+            path, max_length, positions_of(self.model.config), self.tokenizer.model_max_length
+        )
         self.reads_pairs = not self.tokenizer.chat_template and None not in (
             self.tokenizer.cls_token_id,
             self.tokenizer.sep_token_id,
@@ -75,20 +72,22 @@ class RewardRanker:
 
     def _encode_pairs(self, request: Request, tally: Tally) -> list[Answer]:
         """Encoders without a chat template read prompt and answer as a pair of texts; the longer of the two is cut first."""
-        prompt = plain_text(request.prompt)
-        whole = self.tokenizer([prompt] * len(request.candidates), request.candidates, verbose=False)["input_ids"]
-        cut = self.tokenizer(
-            [prompt] * len(request.candidates), request.candidates, truncation=True, max_length=self.max_length
-        )["input_ids"]
+        texts = [plain_text(request.prompt)] * len(request.candidates), request.candidates
+        whole = self.tokenizer(*texts, verbose=False)["input_ids"]
+        cut = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         tally.count("prompts")
-        tally.count("answers", len(cut))
-        tally.count("truncated answers", sum(len(short) < len(full) for short, full in zip(cut, whole)))
-        return [Answer(ids, 0) for ids in cut]
+        tally.count("answers", len(whole))
+        tally.count("truncated answers", sum(len(short) < len(full) for short, full in zip(cut["input_ids"], whole)))
+        types = cut.get("token_type_ids") or [None] * len(whole)
+        return [Answer(ids, 0, kinds) for ids, kinds in zip(cut["input_ids"], types)]
 
     def _forward(self, answers: list[Answer]) -> Tensor:
         pad_id = _pad_id(self.model.config, self.tokenizer, answers)
         input_ids, mask = pad([answer.ids for answer in answers], pad_id, self.device)
-        output = self.model(input_ids=input_ids, attention_mask=mask)
+        types = {}
+        if answers[0].types is not None:
+            types["token_type_ids"] = pad([answer.types or [] for answer in answers], 0, self.device)[0]
+        output = self.model(input_ids=input_ids, attention_mask=mask, **types)
         if "score" in output:
             return output["score"].reshape(len(answers))
         if output.logits.shape != (len(answers), 1):
