@@ -40,12 +40,15 @@ def every_run(args: SweepArguments, usable: list[str]) -> list[Run]:
     """Singles first (the baselines), then the grid, then the list; of the references only the usable ones.
 
     Raises:
-        ValueError: two runs of one name.
+        ValueError: two runs of one name, or one with fewer than two references.
     """
     runs = list(_singles(args, usable)) if args.baselines else []
     combined = _combinations(args.grid) if args.grid else []
     for name, settings in [*((_name(s), s) for s in combined), *args.runs.items()]:
-        chosen = [reference for reference in settings.get("references", usable) if reference in usable]
+        named = settings.get("references", usable)
+        if len(named) < 2:
+            raise ValueError(f"{name} has one reference: the baselines are DPO against each one, a run needs several.")
+        chosen = [reference for reference in named if reference in usable]
         runs.append(Run(name, "multi", {**settings, "references": chosen}))
     names = [item.name for item in runs]
     if twice := [name for name in names if names.count(name) > 1]:
