@@ -54,6 +54,12 @@ def model_folder(name: str, revision: str | None = None, *, download: bool) -> P
         ) from error
 
 
+def adapted_model(folder: Path) -> str | None:
+    """The base model of an adapter's folder; None where the folder is a whole model."""
+    adapter = folder / "adapter_config.json"
+    return str(read_json(adapter)["base_model_name_or_path"]) if adapter.exists() else None
+
+
 def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
     """Hash of a model's config and weight files, by content: the same model in two places has one fingerprint.
 
@@ -74,8 +80,7 @@ def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
     if remembered is not None:
         write_json(remembered, known)
     settings: list[Any] = [_relevant(read_json(path)) for path in configs]
-    if (adapter := folder / "adapter_config.json").exists():
-        base = read_json(adapter)["base_model_name_or_path"]
+    if (base := adapted_model(folder)) is not None:
         settings.append(files_fingerprint(model_folder(base, download=False), remembered=remembered))
     return content_hash(settings, hashes)
 
