@@ -121,10 +121,12 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        first = next(iter(self._datasets()), None)
-        if first is None:
+        if not self._datasets():
             raise ValueError("Give a `train_dataset` or an `eval_dataset`.")
-        self.num_references = len(first[0]["ref_chosen_logps"])
+        counts = {len(dataset[0]["ref_chosen_logps"]) for dataset in self._datasets()}
+        if len(counts) > 1:
+            raise ValueError(f"The data sets hold scores of different numbers of references: {sorted(counts)}.")
+        self.num_references = counts.pop()
         self.reference_names = short_names(args.references or [str(k) for k in range(self.num_references)])
         self.anchor = self._find_anchor()
         self.weighting = self._make_weighting()
@@ -272,6 +274,10 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             self._validation = dataset
         if name == "train" and args.weighting in VALIDATED and args.validation_set is None:
             dataset, self._validation = hold_out_by_prompt(dataset, args.validation_rows, args.seed)
+            if args.process_index == 0:
+                print(
+                    f"{name}: {len(self._validation)} rows are held out for `weighting: {args.weighting}`.", flush=True
+                )
         return dataset
 
     def _loader(self, dataset: Dataset, *, training: bool):

@@ -47,11 +47,13 @@ def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> 
         count = len(args.references) if args.references else len(dataset[0]["ref_chosen_logps"])
         wrong = next((row for row, numbers in enumerate(values) if None in numbers or len(numbers) != count), None)
         if wrong is None:
-            finite = torch.isfinite(torch.tensor(values)).all(dim=1)
-            wrong = None if bool(finite.all()) else int((~finite).nonzero()[0])
+            numbers = torch.tensor(values)
+            fine = (torch.isfinite(numbers) & ((numbers > 0) | column.endswith("logps"))).all(dim=1)
+            wrong = None if bool(fine.all()) else int((~fine).nonzero()[0])
         if wrong is not None:
             raise ValueError(
-                f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be {count} finite numbers."
+                f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be {count} finite numbers"
+                + (", above 0." if column.endswith("counts") else ".")
             )
     if args.reference_weights is not None:
         fixed_weights(args.reference_weights, count)
@@ -117,6 +119,11 @@ def advise(dataset: Dataset, args: MultiReferenceDPOConfig, *, has_anchor: bool)
         advice.append(
             "The policy's own initial model is not among the references (`anchor`): its DPO is the baseline to beat."
         )
+    if args.mode == "forward_kl":
+        capped = (
+            " On sums most pairs are beyond `max_exponent` and get no gradient." if args.normalize == "none" else ""
+        )
+        advice.append(f"`mode: forward_kl` is experimental.{capped}")
     if args.mode in ("harmonic", "arithmetic") and args.normalize != "byte":
         advice.append(
             f"`mode: {args.mode}` on scores that are not per byte follows one reference nearly alone (see "
