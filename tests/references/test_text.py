@@ -236,6 +236,7 @@ def test_a_reference_by_folder_is_found_again_after_a_move(tmp_path):
     root = tmp_path / "cache"
     assert score_reference(pairs(), str(tmp_path / "a"), settings(root)).scored == 8
     (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b" / "consolidated.safetensors").write_bytes(b"Mistral's own copy, which is never loaded")
     assert score_reference(pairs(), str(tmp_path / "b"), settings(root)).found == 8
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     config["rms_norm_eps"] = 1e-3

@@ -220,7 +220,7 @@ def _plan(
             elif int(known[side].ids[row]) != digests[side]:
                 raise ValueError(
                     f"{cache.scorer.name} splits row {row_id} into other tokens than when it was scored, although its tokenizer "
-                    f"looks the same. Delete {cache.folder} to score it again."
+                    f"looks the same (does its template write today's date?). Delete {cache.folder} to score it again."
                 )
         report.found += 2 - len(wanted)
         report.scored += len(wanted)
