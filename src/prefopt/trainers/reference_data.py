@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from prefopt.references.cache import default_folder
+from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
+from prefopt.references.text import read_checks, text_scorer
 from prefopt.references.weights import fixed_weights
 from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
@@ -30,6 +33,31 @@ def short_names(references: Sequence[str]) -> list[str]:
     """Last parts of the names where they differ, else the whole names."""
     short = [Path(name).name for name in references]
     return short if len(set(short)) == len(short) else list(references)
+
+
+def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> tuple[Dataset, JoinReport | None]:
+    """Tokenised pairs with the references' scores, from the cache unless they hold them already; checked, and said.
+
+    Args:
+        dataset: tokenised pairs, uncut.
+        args: names the references and the cache.
+        name: of the set; of "train" the references' health is looked at.
+
+    Raises:
+        ValueError: scores are missing or not usable, or a reference is quarantined.
+    """
+    report = checks = None
+    if args.references is not None:
+        root = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
+        scorers = [text_scorer(reference, root, dtype=args.reference_dtype)[0] for reference in args.references]
+        dataset, report = join_reference_scores(dataset, scorers, root, max_length=args.max_length, name=name)
+        checks = [read_checks(root, scorer) for scorer in scorers]
+        if args.process_index == 0:
+            print(f"{name}: scores of {len(scorers)} references taken from {root}; {report}.", flush=True)
+    check_scores(dataset, args, name)
+    if name == "train":
+        check_health(dataset, args, checks)
+    return dataset, report
 
 
 def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
