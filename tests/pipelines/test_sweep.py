@@ -229,7 +229,7 @@ def test_mistakes_end_in_one_line(tmp_path, models, capsys, changes, message):
     assert not any((tmp_path / "study" / name).exists() for name in ("scores", "runs"))
 
 
-@pytest.mark.parametrize("name", ["multi_reference_study", "multi_reference_study_saferlhf"])
+@pytest.mark.parametrize("name", ["multi_reference_study", "multi_reference_saferlhf_study"])
 def test_the_published_studies(capsys, name):
     """Seven singles, two modes with five weightings, four more; five seeds; and the scoring."""
     assert main(["sweep", f"qwen2.5-0.5b/{name}", "--dry_run", "true"]) == 0

@@ -309,6 +309,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, weighting):
     assert json.dumps(resumed.weighting.state_dict()) == json.dumps(whole.weighting.state_dict())
 
 
+def test_a_run_is_not_resumed_with_another_weighting(tmp_path):
+    state = trainer(tmp_path, weighting="swcw").method_state()
+    with pytest.raises(ValueError, match="another `weighting` than tsw"):
+        trainer(tmp_path, weighting="tsw", validation_rows=4).load_method_state(state)
+
+
 def test_validation_rows_are_held_out_by_prompt(tmp_path):
     run = trainer(tmp_path, scored_pairs(12), weighting="vaw", validation_rows=4)
     prompts = [{tuple(p) for p in dataset["prompt_ids"]} for dataset in (run.train_dataset, run._validation)]
