@@ -103,6 +103,14 @@ def test_every_combination_every_single_every_seed_from_one_cache(sweep, tmp_pat
     assert "no evidence" in (tmp_path / "study" / "table.md").read_text()
 
 
+def test_a_setting_of_one_run_alone_has_its_baselines_too(sweep):
+    done = sweep(seeds=[0], runs={"hot": {"beta": 1.0, "weighting": "vaw"}, "cold": {"mode": "geometric"}})
+    singles = {name.split("/")[1] for name in done if "single" in name}
+    assert singles == {
+        f"single={style}{beta}" for style in ("chatml", "llama3", "zephyr") for beta in ("", ",beta=1.0")
+    }
+
+
 def test_what_is_done_is_not_done_again(sweep):
     assert len(sweep()) == 10
     assert sweep() == []

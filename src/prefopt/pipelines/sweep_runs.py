@@ -57,9 +57,17 @@ def every_run(args: SweepArguments, usable: list[str]) -> list[Run]:
 
 
 def _singles(args: SweepArguments, usable: list[str]) -> Iterator[Run]:
-    """DPO against each reference: all weight on it, so that rows and metrics are those of the other runs."""
-    others = {key: values for key, values in args.grid.items() if key not in COMBINING}
-    for settings in _combinations(others):
+    """DPO against each reference: all weight on it, so that rows and metrics are those of the other runs.
+
+    With every setting of the grid and of the list that a single reference has too: a run whose beta only it has would be compared with
+    another beta, not with another number of references.
+    """
+    others = _combinations({key: values for key, values in args.grid.items() if key not in COMBINING})
+    for run in args.runs.values():
+        own = {key: value for key, value in run.items() if key not in COMBINING}
+        if own and own not in others:
+            others.append(own)
+    for settings in others:
         for k, (reference, short) in enumerate(zip(usable, short_names(usable))):
             one_hot = [1.0 if place == k else 0.0 for place in range(len(usable))]
             fixed = {"mode": "multi_dpo", "weighting": "fixed", "reference_weights": one_hot, "references": usable}
