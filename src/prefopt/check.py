@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoConfig
 
 from prefopt.data import TokenizationReport
@@ -20,7 +21,9 @@ from prefopt.recipes.locate import locate
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.run_models import adapter_config, check_model, is_adapter, load_tokenizer, readable_errors
 from prefopt.run_settings import batch_sizes, check_adapter_keys, check_output, may_evaluate, resolved_recipe
+from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
+from prefopt.trainers.reference_data import with_scores
 from prefopt.training import tokenise_data
 
 # settings that need a package which is not among our own dependencies: (key, value begins with, module, what to install)
@@ -102,7 +105,10 @@ def inspect(words: list[str]) -> Findings:
         tokenizer = load_tokenizer(model_args.model_name_or_path, model_args, config, run_args or RunArguments())
     if tokenizer is not None and data_args is not None:
         with found.looking(), contextlib.redirect_stdout(sys.stderr):
-            *_, found.reports = tokenise_data(COMMANDS[found.method].rows, tokenizer, config, data_args)
+            train, evaluation, found.reports = tokenise_data(COMMANDS[found.method].rows, tokenizer, config, data_args)
+            if isinstance(config, MultiReferenceDPOConfig):
+                named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+                check_scores(config, {"train": train, **named})
     with found.looking():
         found.memory = estimate_memory(config, model_args, found)
         if found.memory is not None and torch.cuda.is_available() and not found.launch.use_cpu:
@@ -110,6 +116,13 @@ def inspect(words: list[str]) -> Findings:
             if found.memory.total > available:
                 found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
     return found
+
+
+def check_scores(config: MultiReferenceDPOConfig, datasets: Mapping[str, Dataset | None]) -> None:
+    """The references' scores must be there, whole and sound."""
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            with_scores(dataset, config, name)
 
 
 def read_launch(settings: dict[str, str], found: Findings) -> tuple[Launch, str]:

@@ -51,6 +51,15 @@ def test_one_seed_is_no_evidence_however_large_the_difference():
     assert sentence("best single", found).endswith("(1 seed): no evidence")
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 40])
+def test_equal_differences_tell_nothing_of_the_spread(seeds):
+    """Accuracies of 200 pairs are multiples of 0.005, so two seeds may differ alike by chance; rounding leaves 1e-17 between them."""
+    theirs = {s: 0.1 * (s % 7) for s in range(seeds)}
+    found = paired_difference({s: value + 0.005 for s, value in theirs.items()}, theirs)
+    assert (found.interval, found.seeds, found.verdict) == ("none", seeds, "no evidence")
+    assert sentence("best single", found).endswith(f"no interval (the same in {seeds} seeds): no evidence")
+
+
 def test_many_seeds_are_resampled():
     """The mean of n values has standard error sd / sqrt(n); a percentile interval reaches about 1.96 of them to each side."""
     values = np.random.default_rng(1).normal(0.02, 0.05, size=400)

@@ -3,6 +3,8 @@
 Scoring is real; trainings are made up but for one test, so that a sweep takes no time.
 """
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -101,6 +103,14 @@ def test_every_combination_every_single_every_seed_from_one_cache(sweep, tmp_pat
     assert "no evidence" in (tmp_path / "study" / "table.md").read_text()
 
 
+def test_a_setting_of_one_run_alone_has_its_baselines_too(sweep):
+    done = sweep(seeds=[0], runs={"hot": {"beta": 1.0, "weighting": "vaw"}, "cold": {"mode": "geometric"}})
+    singles = {name.split("/")[1] for name in done if "single" in name}
+    assert singles == {
+        f"single={style}{beta}" for style in ("chatml", "llama3", "zephyr") for beta in ("", ",beta=1.0")
+    }
+
+
 def test_what_is_done_is_not_done_again(sweep):
     assert len(sweep()) == 10
     assert sweep() == []
@@ -116,6 +126,21 @@ def test_what_decides_a_result_does_it_again(sweep, tmp_path):
     sweep(seeds=[0])
     assert len(sweep(seeds=[0], training={"learning_rate": 2e-3})) == 5
     assert len(sweep(seeds=[0], pool_seed=1, training={"learning_rate": 2e-3})) == 5
+
+
+def test_scores_that_were_deleted_are_made_again(sweep, tmp_path):
+    sweep(seeds=[0])
+    scorer = next(path for path in (tmp_path / "study" / "scores").iterdir() if path.is_dir())
+    shutil.rmtree(scorer)
+    assert sweep(seeds=[0]) == []  # the same scores, so nothing else is done again
+    assert list(scorer.glob("*.npz"))
+
+
+def test_rows_that_changed_make_another_pool(sweep, monkeypatch):
+    sweep(seeds=[0])
+    others = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pair_rows(40)]
+    monkeypatch.setattr(f"{__name__}.pair_rows", lambda count: others)
+    assert len(sweep(seeds=[0])) == 5
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt("SIGTERM"), SystemExit(130)])
@@ -149,6 +174,19 @@ def test_a_broken_reference_is_left_out_of_every_run(sweep, tmp_path, models, ca
     assert "QUARANTINED" in (tmp_path / "study" / "table.md").read_text()
     done = sweep(training={"references": models, "accept_outliers": True}, seeds=[0])
     assert "runs/single=mistral/seed-0" in done
+
+
+def test_runs_that_a_broken_reference_leaves_without_sense_are_left_out(sweep, tmp_path, models, capsys):
+    runs = {
+        "two": {"references": [models[0], models[3]]},
+        "three": {"references": [models[0], models[1], models[3]]},
+        "fixed": {"weighting": "fixed", "reference_weights": [0.4, 0.2, 0.2, 0.2]},
+    }
+    done = sweep(training={"references": models}, seeds=[0], runs=runs)
+    assert "runs/three/seed-0" in done and not {"runs/two/seed-0", "runs/fixed/seed-0"} & set(done)
+    told = capsys.readouterr().out
+    assert "two is left out: fewer than two" in told and "fixed is left out: it has 4 reference_weights" in told
+    assert {run["name"] for run in read_json(tmp_path / "study" / "study.json")["runs"]}.isdisjoint({"two", "fixed"})
 
 
 def test_without_the_policys_own_model_there_is_no_study(sweep, models):
@@ -185,6 +223,7 @@ def test_dry_run_writes_nothing(tmp_path, models, capsys):
             {"runs": {"half": {"weighting": "fixed", "reference_weights": [0.5, 0.4, 0]}}},
             "half: reference_weights must sum to one",
         ),
+        ({"runs": {"alone": {"references": ["x"]}}}, "alone has one reference"),
         ({"dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"recipe": "no/such"}, "no/such"),
         ({"grid": {"references": ["a"]}}, "lists of names"),
@@ -198,10 +237,11 @@ def test_mistakes_end_in_one_line(tmp_path, models, capsys, changes, message):
     assert not any((tmp_path / "study" / name).exists() for name in ("scores", "runs"))
 
 
-def test_the_published_study(capsys):
+@pytest.mark.parametrize("name", ["multi_reference_study", "multi_reference_saferlhf_study"])
+def test_the_published_studies(capsys, name):
     """Seven singles, two modes with five weightings, four more; five seeds; and the scoring."""
-    assert main(["sweep", "qwen2.5-0.5b/multi_reference_study", "--dry_run", "true"]) == 0
+    assert main(["sweep", f"qwen2.5-0.5b/{name}", "--dry_run", "true"]) == 0
     assert capsys.readouterr().out.count("run (not done yet)") == 5 * (7 + 2 * 5 + 4) + 1
-    for line in locate("qwen2.5-0.5b/multi_reference_study", "training_configs").read_text().splitlines()[2:]:
-        structure = not line or line.startswith(("#", "run_dir")) or line.endswith(":")
+    for line in locate(f"qwen2.5-0.5b/{name}", "training_configs").read_text().splitlines()[2:]:
+        structure = not line or line.startswith(("#", "run_dir", "base_recipe")) or line.endswith(":")
         assert structure or " # published" in line or " # ours" in line, line

@@ -73,6 +73,12 @@ def test_wide_peers_need_a_wider_gap():
     )
 
 
+def test_a_reference_that_scores_all_answers_alike_is_quarantined():
+    nothing, tokens, sizes = scores(0.6)
+    found = cards(scores(0.6, seed=1), (0 * nothing, tokens, sizes))
+    assert found[1].quarantine == "100% of its pairs tie" and not found[0].quarantine
+
+
 def test_batches_that_disagree_with_single_texts_are_quarantined():
     found = cards(scores(0.6), scores(0.6, seed=1), checks=[{"batched_vs_single": 0.3}, {"batched_vs_single": 0.01}])
     assert "batched scores differ" in found[0].quarantine and not found[1].quarantine

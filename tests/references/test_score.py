@@ -58,6 +58,8 @@ def recipe(folder, models, method="multi-reference-dpo", **changes):
 
 def test_score_then_train_then_change_what_does_not_matter(tmp_path, models, capsys):
     path = recipe(tmp_path, models)
+    assert main(["check", path]) == 2
+    assert "Run `prefopt score-references`" in capsys.readouterr().out
     assert main(["multi-reference-dpo", path]) == 2
     assert "Run `prefopt score-references`" in capsys.readouterr().err
     assert main(["score-references", path]) == 0
@@ -65,6 +67,8 @@ def test_score_then_train_then_change_what_does_not_matter(tmp_path, models, cap
     assert told.err.count("24 completions scored, 0 found") == 3
     for name in models:
         assert f"{name}  " in told.out
+    assert main(["check", path]) == 0
+    capsys.readouterr()
     assert (
         main(
             ["score-references", path, "--learning_rate", "1e-6", "--beta", "0.7", "--output_dir", str(tmp_path / "b")]

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from prefopt.data import tokenize_pairs
 from prefopt.references import text as text_module
@@ -62,6 +64,24 @@ def test_either_padding_side_gives_the_same_numbers(tmp_path):
         score_reference(pairs(), ref, settings(tmp_path / side, batch_layout="padded"))
         tables.append(np.stack([s.logps for s in scores_of(tmp_path / side, ref)]))
     np.testing.assert_array_equal(*tables)
+
+
+def test_an_adapter_is_a_reference(tmp_path):
+    """It scores as its base with the adapter merged in, and another base makes it another reference."""
+    ref = reference()
+    ref.model.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    ref.tokenizer.save_pretrained(tmp_path / "adapter")
+    folder = str(tmp_path / "adapter")
+    assert score_reference(pairs(), folder, settings(tmp_path / "cache")).scored == 8
+    merged = ReferenceModel("merged", adapted.merge_and_unload(), ref.tokenizer)
+    chosen, _ = scores_of(tmp_path / "cache", folder)
+    for row, (prompt, answer, _) in enumerate(ROWS):
+        assert chosen.logps[row] == pytest.approx(score_plainly(merged, prompt, answer)[0], rel=1e-5)
+    reference(seed=1).model.save_pretrained(tmp_path / "base")
+    assert score_reference(pairs(), folder, settings(tmp_path / "cache")).found == 0
 
 
 def test_nothing_is_scored_or_loaded_twice(tmp_path, monkeypatch):
@@ -216,6 +236,7 @@ def test_a_reference_by_folder_is_found_again_after_a_move(tmp_path):
     root = tmp_path / "cache"
     assert score_reference(pairs(), str(tmp_path / "a"), settings(root)).scored == 8
     (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b" / "consolidated.safetensors").write_bytes(b"Mistral's own copy, which is never loaded")
     assert score_reference(pairs(), str(tmp_path / "b"), settings(root)).found == 8
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     config["rms_norm_eps"] = 1e-3

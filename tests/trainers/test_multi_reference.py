@@ -309,6 +309,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, weighting):
     assert json.dumps(resumed.weighting.state_dict()) == json.dumps(whole.weighting.state_dict())
 
 
+def test_a_run_is_not_resumed_with_another_weighting(tmp_path):
+    state = trainer(tmp_path, weighting="swcw").method_state()
+    with pytest.raises(ValueError, match="another `weighting` than tsw"):
+        trainer(tmp_path, weighting="tsw", validation_rows=4).load_method_state(state)
+
+
 def test_validation_rows_are_held_out_by_prompt(tmp_path):
     run = trainer(tmp_path, scored_pairs(12), weighting="vaw", validation_rows=4)
     prompts = [{tuple(p) for p in dataset["prompt_ids"]} for dataset in (run.train_dataset, run._validation)]
@@ -381,6 +387,11 @@ def test_evaluation_reports_accuracies_that_compare(tmp_path):
         ({"mode": "forward_kl", "loss_type": "hinge"}, "loss of its own"),
         ({"loss_type": "aot", "weighting": "arwc"}, "sorts the batch"),
         ({"clip_to_anchor": 1.5}, "clip_to_anchor"),
+        ({"reference_dtype": "bf16"}, "`reference_dtype` must be one of bfloat16"),
+        ({"weighting": "swcw", "window": 0}, "window must be at least 1"),
+        ({"weighting": "tsw", "sampling_prior": 0.0}, "prior must be > 0"),
+        ({"weighting": "tsw", "sampling_subset": 0}, "sampling_subset"),
+        ({"weighting": "vaw", "accuracy_temperature": 0.0}, "accuracy_temperature"),
         ({"truncation_mode": "keep_start"}, "no model may cut"),
         ({"ld_alpha": 0.5}, "ld_alpha"),
     ],
@@ -398,6 +409,11 @@ def test_data_that_cannot_work_is_refused(tmp_path):
     holes[5] = [holes[5][0], None, holes[5][2]]
     with pytest.raises(ValueError, match=rf"row_id {data[5]['row_id']}.*3 finite numbers"):
         trainer(tmp_path, data.remove_columns("ref_rejected_logps").add_column("ref_rejected_logps", holes))
+    empty = [[*row[:2], 0.0] for row in data["ref_chosen_counts"]]
+    with pytest.raises(ValueError, match=r"3 finite numbers, above 0"):
+        trainer(tmp_path, data.remove_columns("ref_chosen_counts").add_column("ref_chosen_counts", empty))
+    with pytest.raises(ValueError, match=r"different numbers of references: \[2, 3\]"):
+        trainer(tmp_path, data, scored_pairs(6, references=2))
     with pytest.raises(ValueError, match="2 values for 3 references"):
         trainer(tmp_path, weighting="fixed", reference_weights=[0.5, 0.5])
     with pytest.raises(ValueError, match="'7' is not among"):
@@ -430,6 +446,8 @@ def test_references_that_hardly_matter_are_pointed_out(tmp_path, caplog):
     assert (
         "hardly" in caplog.text and "follows one reference nearly alone" in caplog.text and "baseline" in caplog.text
     )
+    trainer(tmp_path, mode="forward_kl")
+    assert "experimental" in caplog.text and "get no gradient" in caplog.text
     caplog.clear()
     trainer(tmp_path, beta=0.1, anchor="0")
     assert "hardly" not in caplog.text and "baseline" not in caplog.text

@@ -15,6 +15,7 @@ import numpy as np
 HELPS, NO_EVIDENCE, HURTS = "helps", "no evidence", "hurts"
 MANY_SEEDS = 30  # from here on the interval is a bootstrap's, which assumes no shape
 RESAMPLES = 10_000
+SAME = 1e-9  # differences closer than this are one: what rounding leaves of equal ones
 INFLUENCE_METRICS = ("references/spread", "references/effective_number", "references/harmonic_dominance")
 WEIGHT_METRIC = "references/weight/"
 Result = Mapping[int, float]
@@ -26,8 +27,9 @@ class Difference:
 
     Attributes:
         mean: of the differences, in the unit of the metric.
-        low, high: ends of its interval; infinite where one seed says nothing about the spread.
-        interval: "t", "bootstrap", or "none" (one seed).
+        low, high: ends of its interval; infinite where the seeds say nothing about the spread.
+        interval: "t", "bootstrap", or "none" (one seed, or the same difference in every one: accuracies are multiples of one pair, so two
+            or three seeds may well agree by chance, and an interval without width would call that evidence).
         seeds: S.
     """
 
@@ -43,7 +45,7 @@ class Difference:
         return HELPS if self.low > 0 else HURTS if self.high < 0 else NO_EVIDENCE
 
     def __str__(self) -> str:
-        reach = "one seed, no interval" if self.interval == "none" else f"[{self.low:+.4f}, {self.high:+.4f}]"
+        reach = "no interval" if self.interval == "none" else f"[{self.low:+.4f}, {self.high:+.4f}]"
         return f"{self.mean:+.4f} {reach}"
 
 
@@ -69,8 +71,8 @@ def paired_difference(mine: Result, theirs: Result, *, confidence: float = 0.95,
     if not np.isfinite(values).all():
         raise ValueError(f"a metric of the seeds {common} is not finite.")
     mean, count = float(values.mean()), len(values)
-    if count == 1:
-        return Difference(mean, -math.inf, math.inf, "none", 1)
+    if np.ptp(values) < SAME:
+        return Difference(mean, -math.inf, math.inf, "none", count)
     if count >= MANY_SEEDS:
         drawn = np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
         low, high = np.quantile(values[drawn].mean(axis=1), (0.5 - confidence / 2, 0.5 + confidence / 2))
@@ -140,8 +142,9 @@ def chosen_on_validation(
 
 def sentence(against: str, difference: Difference, *, confidence: float = 0.95) -> str:
     """The verdict as one line: "multi-reference minus best single: +0.0120 [+0.0010, +0.0230] (95 % t over 5 seeds): helps"."""
-    how = f"{confidence:.0%} {difference.interval} over {difference.seeds} seeds"
-    basis = "1 seed" if difference.interval == "none" else how
+    basis = f"{confidence:.0%} {difference.interval} over {difference.seeds} seeds"
+    if difference.interval == "none":
+        basis = "1 seed" if difference.seeds == 1 else f"the same in {difference.seeds} seeds"
     return f"multi-reference minus {against}: {difference} ({basis}): {difference.verdict}"
 
 

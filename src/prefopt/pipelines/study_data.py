@@ -20,6 +20,7 @@ from prefopt.data import DataArguments, DataSource, load_datasets
 from prefopt.data.loading import prompt_key
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.files import content_hash, read_json, read_jsonl, write_json, write_jsonl
+from prefopt.pipelines.state import InputHashes
 from prefopt.references.length_filter import filter_by_length
 from prefopt.references.models import load_tokenizer
 
@@ -49,15 +50,16 @@ class Pool:
 
 
 def make_pool(pool: Pool, folder: Path) -> dict[str, Any]:
-    """Write the pool's rows to `folder`, unless they are there.
+    """Write the pool's rows to `folder`, unless they are there, from the same settings and local files.
 
     Returns:
-        What was left out, and the hash of the pool's settings.
+        What was left out, and the hash of the pool's settings and of the files that it comes from.
 
     Raises:
         ValueError: fewer rows pass than are wanted.
     """
-    settings = content_hash(asdict(pool))
+    local = Path(pool.source.path).expanduser()
+    settings = content_hash(asdict(pool), InputHashes(folder, keep=False).of(local) if local.exists() else "")
     report_path = folder / REPORT_FILE
     if report_path.is_file() and (folder / POOL_FILE).is_file():
         report: dict[str, Any] = read_json(report_path)

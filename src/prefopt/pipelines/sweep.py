@@ -11,6 +11,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from prefopt.data import DataArguments, DataSource, load_datasets
 from prefopt.evaluation.study import HEALTH_FILE, RESULT_FILE, STUDY_FILE
 from prefopt.evaluation.study_report import report_study
@@ -24,7 +26,7 @@ from prefopt.pipelines.sweep_runs import Run, every_run, named_references
 from prefopt.recipes.recipe import Recipe, build, plain
 from prefopt.recipes.source import Setting, read_settings
 from prefopt.references.health import HealthCard, cards_table
-from prefopt.references.score import cards_of
+from prefopt.references.score import cards_of, found_scores
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 
 METHOD = "multi-reference-dpo"
@@ -87,8 +89,10 @@ class Sweep:
         self.prepare_data()
         scoring = self.scoring()
         self.runner([scoring], self.run_dir).run()
+        if not self.all_scored():  # a part of the cache has been deleted since
+            self.runner([scoring], self.run_dir).run(first=scoring.name)
         usable = self.check_health()
-        runs = every_run(self.args, usable)
+        runs = [item for item in every_run(self.args, usable) if self.still_fits(item)]
         stages = self.stages(runs)
         self.write_study(runs, usable)
         failed = [message for stage in stages if (message := self.do(scoring, stage)) is not None]
@@ -137,15 +141,28 @@ class Sweep:
         )
         return replace(stage, folder=None, settings={key: stage.settings.get(key) for key in SCORED})
 
+    @property
+    def root(self) -> Path:
+        """Folder of the score cache."""
+        return Path(self.scores) if self.scores else self.run_dir / "scores"
+
+    def pool(self) -> Dataset:
+        """The pool's rows."""
+        rows, _ = load_datasets(DataArguments(train=[DataSource(str(self.data / POOL_FILE))]))
+        return rows
+
+    def all_scored(self) -> bool:
+        """Whether the cache holds every row of the pool under every reference."""
+        found = found_scores(self.pool(), self.references, self.root, dtype=self.dtype)
+        return all(side.found.all() for _, sides in found for side in sides)
+
     def check_health(self) -> list[str]:
         """Print and keep the references' health cards; returns the references that are not quarantined.
 
         Raises:
             ValueError: too few are left, or the policy's own initial model is quarantined.
         """
-        rows, _ = load_datasets(DataArguments(train=[DataSource(str(self.data / POOL_FILE))]))
-        root = Path(self.scores) if self.scores else self.run_dir / "scores"
-        cards = cards_of(rows, self.references, root, dtype=self.dtype)
+        cards = cards_of(self.pool(), self.references, self.root, dtype=self.dtype)
         cards = [replace(card, name=name) for card, name in zip(cards, self.references)]
         print(cards_table(cards), flush=True)
         write_json(self.run_dir / HEALTH_FILE, [asdict(card) for card in cards])
@@ -179,6 +196,19 @@ class Sweep:
             build(Recipe(None, {**given, "use_cpu": True, "output_dir": "unused"}), (MultiReferenceDPOConfig,))
         except ValueError as error:
             raise ValueError(f"{item.name}: {error}") from error
+
+    def still_fits(self, item: Run) -> bool:
+        """Whether a run makes sense with the references that are left; says so where it does not."""
+        count = len(item.settings["references"])
+        weights = {**self.args.training, **item.settings}.get("reference_weights")
+        reason = ""
+        if count < 2:
+            reason = "fewer than two of its references are left"
+        elif weights is not None and len(weights) != count:
+            reason = f"it has {len(weights)} reference_weights for the {count} references that are left"
+        if reason:
+            print(f"sweep: {item.name} is left out: {reason}.", flush=True)
+        return not reason
 
     def common(self, references: list[str]) -> dict[str, Any]:
         """What every stage is told."""

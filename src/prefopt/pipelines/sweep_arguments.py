@@ -38,7 +38,7 @@ class SweepArguments:
         default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Each run is done with each seed."}
     )
     baselines: bool = _setting(
-        True, "DPO against each reference alone too, with what the grid says that is not about combining them."
+        True, "DPO against each reference alone too, with what grid and runs say that is not about combining them."
     )
 
     dataset_name: str = _setting("", "Where the rows come from: hub name, file or folder.")

@@ -40,12 +40,15 @@ def every_run(args: SweepArguments, usable: list[str]) -> list[Run]:
     """Singles first (the baselines), then the grid, then the list; of the references only the usable ones.
 
     Raises:
-        ValueError: two runs of one name.
+        ValueError: two runs of one name, or one with fewer than two references.
     """
     runs = list(_singles(args, usable)) if args.baselines else []
     combined = _combinations(args.grid) if args.grid else []
     for name, settings in [*((_name(s), s) for s in combined), *args.runs.items()]:
-        chosen = [reference for reference in settings.get("references", usable) if reference in usable]
+        named = settings.get("references", usable)
+        if len(named) < 2:
+            raise ValueError(f"{name} has one reference: the baselines are DPO against each one, a run needs several.")
+        chosen = [reference for reference in named if reference in usable]
         runs.append(Run(name, "multi", {**settings, "references": chosen}))
     names = [item.name for item in runs]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -54,9 +57,17 @@ def every_run(args: SweepArguments, usable: list[str]) -> list[Run]:
 
 
 def _singles(args: SweepArguments, usable: list[str]) -> Iterator[Run]:
-    """DPO against each reference: all weight on it, so that rows and metrics are those of the other runs."""
-    others = {key: values for key, values in args.grid.items() if key not in COMBINING}
-    for settings in _combinations(others):
+    """DPO against each reference: all weight on it, so that rows and metrics are those of the other runs.
+
+    With every setting of the grid and of the list that a single reference has too: a run whose beta only it has would be compared with
+    another beta, not with another number of references.
+    """
+    others = _combinations({key: values for key, values in args.grid.items() if key not in COMBINING})
+    for run in args.runs.values():
+        own = {key: value for key, value in run.items() if key not in COMBINING}
+        if own and own not in others:
+            others.append(own)
+    for settings in others:
         for k, (reference, short) in enumerate(zip(usable, short_names(usable))):
             one_hot = [1.0 if place == k else 0.0 for place in range(len(usable))]
             fixed = {"mode": "multi_dpo", "weighting": "fixed", "reference_weights": one_hot, "references": usable}

@@ -30,6 +30,8 @@ _IRRELEVANT = frozenset(
 )  # fmt: skip
 # read while loading or tokenising; everything else in a repository is left where it is
 _NEEDED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
+# the weights once more in Mistral's own format, which transformers neither loads nor downloads
+_NEVER_LOADED = "consolidated*"
 
 
 def model_folder(name: str, revision: str | None = None, *, download: bool) -> Path:
@@ -47,11 +49,25 @@ def model_folder(name: str, revision: str | None = None, *, download: bool) -> P
     if path.is_dir():
         return path
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_NEEDED, local_files_only=not download))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_NEEDED,
+                ignore_patterns=_NEVER_LOADED,
+                local_files_only=not download,
+            )
+        )
     except Exception as error:  # the hub client raises a different type for each of: no such name, offline, gated
         raise FileNotFoundError(
             f"{name} is neither a local folder nor a model that can be fetched: {error}"
         ) from error
+
+
+def adapted_model(folder: Path) -> str | None:
+    """The base model of an adapter's folder; None where the folder is a whole model."""
+    adapter = folder / "adapter_config.json"
+    return str(read_json(adapter)["base_model_name_or_path"]) if adapter.exists() else None
 
 
 def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
@@ -66,7 +82,7 @@ def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
         ValueError: the folder holds no config or no weights.
     """
     configs = [folder / name for name in _CONFIG_FILES if (folder / name).exists()]
-    weights = next((found for p in _WEIGHT_PATTERNS if (found := sorted(folder.glob(p)))), [])
+    weights = next((found for pattern in _WEIGHT_PATTERNS if (found := _loaded(folder, pattern))), [])
     if not configs or not weights:
         raise ValueError(f"{folder} is not a model: it needs a config.json and weights (*.safetensors or *.bin).")
     known = read_json(remembered) if remembered is not None and remembered.exists() else {}
@@ -74,10 +90,13 @@ def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
     if remembered is not None:
         write_json(remembered, known)
     settings: list[Any] = [_relevant(read_json(path)) for path in configs]
-    if (adapter := folder / "adapter_config.json").exists():
-        base = read_json(adapter)["base_model_name_or_path"]
+    if (base := adapted_model(folder)) is not None:
         settings.append(files_fingerprint(model_folder(base, download=False), remembered=remembered))
     return content_hash(settings, hashes)
+
+
+def _loaded(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not path.match(_NEVER_LOADED))
 
 
 def _relevant(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ K references, N pairs. Accuracy at chance is reported and no more: such a refere
 - its median nats per byte is at least twice its peers' and more than five robust standard deviations (1.4826 MAD of log
   nats per byte) above their median, with three references or more: text that fluent models find likely is not that
   surprising to another fluent model, so weights, tokenizer, template or dtype are wrong;
+- half of its pairs or more tie: different answers do not get equal scores;
 - the scores of a batch differ from those of single texts by more than 5 % (bfloat16 stays below 2 %): padding or masks
   are wrong.
 """
@@ -23,7 +24,7 @@ MIN_PEERS = 2
 OUTLIER_RATIO = 2.0
 OUTLIER_DEVIATIONS = 5.0
 BATCH_TOLERANCE = 0.05
-MANY_TIES = 0.05
+MANY_TIES, TOO_MANY_TIES = 0.05, 0.5
 HEAVY_TAIL = 50.0
 
 
@@ -153,13 +154,17 @@ def _card(
         not_prefix=check.get("not_prefix"),
         batched_vs_single=check.get("batched_vs_single"),
         remarks=tuple(remarks),
-        quarantine=_why_quarantined(nats_per_byte, peers, check.get("batched_vs_single")),
+        quarantine=_why_quarantined(nats_per_byte, peers, ties, check.get("batched_vs_single")),
     )
 
 
-def _why_quarantined(nats_per_byte: float, peers: Sequence[float], batched_vs_single: float | None) -> str:
+def _why_quarantined(
+    nats_per_byte: float, peers: Sequence[float], ties: float, batched_vs_single: float | None
+) -> str:
     if batched_vs_single is not None and not batched_vs_single <= BATCH_TOLERANCE:
         return f"its batched scores differ from single ones by {batched_vs_single:.1%}"
+    if ties >= TOO_MANY_TIES:
+        return f"{ties:.0%} of its pairs tie"
     if len(peers) < MIN_PEERS:
         return ""
     logs = np.log(np.maximum(peers, 1e-12))

@@ -18,7 +18,7 @@ from prefopt.data.normalise import normalise_rows
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.launch import launch, split_launch_settings, tell, without_launch_words
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
-from prefopt.references.cache import ScoreCache, default_folder, text_key
+from prefopt.references.cache import ScoreCache, Scorer, Scores, default_folder, text_key
 from prefopt.references.health import HealthCard, cards_table, health_cards
 from prefopt.references.text import SIDES, ScoringReport, ScoringSettings, read_checks, score_reference, text_scorer
 
@@ -118,18 +118,24 @@ def _tell_report(report: ScoringReport) -> None:
     )
 
 
+def found_scores(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[tuple[Scorer, list[Scores]]]:
+    """For each reference, who scores and what the cache holds of the rows' chosen and rejected completions."""
+    row_ids = normalise_rows(rows, "pairs")["row_id"]
+    found = []
+    for reference in references:
+        scorer = text_scorer(reference, root, dtype=dtype)[0]
+        cache = ScoreCache(root, scorer)
+        found.append((scorer, [cache.lookup([text_key(row_id, side) for row_id in row_ids]) for side in SIDES]))
+    return found
+
+
 def cards_of(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[HealthCard]:
     """Health cards of references from the cache, over the rows that all of them have scored.
 
     Raises:
         ValueError: there is no such row.
     """
-    row_ids = normalise_rows(rows, "pairs")["row_id"]
-    scorers = [text_scorer(reference, root, dtype=dtype)[0] for reference in references]
-    found = []
-    for scorer in scorers:
-        cache = ScoreCache(root, scorer)
-        found.append([cache.lookup([text_key(row_id, side) for row_id in row_ids]) for side in SIDES])
+    scorers, found = zip(*found_scores(rows, references, root, dtype=dtype))
     usable = np.all([side.found & ~side.truncated for sides in found for side in sides], axis=0)
     if not usable.any():
         raise ValueError("No row was scored whole by all references: raise `max_length`.")

@@ -36,7 +36,7 @@ from prefopt.references.cache import (
     text_key,
 )
 from prefopt.references.filling import Job, ScoreGroups, choose_layout, fill, group_scorer, read_all, shared_lookup
-from prefopt.references.fingerprints import files_fingerprint, model_folder, module_fingerprint
+from prefopt.references.fingerprints import adapted_model, files_fingerprint, model_folder, module_fingerprint
 from prefopt.references.models import ReferenceModel, load_tokenizer, prepare_model
 from prefopt.scoring.layouts import Group
 
@@ -152,12 +152,14 @@ def score_reference(
     if not isinstance(reference, str):
         prepare_tokenizer(reference.tokenizer)
     else:
-        model_folder(reference, download=True)
+        base = adapted_model(model_folder(reference, download=True))
+        if base is not None:
+            model_folder(base, download=True)
     scorer, tokenizer = text_scorer(reference, settings.root, dtype=settings.dtype)
     assert tokenizer is not None
     rows = normalise_rows(rows, "pairs", num_proc=settings.num_proc)
     tokenised, told = tokenize_pairs(rows, tokenizer, max_length=None, num_proc=settings.num_proc, name=scorer.name)
-    config = AutoConfig.from_pretrained(reference) if isinstance(reference, str) else reference.model.config
+    config = AutoConfig.from_pretrained(base or reference) if isinstance(reference, str) else reference.model.config
     cache = ScoreCache(settings.root, scorer)
     report = ScoringReport(scorer.name, len(rows), not_prefix=told.not_prefix)
     jobs = _plan(cache, rows, tokenised, _limit(config, settings.max_length), report)
@@ -218,7 +220,7 @@ def _plan(
             elif int(known[side].ids[row]) != digests[side]:
                 raise ValueError(
                     f"{cache.scorer.name} splits row {row_id} into other tokens than when it was scored, although its tokenizer "
-                    f"looks the same. Delete {cache.folder} to score it again."
+                    f"looks the same (does its template write today's date?). Delete {cache.folder} to score it again."
                 )
         report.found += 2 - len(wanted)
         report.scored += len(wanted)

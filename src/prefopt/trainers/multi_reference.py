@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prefopt import losses as pure
-from prefopt.references.cache import default_folder
-from prefopt.references.columns import JoinReport, join_reference_scores
-from prefopt.references.text import read_checks, text_scorer
+from prefopt.references.columns import JoinReport
 from prefopt.scoring.logprobs import CompletionScores
 from prefopt.scoring.plan import BatchPlan
 from prefopt.trainers.metrics import MetricSums
@@ -25,7 +22,7 @@ from prefopt.trainers.multi_reference_config import VALIDATED, MultiReferenceDPO
 from prefopt.trainers.pair_losses import PAIR_LOSSES, PairScores
 from prefopt.trainers.policy_measure import measure_policy
 from prefopt.trainers.preference import PreferenceTrainer, ReferenceScores
-from prefopt.trainers.reference_data import advise, check_health, check_scores, hold_out_by_prompt, short_names
+from prefopt.trainers.reference_data import advise, hold_out_by_prompt, short_names, with_scores
 from prefopt.trainers.reference_weighting import Weighting, make_weighting
 from prefopt.trainers.sppo import SELF_PLAY_LOSSES, check_self_play_columns
 
@@ -121,10 +118,12 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        first = next(iter(self._datasets()), None)
-        if first is None:
+        if not self._datasets():
             raise ValueError("Give a `train_dataset` or an `eval_dataset`.")
-        self.num_references = len(first[0]["ref_chosen_logps"])
+        counts = {len(dataset[0]["ref_chosen_logps"]) for dataset in self._datasets()}
+        if len(counts) > 1:
+            raise ValueError(f"The data sets hold scores of different numbers of references: {sorted(counts)}.")
+        self.num_references = counts.pop()
         self.reference_names = short_names(args.references or [str(k) for k in range(self.num_references)])
         self.anchor = self._find_anchor()
         self.weighting = self._make_weighting()
@@ -256,22 +255,17 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         if dataset is None:
             return None
         args, _ = self._args_for_data
-        checks = None
-        if args.references is not None:
-            root = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
-            scorers = [text_scorer(reference, root, dtype=args.reference_dtype)[0] for reference in args.references]
-            dataset, report = join_reference_scores(dataset, scorers, root, max_length=args.max_length, name=name)
+        dataset, report = with_scores(dataset, args, name)
+        if report is not None:
             self.join_reports[name] = report
-            checks = [read_checks(root, scorer) for scorer in scorers]
-            if args.process_index == 0:
-                print(f"{name}: scores of {len(scorers)} references taken from {root}; {report}.", flush=True)
-        check_scores(dataset, args, name)
-        if name == "train":
-            check_health(dataset, args, checks)
         if name == args.validation_set:
             self._validation = dataset
         if name == "train" and args.weighting in VALIDATED and args.validation_set is None:
             dataset, self._validation = hold_out_by_prompt(dataset, args.validation_rows, args.seed)
+            if args.process_index == 0:
+                print(
+                    f"{name}: {len(self._validation)} rows are held out for `weighting: {args.weighting}`.", flush=True
+                )
         return dataset
 
     def _loader(self, dataset: Dataset, *, training: bool):
@@ -327,6 +321,12 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         return super().method_state() | {"weighting": self.weighting.state_dict()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take up what `method_state` gave."""
+        """Take up what `method_state` gave.
+
+        Raises:
+            ValueError: the weighting was another one.
+        """
         super().load_method_state(state)
+        if set(state["weighting"]) != set(self.weighting.state_dict()):
+            raise ValueError(f"The checkpoint was trained with another `weighting` than {self.args.weighting}.")
         self.weighting.load_state_dict(state["weighting"])

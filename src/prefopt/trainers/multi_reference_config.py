@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prefopt.references.weights import fixed_weights, weighting_name
+from prefopt.references.weights import SlidingWindowWeights, ThompsonSampling, fixed_weights, weighting_name
 from prefopt.trainers.config import PreferenceConfig
 
 MODES = ("multi_dpo", "geometric", "harmonic", "arithmetic", "forward_kl")
 UNITS = ("none", "token", "byte")
+DTYPES = ("bfloat16", "float16", "float32")
 VALIDATED = ("vdw", "vaw", "tsw")
 """Weightings that need validation pairs."""
 _OWN_LENGTHS = ("ipo", "sigmoid_norm", "sft")
@@ -108,7 +109,13 @@ class MultiReferenceDPOConfig(PreferenceConfig):
         self.precompute_ref_log_probs = True  # no reference is ever in memory
         super().__post_init__()
         self.weighting = weighting_name(self.weighting)
-        for name, known in (("mode", MODES), ("normalize", UNITS), ("sampling_metric", ("accuracy", "loss"))):
+        choices = {
+            "mode": MODES,
+            "normalize": UNITS,
+            "sampling_metric": ("accuracy", "loss"),
+            "reference_dtype": DTYPES,
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
         if self.truncation_mode != "drop":
@@ -117,8 +124,7 @@ class MultiReferenceDPOConfig(PreferenceConfig):
             )
         self._check_references()
         self._check_losses()
-        if self.weighting in VALIDATED and self.validation_rows < 1:
-            raise ValueError(f"`weighting: {self.weighting}` needs `validation_rows` of at least 1.")
+        self._check_weighting()
 
     def _check_references(self) -> None:
         names = self.references
@@ -133,6 +139,19 @@ class MultiReferenceDPOConfig(PreferenceConfig):
             fixed_weights(self.reference_weights, len(names) if names else len(self.reference_weights))
         if self.clip_to_anchor is not None and not 0 < self.clip_to_anchor < 1:
             raise ValueError(f"`clip_to_anchor` must lie between 0 and 1, not {self.clip_to_anchor}.")
+
+    def _check_weighting(self) -> None:
+        if self.weighting in VALIDATED and self.validation_rows < 1:
+            raise ValueError(f"`weighting: {self.weighting}` needs `validation_rows` of at least 1.")
+        if self.sampling_subset < 1:
+            raise ValueError(f"`sampling_subset` must be at least 1, not {self.sampling_subset}.")
+        if self.accuracy_temperature is not None and not self.accuracy_temperature > 0:
+            raise ValueError(f"`accuracy_temperature` must be above 0, not {self.accuracy_temperature}.")
+        # refused here, before anything is loaded
+        SlidingWindowWeights(1, window=self.window, reduce=self.window_reduce)
+        ThompsonSampling(
+            1, prior=self.sampling_prior, seed=0, ties=self.sampling_ties, discount=self.sampling_discount
+        )
 
     def _check_losses(self) -> None:
         losses = self.loss_type

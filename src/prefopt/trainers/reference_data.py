@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from prefopt.references.cache import default_folder
+from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
+from prefopt.references.text import read_checks, text_scorer
 from prefopt.references.weights import fixed_weights
 from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
@@ -32,6 +35,31 @@ def short_names(references: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(references)
 
 
+def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> tuple[Dataset, JoinReport | None]:
+    """Tokenised pairs with the references' scores, from the cache unless they hold them already; checked, and said.
+
+    Args:
+        dataset: tokenised pairs, uncut.
+        args: names the references and the cache.
+        name: of the set; of "train" the references' health is looked at.
+
+    Raises:
+        ValueError: scores are missing or not usable, or a reference is quarantined.
+    """
+    report = checks = None
+    if args.references is not None:
+        root = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
+        scorers = [text_scorer(reference, root, dtype=args.reference_dtype)[0] for reference in args.references]
+        dataset, report = join_reference_scores(dataset, scorers, root, max_length=args.max_length, name=name)
+        checks = [read_checks(root, scorer) for scorer in scorers]
+        if args.process_index == 0:
+            print(f"{name}: scores of {len(scorers)} references taken from {root}; {report}.", flush=True)
+    check_scores(dataset, args, name)
+    if name == "train":
+        check_health(dataset, args, checks)
+    return dataset, report
+
+
 def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
     """Refuse data whose scores are missing, not finite, or of another number of references."""
     for column in REFERENCE_COLUMNS:
@@ -47,11 +75,13 @@ def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> 
         count = len(args.references) if args.references else len(dataset[0]["ref_chosen_logps"])
         wrong = next((row for row, numbers in enumerate(values) if None in numbers or len(numbers) != count), None)
         if wrong is None:
-            finite = torch.isfinite(torch.tensor(values)).all(dim=1)
-            wrong = None if bool(finite.all()) else int((~finite).nonzero()[0])
+            numbers = torch.tensor(values)
+            fine = (torch.isfinite(numbers) & ((numbers > 0) | column.endswith("logps"))).all(dim=1)
+            wrong = None if bool(fine.all()) else int((~fine).nonzero()[0])
         if wrong is not None:
             raise ValueError(
-                f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be {count} finite numbers."
+                f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be {count} finite numbers"
+                + (", above 0." if column.endswith("counts") else ".")
             )
     if args.reference_weights is not None:
         fixed_weights(args.reference_weights, count)
@@ -117,6 +147,11 @@ def advise(dataset: Dataset, args: MultiReferenceDPOConfig, *, has_anchor: bool)
         advice.append(
             "The policy's own initial model is not among the references (`anchor`): its DPO is the baseline to beat."
         )
+    if args.mode == "forward_kl":
+        capped = (
+            " On sums most pairs are beyond `max_exponent` and get no gradient." if args.normalize == "none" else ""
+        )
+        advice.append(f"`mode: forward_kl` is experimental.{capped}")
     if args.mode in ("harmonic", "arithmetic") and args.normalize != "byte":
         advice.append(
             f"`mode: {args.mode}` on scores that are not per byte follows one reference nearly alone (see "
