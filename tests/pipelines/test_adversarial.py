@@ -132,6 +132,26 @@ def test_a_changed_setting_changes_the_stages_that_read_it_and_no_others(tmp_pat
     assert changed == ["iteration-1/reward-train", "iteration-2/reward-train"]
 
 
+def test_stages_that_load_a_model_may_run_on_several_processes(tmp_path):
+    stages = plan(tmp_path, ranking={"max_length": 64, "num_processes": 4}, policy_training={"num_processes": 4})
+    for name in ("rank", "evaluate", "train"):
+        assert "--num_processes=4" in stages[f"iteration-1/{name}"].command
+    assert stages["iteration-1/evaluate"].settings["ranker_settings"] == {"max_length": 64}
+
+
+def test_a_stage_that_trained_an_adapter_is_done(tmp_path):
+    """An adapter's folder has `adapter_config.json` and no `config.json`."""
+    adapter = {"use_peft": True, "lora_r": 4}
+    stages = plan(tmp_path, reward_training=adapter, policy_training=adapter)
+    for name in ("reward-train", "train"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("adapter_model.safetensors", "adapter_config.json", "prefopt_head.json"):
+            (folder / file).touch()
+        for pattern in stages[f"iteration-1/{name}"].outputs:
+            assert list(folder.glob(pattern.rpartition("/")[2])), pattern
+
+
 def test_a_learning_rate_for_each_iteration(tmp_path):
     stages = plan(tmp_path, num_iterations=2, policy_learning_rates=[5e-6, 2e-6])
     assert [stages[f"iteration-{n}/train"].settings["learning_rate"] for n in (1, 2)] == [5e-6, 2e-6]
