@@ -15,6 +15,7 @@ import yaml
 from prefopt.candidates.records import read_records
 from prefopt.cli import main
 from prefopt.files import read_json, read_jsonl, write_jsonl
+from prefopt.memory import Launch
 from prefopt.pipelines.adversarial import AdversarialLoop, check_data, stages_of
 from prefopt.pipelines.commands import Commands
 from prefopt.pipelines.run import read_pipeline
@@ -256,14 +257,12 @@ def test_a_mistake_in_the_data_is_one_line_and_leaves_nothing(tmp_path, capsys):
 
 
 def packaged() -> list[str]:
-    names = [name for name in packaged_names("training_configs") if name.startswith("pipelines/")]
-    return [
-        n for n in names if yaml.safe_load(locate(n, "training_configs").read_text()).get("pipeline") == "adversarial"
-    ]
+    return [name for name in packaged_names("training_configs") if name.startswith("pipelines/adversarial")]
 
 
-def test_there_is_a_packaged_recipe():
-    assert packaged()
+def test_there_is_a_packaged_recipe_for_each_of_the_papers_aligners():
+    found = [yaml.safe_load(locate(name, "training_configs").read_text())["aligner"] for name in packaged()]
+    assert sorted(found) == ["dpo", "rjs", "rrhf"]
 
 
 @pytest.mark.parametrize("name", packaged())
@@ -274,6 +273,14 @@ def test_packaged_recipes_make_stages(name, tmp_path):
     assert [stages[f"iteration-{n}/train"].settings["learning_rate"] for n in (1, 2, 3)] == [5e-6, 2e-6, 9e-7]
     assert stages["iteration-1/reward-train"].settings["adversarial_coeff"] == 0.1
     assert stages["iteration-1/generate"].settings["num_samples"] == 4
+    # a process that sees several GPUs is refused: each stage with a model names its processes
+    for stage in stages.values():
+        if stage.name.endswith(("train", "rank", "evaluate")):
+            assert "--num_processes=8" in stage.command, stage.name
+        if stage.name.endswith("reward-train"):  # published in float32
+            launch = Launch.read(locate("deepspeed_zero3_fp32", "accelerate_configs"))
+            assert launch.mixed_precision == "no" and "--accelerate_config=deepspeed_zero3_fp32" in stage.command
+            assert stage.settings["bf16"] is False
 
 
 # ---- for real ------------------------------------------------------------------------------------------------------------------
