@@ -218,6 +218,12 @@ def test_prompts_in_common_are_refused(tmp_path, one, other):
         check_data(make_loop(tmp_path, **write_data(tmp_path, **changed)))
 
 
+def test_the_evaluating_reward_model_is_not_trained_on_the_test_prompts(tmp_path):
+    rows = [{"prompt": f"{name} number 1", "chosen": "yes", "rejected": "no"} for name in ("policy", "TEST")]
+    with pytest.raises(ValueError, match="1 prompts in common: the evaluating reward model must not be trained on"):
+        check_data(make_loop(tmp_path, **write_data(tmp_path, testing_comparisons=rows)))
+
+
 def test_comparisons_in_the_authors_form_are_read_too(tmp_path):
     rows = [{"text": ["policy number 1<sep>yes", "policy number 1<sep>no"], "scores": [1.0, 0.0]}]
     with pytest.raises(ValueError, match=r"policy_prompts .* and comparisons .* have 1 prompts in common"):
