@@ -105,10 +105,11 @@ def positions_of(config: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of a prompt with one answer; the first `prompt_length` are the prompt's."""
+    """Token ids of a prompt with one answer; the first `prompt_length` are the prompt's, which lost `prompt_cut` at its beginning."""
 
     ids: list[int]
     prompt_length: int
+    prompt_cut: int = 0
 
 
 def encode_answers(
@@ -135,7 +136,7 @@ def encode_answers(
                 "truncated prompts" if len(kept) == len(completion) else "truncated answers",
                 len(prompt) < len(group.prompt_ids),
             )
-            row.append(Answer([*prompt, *kept], len(prompt)))
+            row.append(Answer([*prompt, *kept], len(prompt), len(group.prompt_ids) - len(prompt)))
         tally.count("answers", len(row))
         tally.count("prompts")
         answers.append(row)
