@@ -296,6 +296,8 @@ def _concrete_class(mixin: type[HeadedModel], config_class: type[PretrainedConfi
             r"^embed_out\.",
             *(parent._keys_to_ignore_on_load_unexpected or []),
         ],
+        # what is named here is not quantised; without it only the last module of a model would be spared
+        "_keep_in_fp32_modules": [*(parent._keep_in_fp32_modules or []), *mixin.head_names],
         "__module__": mixin.__module__,
     }
     return type(causal.__name__.removesuffix("ForCausalLM") + mixin.__name__, (mixin, parent), members)
