@@ -1,6 +1,7 @@
 """The scalar reward model: pooling, padding, loading by others, and what it refuses."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -120,6 +121,17 @@ def test_sequence_classification_scores_a_last_model_alike_without_the_eos(tmp_p
         torch.testing.assert_close(
             other(ids, attention_mask=mask).logits[:, 0], model.rewards(ids, mask), atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("pooling", "pad", "said"),
+    [("eos", 2, "one token too early"), ("eos", 0, None), ("last", 0, "will read a closing EOS"), ("last", 2, None)],
+)
+def test_saving_warns_where_other_loaders_read_another_token(pooling, pad, said, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(logging.getLogger("prefopt.models.reward"), "warning_once", heard.append, raising=False)
+    tiny_reward(pooling=pooling, pad_token_id=pad, eos_token_id=2).save_pretrained(tmp_path)
+    assert len(heard) == (said is not None) and all(said in line for line in heard)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
