@@ -39,7 +39,7 @@ class GeneralPreferenceRanker:
     ) -> None:
         self.device = device
         self.tokens_per_batch = tokens_per_batch
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         model: Any = GeneralPreferenceModel.from_pretrained(path, dtype=dtype)
         self.model = model.to(device).eval()
         self.dim = int(model.head_record["dim"])
