@@ -5,12 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prefopt.candidates.backends.http import JsonClient, ServerError
 from prefopt.candidates.pairs import win_probabilities
 from prefopt.candidates.rankers import RankerOptions, build_ranker
-from prefopt.candidates.rankers.base import Request, check_scores, length_batches, plain_text
+from prefopt.candidates.rankers.base import Request, check_scores, encode_answers, length_batches, plain_text
 from prefopt.candidates.rankers.judge import JudgeRanker, verdict
 from prefopt.models.general_preference import GeneralPreferenceModel
 from prefopt.models.pair_ranker import Limits
@@ -228,6 +229,45 @@ def test_general_preference_tables(tmp_path, gate):
                 expected = sum(scales[k] * (a[2 * k] * b[2 * k + 1] - a[2 * k + 1] * b[2 * k]) for k in range(2)) / 0.5
                 assert table[i, j] == pytest.approx(expected, abs=1e-4)
         assert np.abs(table).max() > 1e-3
+
+
+def test_a_released_general_preference_model_reads_what_it_was_trained_on(tmp_path):
+    """The last token of the conversation is the EOS, and the prompt head stands at the end of the first user turn."""
+    tokenizer = tiny_tokenizer("gemma2")
+    base = spread(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=len(tokenizer), **SHAPE)))
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    heads = {"value_head.weight": torch.randn(4, 32), "prompt_head.weight": torch.randn(2, 32)}
+    weights = load_file(tmp_path / "model.safetensors") | heads
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    turns = [("user", "Name a colour."), ("assistant", "Blue."), ("user", "Another?")]
+    dialogue = [{"role": role, "content": text} for role, text in turns]
+    requests = [
+        Request("one", "What is two plus three?", ["five", "six or so"]),
+        Request("two", dialogue, ["Red.", "x"]),
+    ]
+    ranker = build("general-preference", tmp_path)
+    for request, table in zip(requests, ranker.rank(requests, tally())):
+        turn = tokenizer.apply_chat_template(conversation(request.prompt, "")[:1])["input_ids"]
+        rows = [
+            tokenizer.apply_chat_template(conversation(request.prompt, a))["input_ids"] for a in request.candidates
+        ]
+        assert all(ids[: len(turn)] == turn and ids[-1] != tokenizer.eos_token_id for ids in rows)
+        with torch.no_grad():
+            states = [base.model(torch.tensor([[*ids[:-1], tokenizer.eos_token_id]]))[0][0] for ids in rows]
+        a, b = (torch.nn.functional.normalize(heads["value_head.weight"] @ state[-1], dim=0) for state in states)
+        gates = (heads["prompt_head.weight"] @ states[0][len(turn) - 1]).softmax(0)
+        score = sum(gates[k] * (a[2 * k] * b[2 * k + 1] - a[2 * k + 1] * b[2 * k]) for k in range(2)) / 0.1
+        assert table[0, 1] == pytest.approx(score.item(), abs=1e-4) and abs(table[0, 1]) > 1e-2
+    # cut at its beginning, the prompt still has its gate where the turn ends
+    cut = build("general-preference", tmp_path, max_length=len(rows[1]) - 3)
+    short, full = (each._released_row(requests[1], encode_answers(requests[1:], tokenizer, each.max_length, tally())[0])
+                   for each in (cut, ranker))  # fmt: skip
+    for one, other in zip(short, full):
+        assert one.ids[one.prompt_length - 1 :] == other.ids[other.prompt_length - 1 :]
+    ranker.model.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    assert ranker.as_released and not build("general-preference", tmp_path / "ours").as_released
 
 
 # --- the judge ------------------------------------------------------------------------------------------------------------------

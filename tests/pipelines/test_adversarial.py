@@ -15,6 +15,7 @@ import yaml
 from prefopt.candidates.records import read_records
 from prefopt.cli import main
 from prefopt.files import read_json, read_jsonl, write_jsonl
+from prefopt.memory import Launch
 from prefopt.pipelines.adversarial import AdversarialLoop, check_data, stages_of
 from prefopt.pipelines.commands import Commands
 from prefopt.pipelines.run import read_pipeline
@@ -132,6 +133,26 @@ def test_a_changed_setting_changes_the_stages_that_read_it_and_no_others(tmp_pat
     assert changed == ["iteration-1/reward-train", "iteration-2/reward-train"]
 
 
+def test_stages_that_load_a_model_may_run_on_several_processes(tmp_path):
+    stages = plan(tmp_path, ranking={"max_length": 64, "num_processes": 4}, policy_training={"num_processes": 4})
+    for name in ("rank", "evaluate", "train"):
+        assert "--num_processes=4" in stages[f"iteration-1/{name}"].command
+    assert stages["iteration-1/evaluate"].settings["ranker_settings"] == {"max_length": 64}
+
+
+def test_a_stage_that_trained_an_adapter_is_done(tmp_path):
+    """An adapter's folder has `adapter_config.json` and no `config.json`."""
+    adapter = {"use_peft": True, "lora_r": 4}
+    stages = plan(tmp_path, reward_training=adapter, policy_training=adapter)
+    for name in ("reward-train", "train"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("adapter_model.safetensors", "adapter_config.json", "prefopt_head.json"):
+            (folder / file).touch()
+        for pattern in stages[f"iteration-1/{name}"].outputs:
+            assert list(folder.glob(pattern.rpartition("/")[2])), pattern
+
+
 def test_a_learning_rate_for_each_iteration(tmp_path):
     stages = plan(tmp_path, num_iterations=2, policy_learning_rates=[5e-6, 2e-6])
     assert [stages[f"iteration-{n}/train"].settings["learning_rate"] for n in (1, 2)] == [5e-6, 2e-6]
@@ -197,6 +218,12 @@ def test_prompts_in_common_are_refused(tmp_path, one, other):
         check_data(make_loop(tmp_path, **write_data(tmp_path, **changed)))
 
 
+def test_the_evaluating_reward_model_is_not_trained_on_the_test_prompts(tmp_path):
+    rows = [{"prompt": f"{name} number 1", "chosen": "yes", "rejected": "no"} for name in ("policy", "TEST")]
+    with pytest.raises(ValueError, match="1 prompts in common: the evaluating reward model must not be trained on"):
+        check_data(make_loop(tmp_path, **write_data(tmp_path, testing_comparisons=rows)))
+
+
 def test_comparisons_in_the_authors_form_are_read_too(tmp_path):
     rows = [{"text": ["policy number 1<sep>yes", "policy number 1<sep>no"], "scores": [1.0, 0.0]}]
     with pytest.raises(ValueError, match=r"policy_prompts .* and comparisons .* have 1 prompts in common"):
@@ -236,14 +263,12 @@ def test_a_mistake_in_the_data_is_one_line_and_leaves_nothing(tmp_path, capsys):
 
 
 def packaged() -> list[str]:
-    names = [name for name in packaged_names("training_configs") if name.startswith("pipelines/")]
-    return [
-        n for n in names if yaml.safe_load(locate(n, "training_configs").read_text()).get("pipeline") == "adversarial"
-    ]
+    return [name for name in packaged_names("training_configs") if name.startswith("pipelines/adversarial")]
 
 
-def test_there_is_a_packaged_recipe():
-    assert packaged()
+def test_there_is_a_packaged_recipe_for_each_of_the_papers_aligners():
+    found = [yaml.safe_load(locate(name, "training_configs").read_text())["aligner"] for name in packaged()]
+    assert sorted(found) == ["dpo", "rjs", "rrhf"]
 
 
 @pytest.mark.parametrize("name", packaged())
@@ -254,6 +279,14 @@ def test_packaged_recipes_make_stages(name, tmp_path):
     assert [stages[f"iteration-{n}/train"].settings["learning_rate"] for n in (1, 2, 3)] == [5e-6, 2e-6, 9e-7]
     assert stages["iteration-1/reward-train"].settings["adversarial_coeff"] == 0.1
     assert stages["iteration-1/generate"].settings["num_samples"] == 4
+    # a process that sees several GPUs is refused: each stage with a model names its processes
+    for stage in stages.values():
+        if stage.name.endswith(("train", "rank", "evaluate")):
+            assert "--num_processes=8" in stage.command, stage.name
+        if stage.name.endswith("reward-train"):  # published in float32
+            launch = Launch.read(locate("deepspeed_zero3_fp32", "accelerate_configs"))
+            assert launch.mixed_precision == "no" and "--accelerate_config=deepspeed_zero3_fp32" in stage.command
+            assert stage.settings["bf16"] is False
 
 
 # ---- for real ------------------------------------------------------------------------------------------------------------------

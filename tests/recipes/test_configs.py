@@ -133,13 +133,13 @@ def test_accelerate_config(name):
     values = yaml.safe_load(path.read_text())
     if launch.zero_stage == 3:
         assert values["deepspeed_config"]["zero3_save_16bit_model"] is True
-    assert (launch.mixed_precision == "no") == launch.use_cpu
+    assert (launch.mixed_precision == "no") == (launch.use_cpu or name.endswith("fp32"))
 
 
 def test_the_named_configs_are_there():
     assert {
         "single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2", "deepspeed_zero3_multinode",
-        "cpu_zero3_2ranks", "cpu_zero2_2ranks", "cpu_ddp_2ranks",
+        "deepspeed_zero3_fp32", "cpu_zero3_2ranks", "cpu_zero2_2ranks", "cpu_ddp_2ranks",
     } <= set(ACCELERATE)  # fmt: skip
     assert {"mistral", "llama3_instruct", "llama3/wpo", "gemma2/wpo_hb_qlora", "mistral/wpo_hb"} <= set(RECIPES)
 

@@ -224,5 +224,9 @@ def test_what_is_refused(tmp_path):
             make(tmp_path, **changes)
     with pytest.raises(ValueError, match="this trainer and its settings need a GeneralPreferenceModel"):
         make(tmp_path, model=RewardModel.from_module(backbone()))
+    for loss_type in ("general_preference", "bradley_terry"):
+        with pytest.raises(ValueError, match="1 of 17 rows of the train set are adversarial"):
+            rows = [{**row, "type": None} for row in ROWS]
+            make(tmp_path, [*rows, {**rows[0], "type": "apo"}], loss_type=loss_type)
     with pytest.raises(ValueError, match="`lm_head=True` contradicts the given model"):
         make(tmp_path, model=GeneralPreferenceModel.from_module(backbone()), sft_coeff=0.1)

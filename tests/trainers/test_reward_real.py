@@ -153,14 +153,15 @@ def test_a_reward_model_learns_human_choices_and_an_adversarial_one_the_policys_
     before = tell("base reward model", base_metrics, "adversarial", len(held_out))
 
     rows = pairs(train) + adversarial(train[:400], policy)
-    against = AdversarialRewardTrainer(
-        fresh_model(), args=AdversarialRewardConfig(**settings(tmp_path / "apo", adversarial_coeff=4.0, num_samples=4)), train_dataset=Dataset.from_list(rows),
-        eval_dataset=evaluation, processing_class=tokenizer,
-    )  # fmt: skip
-    against.train()
-    adversarial_metrics = against.evaluate()
-    still = tell("adversarial reward model", adversarial_metrics, "human", len(test))
-    after = tell("adversarial reward model", adversarial_metrics, "adversarial", len(held_out))
+    for coeff in (0.1, 4.0):  # as published, and every pair of weight 1
+        against = AdversarialRewardTrainer(
+            fresh_model(), args=AdversarialRewardConfig(**settings(tmp_path / f"apo-{coeff}", adversarial_coeff=coeff, num_samples=4)),
+            train_dataset=Dataset.from_list(rows), eval_dataset=evaluation, processing_class=tokenizer,
+        )  # fmt: skip
+        against.train()
+        adversarial_metrics = against.evaluate()
+        still = tell(f"adversarial reward model, {coeff:g} / 4", adversarial_metrics, "human", len(test))
+        after = tell(f"adversarial reward model, {coeff:g} / 4", adversarial_metrics, "adversarial", len(held_out))
 
     assert interval(human, len(test))[0] > 0.5
     assert interval(still, len(test))[0] > 0.5

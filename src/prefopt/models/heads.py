@@ -165,11 +165,7 @@ class HeadedModel:
         if stored and stored["kind"] != cls.kind:
             raise ValueError(f"{path} holds a {stored['kind']} head, not a {cls.kind} head.")
         stored.pop("backbone", None)
-        for name, value in asked.items():
-            if value is not None and name in stored and stored[name] != value:
-                raise ValueError(
-                    f"{path} was trained with {name}={stored[name]!r}, but {name}={value!r} was asked for; leave it out."
-                )
+        _check_asked(path, stored, asked)
         return {**cls.defaults, **stored, **{name: value for name, value in asked.items() if value is not None}}
 
     @classmethod
@@ -203,9 +199,18 @@ class HeadedModel:
         record = read_json(path / ADAPTER_RECORD)
         if record.pop("kind") != cls.kind:
             raise ValueError(f"{path} holds an adapter of another kind of head than {cls.kind}.")
-        base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
-        model = cls.from_pretrained(base, new_head=True, **{**record, **head_settings}, **settings)
-        return PeftModel.from_pretrained(model, path).merge_and_unload()
+        _check_asked(path, record, head_settings)
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise ValueError(
+                f"{path} does not say which model its adapter belongs to (it was trained on one in memory): load that model, put the "
+                "adapter on it with peft's `PeftModel.from_pretrained(model, path)`, and `merge_and_unload()`."
+            )
+        model = cls.from_pretrained(base, new_head=True, **record, **settings)
+        merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+        # an adapter that is trained on top of it belongs to this folder, and not to the base alone
+        merged.name_or_path = merged.config._name_or_path = str(path)
+        return merged
 
     # --- saving ---------------------------------------------------------------------------------------------------------
 
@@ -268,6 +273,15 @@ class HeadedModel:
         return hidden.reshape(-1, hidden.shape[-1])[last_index]
 
 
+def _check_asked(path: str | os.PathLike[str], stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse settings that contradict those that a head was trained with; None asks for nothing."""
+    for name, value in asked.items():
+        if value is not None and name in stored and stored[name] != value:
+            raise ValueError(
+                f"{path} was trained with {name}={stored[name]!r}, but {name}={value!r} was asked for; leave it out."
+            )
+
+
 @functools.cache
 def _concrete_class(mixin: type[HeadedModel], config_class: type[PretrainedConfig]) -> type:
     """The model class of `mixin` for one architecture."""
@@ -282,6 +296,8 @@ def _concrete_class(mixin: type[HeadedModel], config_class: type[PretrainedConfi
             r"^embed_out\.",
             *(parent._keys_to_ignore_on_load_unexpected or []),
         ],
+        # what is named here is not quantised; without it only the last module of a model would be spared
+        "_keep_in_fp32_modules": [*(parent._keep_in_fp32_modules or []), *mixin.head_names],
         "__module__": mixin.__module__,
     }
     return type(causal.__name__.removesuffix("ForCausalLM") + mixin.__name__, (mixin, parent), members)

@@ -69,6 +69,11 @@ class RewardModel(HeadedModel):
                 "The pad token is the EOS token: loaders that find the last token by the pad id (AutoModelForSequenceClassification) "
                 "will read this model one token too early. Use a pad token of its own, or pooling 'last'."
             )
+        if pooling == "last" and config.get("pad_token_id") not in self.eos_token_ids:
+            logger.warning_once(
+                "The pad token is not the EOS token: AutoModelForSequenceClassification will read a closing EOS where this model (pooling "
+                "'last') reads the token before it. Give it texts without their EOS, or set the pad token to the EOS."
+            )
         return {**config, "architectures": [known or config["architectures"][0]]}
 
     def forward(

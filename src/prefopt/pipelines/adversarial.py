@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.evaluation.evaluate import EVALUATION_FILE
+from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines.adversarial_data import check_data
 from prefopt.pipelines.adversarial_loop import AdversarialLoop
 from prefopt.pipelines.commands import Commands, Place
@@ -97,7 +98,7 @@ class Plan:
             name,
             tool,
             {**settings, **own},
-            outputs=(MODEL, "config.json"),
+            outputs=(MODEL, "*config.json"),  # an adapter's folder has adapter_config.json
             needs=(*start.needs, *needs),
             inputs=(*start.inputs, *inputs),
         )
@@ -200,13 +201,16 @@ class Plan:
         others = {"base": "base/answers"}
         if number > 1:
             others["previous"] = f"iteration-{number - 1}/answers"
+        ranking = {k: v for k, v in self.loop.ranking.items() if not k.startswith(("push", "hub"))}
+        launching = {key: ranking.pop(key) for key in LAUNCH_KEYS & ranking.keys()}
         settings = {
             "answers": Place(answers),
             "opponents": {name: Place(place) for name, place in others.items()},
             "ranker": "reward-model",
             "ranker_model": judge.path,
-            "ranker_settings": {k: v for k, v in self.loop.ranking.items() if not k.startswith(("push", "hub"))},
+            "ranker_settings": ranking,
             "output_dir": Place(f"{prefix}/evaluate"),
+            **launching,
         }
         name = self.add(
             f"{prefix}/evaluate",

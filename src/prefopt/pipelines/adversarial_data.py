@@ -34,6 +34,13 @@ def check_data(loop: AdversarialLoop) -> dict[str, int]:
                 f"{one} ({getattr(loop, one)}) and {other} ({getattr(loop, other)}) have {len(common)} prompts in common; they must be "
                 "disjoint, or the reward model judges answers that it was trained on: `prefopt split` makes disjoint sets."
             )
+    if loop.testing_comparisons is not None:
+        common = prompts["test_prompts"] & _compared(loop.testing_comparisons)
+        if common:
+            raise ValueError(
+                f"test_prompts ({loop.test_prompts}) and testing_comparisons ({loop.testing_comparisons}) have {len(common)} prompts in "
+                "common: the evaluating reward model must not be trained on the prompts on which it judges."
+            )
     return {f"prompts of {name}": len(keys) for name, keys in prompts.items()} | counts
 
 

@@ -25,6 +25,7 @@ _MACHINE = frozenset(
         "tensor_parallel_size", "data_parallel_size", "tokens_per_batch", "plots", "push_to_hub", "hub_dataset_id", "hub_private_repo",
     }
 )  # fmt: skip
+_TRAINERS = {*METHODS, "sft"}
 _TRAINING = FREE_TO_CHANGE - {"num_train_epochs", "max_steps", "output_dir"}
 
 
@@ -94,7 +95,7 @@ class Commands:
     def _what_decides(self, tool: str, recipe: str | None, typed: list[str]) -> dict[str, Any]:
         settings = [setting for setting in read_settings(recipe, typed) if setting.key != "env"]
         parsed = parse_command(tool, recipe, settings)
-        free = (_TRAINING if _method_of(tool, parsed) in METHODS else _MACHINE) | LAUNCH_KEYS
+        free = (_TRAINING if _method_of(tool, parsed) in _TRAINERS else _MACHINE) | LAUNCH_KEYS
         values = {key: plain(value) for key, value in parsed.values.items() if key not in free}
         if "ranker_settings" in values:  # an evaluation's, of `prefopt rank`
             values["ranker_settings"] = {k: v for k, v in values["ranker_settings"].items() if k not in free}
@@ -118,7 +119,7 @@ def parse_command(tool: str, recipe: str | None, settings: list[Setting]) -> Rec
     parsed = collect(recipe, settings, classes, problems)
     if problems:
         raise ValueError(problems[0])
-    if name not in METHODS:  # a training config looks at this machine's devices, which need not be those of the run
+    if name not in _TRAINERS:  # a training config looks at this machine's devices, which need not be those of the run
         build(parsed, classes)
     return parsed
 

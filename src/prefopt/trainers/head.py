@@ -122,7 +122,13 @@ class HeadTrainer(BaseTrainer):
         """The class of the model, and the settings of its head as `args` has them (None: the checkpoint's, else the default)."""
 
     def check_rows(self, dataset: Dataset, name: str) -> None:
-        """Refuse tokenised rows that this method cannot use."""
+        """Refuse tokenised rows that this method cannot use; here adversarial ones, which would weigh as much as human ones."""
+        adversarial = sum(dataset["is_adversarial"])
+        if adversarial:
+            raise ValueError(
+                f"{adversarial} of {len(dataset)} rows of the {name} set are adversarial (`type: apo`) and would weigh as much as human "
+                "comparisons here; use AdversarialRewardTrainer (`prefopt adversarial-reward-model`), or leave them out."
+            )
 
     def make_collator(self, args: HeadConfig) -> ComparisonCollator:
         """What makes batches of rows."""

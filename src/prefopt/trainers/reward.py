@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from prefopt.losses.reward import bradley_terry_loss, ranked_pairs, ranking_loss
@@ -49,15 +48,6 @@ class RewardTrainer(HeadTrainer):
     def head_settings(self, args: RewardConfig) -> tuple[type[HeadedModel], dict[str, Any]]:
         """See `HeadTrainer.head_settings`."""
         return RewardModel, {"pooling": args.pooling}
-
-    def check_rows(self, dataset: Dataset, name: str) -> None:
-        """Refuse adversarial rows: here they would weigh as much as human ones."""
-        adversarial = sum(dataset["is_adversarial"])
-        if adversarial:
-            raise ValueError(
-                f"{adversarial} of {len(dataset)} rows of the {name} set are adversarial (`type: apo`) and would weigh as much as human "
-                "comparisons here; use AdversarialRewardTrainer (`prefopt adversarial-reward-model`), or leave them out."
-            )
 
     def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 2) rewards of each row's best and worst response."""

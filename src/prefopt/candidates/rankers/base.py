@@ -119,11 +119,18 @@ def longest_input(path: str, wanted: int | None, *limits: int | None) -> int | N
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of a prompt with one answer; the first `prompt_length` are the prompt's. `types`: for encoders that tell two texts apart."""
+    """Token ids of a prompt with one answer.
+
+    Attributes:
+        ids: all tokens; the first `prompt_length` are the prompt's.
+        types: for encoders that tell two texts apart.
+        prompt_cut: tokens that the prompt lost at its beginning.
+    """
 
     ids: list[int]
     prompt_length: int
     types: list[int] | None = None
+    prompt_cut: int = 0
 
 
 def encode_answers(
@@ -149,7 +156,7 @@ def encode_answers(
             prompt, (kept,) = truncation.cut(group.prompt_ids, [completion], tokenizer.bos_token_id)
             prompt_cut |= len(prompt) < len(group.prompt_ids)
             tally.count("truncated answers", len(kept) < len(completion))
-            row.append(Answer([*prompt, *kept], len(prompt)))
+            row.append(Answer([*prompt, *kept], len(prompt), prompt_cut=len(group.prompt_ids) - len(prompt)))
         tally.count("truncated prompts", prompt_cut)
         tally.count("answers", len(row))
         tally.count("prompts")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import (
@@ -20,11 +22,17 @@ from prefopt.candidates.rankers.base import (
     positions_of,
     score_answers,
 )
+from prefopt.data.encoding import common_prefix_length
+from prefopt.data.messages import as_messages
 from prefopt.models.general_preference import GeneralPreferenceModel, preference_table
+from prefopt.models.heads import RECORD
 
 
 class GeneralPreferenceRanker:
     """Tables (R, R) of s(i beats j) / tau from the embeddings of the answers.
+
+    A checkpoint of the released code reads what it was trained on: the last token of a conversation is replaced by the EOS (Gemma's template
+    ends with a line break), and the prompt head stands at the end of the first user turn, before the header of the assistant's.
 
     Args:
         path: folder, ours or in the published layout.
@@ -40,17 +48,32 @@ class GeneralPreferenceRanker:
     ) -> None:
         self.device = device
         self.tokens_per_batch = tokens_per_batch
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         model: Any = GeneralPreferenceModel.from_pretrained(path, dtype=dtype)
         self.model = model.to(device).eval()
         self.dim = int(model.head_record["dim"])
         self.max_length = longest_input(path, max_length, positions_of(model.config))
+        ours = Path(path, "adapter_config.json").is_file() or RECORD in PretrainedConfig.get_config_dict(path)[0]
+        self.as_released = not ours and bool(self.tokenizer.chat_template)
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`."""
         answers = encode_answers(requests, self.tokenizer, self.max_length, tally)
+        if self.as_released:
+            answers = [self._released_row(request, row) for request, row in zip(requests, answers)]
         rows = score_answers(answers, self._forward, tokens_per_batch=self.tokens_per_batch, tally=tally)
         return [self._table(row.double()).numpy() for row in rows]
+
+    def _released_row(self, request: Request, row: list[Answer]) -> list[Answer]:
+        messages = as_messages(request.prompt)
+        first = next((n for n, message in enumerate(messages) if message["role"] == "user"), len(messages) - 1)
+        turn, prompt = (
+            self.tokenizer.apply_chat_template(part, add_generation_prompt=opens)["input_ids"]
+            for part, opens in ((messages[: first + 1], False), (messages, True))
+        )
+        end = common_prefix_length(turn, prompt)
+        eos = self.tokenizer.eos_token_id
+        return [replace(a, ids=[*a.ids[:-1], eos], prompt_length=max(end - a.prompt_cut, 1)) for a in row]
 
     def _forward(self, answers: list[Answer]) -> Tensor:
         """(N, d) embeddings, followed by (N, d/2) scales where the model has a prompt head."""
