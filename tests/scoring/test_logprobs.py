@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -144,6 +145,32 @@ def test_the_plain_forward_and_generation_are_left_alone():
     install_scoring(model)  # twice changes nothing
     assert torch.equal(model(input_ids=ids).logits, before)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), text)
+
+
+def test_a_deep_copy_scores_with_its_own_weights():
+    model = tiny_model("llama")
+    install_scoring(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(1.5)
+    batch = LAYOUTS["packed"].collate([GROUPS])
+    install_scoring(twin)
+    logps = score_completions(twin, batch, attn_implementation="sdpa").logps
+    torch.testing.assert_close(logps, plain_logps(twin, GROUPS), rtol=1e-5, atol=1e-5)
+    assert (logps - score_completions(model, batch, attn_implementation="sdpa").logps).abs().max() > 1e-3
+
+
+def test_accelerate_can_take_its_mixed_precision_off_again():
+    from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
+
+    model = tiny_model("llama")
+    install_scoring(model)
+    batch = LAYOUTS["packed"].collate([GROUPS])
+    before = score_completions(model, batch, attn_implementation="sdpa").logps
+    model._original_forward = model.forward  # as Accelerator.prepare_model does
+    model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert torch.equal(score_completions(model, batch, attn_implementation="sdpa").logps, before)
 
 
 def test_no_tensor_of_sequence_times_vocabulary_is_made():

@@ -296,6 +296,16 @@ def test_an_explicit_reference_is_used(tmp_path):
     assert abs(trainer.state.log_history[0]["rewards/margins"]) > 1e-3
 
 
+def test_a_second_round_against_a_copy_of_the_first_rounds_policy(tmp_path):
+    """The copy has been through a trainer, and must stay what it is while the policy trains on."""
+    model = tiny_model()
+    make_trainer(tmp_path, model=model, max_steps=1).train()
+    trainer = make_trainer(tmp_path, model=model, trainer_options={"ref_model": copy.deepcopy(model)}, max_steps=3)
+    trainer.train()
+    assert history(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-6)
+    assert abs(history(trainer, "rewards/margins")[-1]) > 1e-4
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_a_fresh_adapter_trains_against_the_model_without_it(tmp_path, layout):
     base = tiny_model()

@@ -11,6 +11,9 @@ Letters: C completions, S scored tokens, H hidden width, V vocabulary, E experts
 from __future__ import annotations
 
 import functools
+import inspect
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,23 +58,30 @@ class CompletionScores(ModelOutput):
 
 
 def install_scoring(model: PreTrainedModel) -> None:
-    """Add the scoring path to `model.forward`; call it on the base model, before any wrapper. Calling it twice changes nothing."""
-    if getattr(model.forward, "scores_completions", False):
+    """Add the scoring path to `model.forward`; call it on the base model, before any wrapper. Calling it twice changes nothing.
+
+    The path is a bound method, so that a deep copy of the model scores with its own weights.
+    """
+    if "_plain_forward" in model.__dict__:
         return
-    plain_forward = model.forward
+    model._plain_forward = model.forward
+    model.forward = types.MethodType(_scoring_forward(type(model)), model)
 
-    # generate() validates its arguments against this signature
-    @functools.wraps(type(model).forward)
-    def forward(*args, score_index: torch.Tensor | None = None, **kwargs):
+
+@functools.cache
+def _scoring_forward(model_class: type[PreTrainedModel]) -> Callable[..., object]:
+    @functools.wraps(model_class.forward)
+    def forward(self, *args, score_index: torch.Tensor | None = None, **kwargs):
         if score_index is None:
-            return plain_forward(*args, **kwargs)
-        given = {
-            name: value for name, value in kwargs.items() if value is not None
-        }  # PEFT adds `inputs_embeds=None`, ...
-        return _score(model, score_index=score_index, **given)
+            return self._plain_forward(*args, **kwargs)
+        # PEFT adds `inputs_embeds=None`, ...
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return _score(self, score_index=score_index, **given)
 
-    forward.scores_completions = True
-    model.forward = forward
+    # generate() validates its arguments against the signature; accelerate would unwrap `__wrapped__` down to the plain forward
+    forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    return forward
 
 
 def attention_mask_of(batch: dict[str, torch.Tensor], *, attn_implementation: str, dtype: torch.dtype):

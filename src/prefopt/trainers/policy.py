@@ -84,7 +84,7 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model's present weights that does not train; the scoring path is installed anew.
+    """A copy of the model's present weights that does not train, with the scoring path.
 
     Raises:
         ValueError: the weights are sharded already, so that no rank could copy them.
@@ -93,12 +93,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             "The model's weights are already sharded by ZeRO-3 and cannot be copied. Give `model` as a name or folder, or pass `ref_model`."
         )
-    forward = model.__dict__.pop("forward", None)  # the installed path is bound to the original
-    try:
-        reference = copy.deepcopy(model)
-    finally:
-        if forward is not None:
-            model.forward = forward
+    reference = copy.deepcopy(model)
     install_scoring(reference)
     return reference.requires_grad_(False).eval()
 
