@@ -219,6 +219,27 @@ def test_evaluation_is_the_mean_over_pairs_whatever_the_batches(tmp_path):
             assert other[name] == pytest.approx(results[0][name], rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {"loss_type": ["sft"]}),
+        ("llama", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}),
+        ("mixtral", {"router_aux_loss_coef": 0.5}),
+    ],
+    ids=str,
+)
+def test_the_evaluated_loss_is_the_loss_that_is_trained(tmp_path, architecture, settings):
+    """One step over the whole data set, its loss taken before the step, and the same data evaluated: one number."""
+    rows = preference_rows(7)
+    trainer = make_trainer(
+        tmp_path, "DPO", model=tiny_model(architecture), rows=rows, trainer_options={"eval_dataset": rows}, max_steps=1,
+        per_device_train_batch_size=7, per_device_eval_batch_size=7, batch_layout="padded", **settings,
+    )  # fmt: skip
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert evaluated == pytest.approx(history(trainer)[0], rel=1e-5)
+
+
 def test_several_evaluation_sets_and_compute_metrics(tmp_path):
     rows = {"first": preference_rows(5, seed=1), "second": preference_rows(7, seed=2)}
     sizes = []

@@ -268,6 +268,8 @@ class PreferenceTrainer(BaseTrainer):
             if name == SFT:
                 nll = torch.where(real, -pair.chosen_logps, 0.0).sum()
                 terms = terms + weight * nll * (self.args.world_size / batch["step_first_tokens"])
+                if not self.model.training:
+                    sums.add_mean("_sft", -pair.chosen_logps / pair.chosen_counts, pair.chosen_counts * real)
         if scores.aux_loss is not None:
             aux = torch.where(real.any(), scores.aux_loss, 0.0)
             terms = terms + self._aux_coefficient * self.reduce(aux * real.sum(), batch)
@@ -275,8 +277,11 @@ class PreferenceTrainer(BaseTrainer):
         return terms
 
     def derive_metrics(self, values: dict[str, torch.Tensor]) -> None:
-        """See `BaseTrainer.derive_metrics`."""
+        """See `BaseTrainer.derive_metrics`; the loss of an evaluation gets the terms that belong to no pair."""
         effective_pairs(values)
+        if "loss" in values:
+            sft = values.pop("_sft", 0.0) * dict(self._weighted_losses()).get(SFT, 0.0)
+            values["loss"] = values["loss"] + sft + self._aux_coefficient * values.get("aux_loss", 0.0)
 
     # ---- data ------------------------------------------------------------------------------------------------------------------
 
