@@ -365,6 +365,34 @@ def test_a_trained_adapter_trains_against_a_frozen_copy_of_itself(tmp_path):
             assert p.requires_grad
 
 
+def test_the_policy_is_its_reference_without_dropout_and_goes_on_with_its_checkpointing(tmp_path, monkeypatch):
+    from prefopt.trainers import checkpointing
+
+    used = []
+    contexts = checkpointing.selective_contexts
+    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
+    trainer = make_trainer(
+        tmp_path, model=tiny_model(attention_dropout=0.5), trainer_options={"peft_config": lora()}, max_steps=3,
+        disable_dropout=False, gradient_checkpointing=True, selective_checkpointing=True,
+    )  # fmt: skip
+    trainer.train()
+    assert len(used) == 3 * 2  # steps, layers
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert torch.equal(trainer.reference.logps(batch), trainer.reference.logps(batch))
+    assert trainer.model.training
+
+
+def test_zero3_with_an_adapter_checkpoints_re_entrantly(tmp_path, monkeypatch, capsys):
+    from prefopt.trainers import policy
+
+    monkeypatch.setattr(policy, "is_deepspeed_zero3_enabled", lambda: True)
+    trainer = make_trainer(tmp_path, trainer_options={"peft_config": lora()}, gradient_checkpointing=True)
+    assert "gradient checkpointing is re-entrant" in capsys.readouterr().out
+    assert trainer.args.activation_checkpointing_kwargs == {"use_reentrant": True}  # what Trainer.train reads
+    assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+
+
 def test_modules_to_save_may_hold_the_lm_head(tmp_path):
     trainer = make_trainer(
         tmp_path, trainer_options={"peft_config": lora(modules_to_save=["lm_head"])}, learning_rate=1e-2
@@ -400,6 +428,27 @@ def test_cached_reference_scores_train_like_a_live_reference(tmp_path, capsys, p
     if not peft:
         with pytest.raises(ValueError, match="no cached reference scores"):
             trainer.evaluate(preference_rows(3, seed=77))
+
+
+def test_a_reference_with_an_adapter_is_cached_with_it(tmp_path):
+    def trained_adapter():
+        model = get_peft_model(tiny_model(), lora())
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+        return model
+
+    runs = []
+    for cached in (False, True):
+        trainer = make_trainer(
+            tmp_path, trainer_options={"ref_model": trained_adapter()}, max_steps=2,
+            precompute_ref_log_probs=cached, ref_logps_dir=str(tmp_path / "scores"),
+        )  # fmt: skip
+        trainer.train()
+        runs.append(history(trainer))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
 
 
 def test_losses_without_a_reference_keep_none(tmp_path):

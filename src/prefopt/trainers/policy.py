@@ -171,4 +171,5 @@ def _choose_checkpointing(args: Any) -> None:
         kwargs = dict(args.gradient_checkpointing_kwargs or {})
         if not kwargs.get("use_reentrant"):
             print("ZeRO-3 with an adapter: gradient checkpointing is re-entrant.")
-        args.gradient_checkpointing_kwargs = kwargs | {"use_reentrant": True}
+        # transformers 5.23 reads the second name, of which the first is a copy
+        args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = kwargs | {"use_reentrant": True}
