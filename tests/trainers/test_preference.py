@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -383,6 +384,25 @@ def test_the_policy_is_its_reference_without_dropout_and_goes_on_with_its_checkp
     assert trainer.model.training
 
 
+def test_each_round_on_one_adapter_starts_from_its_present_weights(tmp_path):
+    model = get_peft_model(tiny_model(), lora(), adapter_name="mine")
+    for _ in range(3):
+        trainer = make_trainer(tmp_path, model=model, learning_rate=1e-2, max_steps=2)
+        trainer.train()
+        assert history(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-6)
+        assert abs(history(trainer, "rewards/margins")[1]) > 1e-5
+
+
+def test_a_new_adapter_is_drawn_from_the_seed(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    drawn = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        trainer = make_trainer(tmp_path, model=str(tmp_path / "model"), trainer_options={"peft_config": lora()})
+        drawn.append(weights_of(trainer.model))
+    assert torch.equal(*drawn)
+
+
 def test_zero3_with_an_adapter_checkpoints_re_entrantly(tmp_path, monkeypatch, capsys):
     from prefopt.trainers import policy
 
@@ -494,6 +514,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
         trainer.train()
 
 
+def test_a_loss_that_was_not_finite_is_found_when_the_host_looks_later(tmp_path):
+    """On a GPU the host looks only where it waits anyway: here at the last of four steps, and row 7 is in one of them."""
+    trainer = make_trainer(tmp_path, "DPO", max_steps=4, logging_steps=4)
+    pair_losses, check = trainer.pair_losses, trainer.check_finite
+    bad = trainer.train_dataset[trainer.get_train_dataloader().batch_sampler.step(0, 1)[0][0].indices[0]]["row_id"]
+
+    def poisoned(pair, reference, batch):
+        hit = torch.tensor([row == bad for row in batch["row_ids"]])
+        return pair_losses(pair, reference, batch).detach().masked_fill(hit, float("inf")) + 0 * pair.chosen_logps
+
+    trainer.pair_losses = poisoned
+    trainer.check_finite = lambda: check() if trainer.state.global_step == 4 else None
+    with pytest.raises(FloatingPointError, match=bad):
+        trainer.train()
+
+
+def test_tokens_between_the_last_log_and_a_checkpoint_are_counted_on_resume(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 3}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert history(resumed, "num_tokens") == history(whole, "num_tokens")
+
+
 def test_a_saved_model_loads_in_plain_transformers_with_its_card(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
     trainer.train()
@@ -580,6 +625,18 @@ def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
         ({"use_weighting": False}, "plain DPO"),
         ({"ld_alpha": 0.5, "precompute_ref_log_probs": True}, "ld_alpha"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"train_sampling_strategy": "group_by_length"}, "balanced by length already"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches"),
+        ({"batch_eval_metrics": True}, "all rows at once"),
+        ({"include_for_metrics": ["loss"]}, "predictions only"),
+        ({"eval_do_concat_batches": False}, "in one array"),
+        ({"dataloader_in_order": False}, "belong together"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing` is that"),
+        ({"precompute_ref_batch_size": 4}, "filled by tokens"),
+        ({"neftune_noise_alpha": 5.0}, "not the reference's"),
+        ({"label_smoothing": 0.7}, "label_smoothing must lie in"),
+        ({"loss_type": "discopop", "discopop_tau": 3.0}, "tau must lie in"),
+        ({"loss_type": "simpo", "gamma_beta_ratio": -1.0}, "gamma_beta_ratio"),
         ({"selective_checkpointing": True}, "turn that on as well"),
     ],
     ids=str,
@@ -602,6 +659,19 @@ def test_models_and_adapters_that_cannot_work_are_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="already has an adapter"):
         make_trainer(tmp_path, model=get_peft_model(tiny_model(), lora()), trainer_options={"peft_config": lora()})
+    with pytest.raises(ValueError, match="No parameter of the model is trainable"):
+        make_trainer(tmp_path, model=get_peft_model(tiny_model(), lora(inference_mode=True)))
+    with pytest.raises(ValueError, match=r"AutoModelForCausalLM\.from_pretrained\('some/model'\)"):
+        make_trainer(tmp_path, trainer_options={"ref_model": "some/model"})
+    with pytest.raises(ValueError, match="would not reach the batches"):
+        make_trainer(tmp_path, "DPO", ld_alpha=0.5, trainer_options={"data_collator": list})
+    args = trl.DPOConfig(str(tmp_path), **COMMON)
+    with pytest.raises(ValueError, match=r"WPOTrainer needs a prefopt\.WPOConfig, .* not a trl"):
+        prefopt.WPOTrainer("no/such-model", args=args, train_dataset=preference_rows())
+    with pytest.raises(ValueError, match="must be a tokenizer, not a dict"):
+        prefopt.DPOTrainer("no/such-model", processing_class={}, train_dataset=preference_rows())
+    with pytest.raises(ValueError, match="`predict` is not supported"):
+        make_trainer(tmp_path).predict(preference_rows(2))
     with pytest.raises(ValueError, match=r"was given\. Drop one"):
         make_trainer(tmp_path, model_init_kwargs={"dtype": "float32"})
     with pytest.raises(ValueError, match="sliding window of 16"):
@@ -615,6 +685,16 @@ def test_a_model_that_cannot_be_packed_is_padded_with_one_line_why(tmp_path, cap
     assert trainer.layout.name == "padded"
     assert "Batches are padded, not packed: its sliding window of 16" in capsys.readouterr().out
     assert make_trainer(tmp_path).layout.name == "packed"
+
+
+def test_pairs_can_be_trained_on_in_the_order_of_the_data(tmp_path):
+    trainer = make_trainer(tmp_path, train_sampling_strategy="sequential", num_train_epochs=2)
+    seen = Seen()
+    seen.watch(trainer)
+    trainer.train()
+    order = [sorted(batch["row_ids"]) for batch in seen.batches]
+    row_ids = trainer.train_dataset["row_id"]
+    assert order == 2 * [sorted(row_ids[i : i + 4]) for i in range(0, 24, 4)]
 
 
 def test_streaming_is_refused(tmp_path):

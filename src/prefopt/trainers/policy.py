@@ -16,7 +16,6 @@ from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_c
 from prefopt.scoring.logprobs import install_scoring
 
 REFERENCE_ADAPTER = "ref"
-_TRAINED_ADAPTER = "default"
 
 
 def load_model(
@@ -62,7 +61,8 @@ def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedT
     name = get_config_model_id(model.config)
     if not name:
         raise ValueError("The model was not loaded from a name or folder: give its tokenizer as `processing_class`.")
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    revision = (args.model_init_kwargs or {}).get("revision") or "main"
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -105,7 +105,7 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
         The policy: `model` itself, or a `PeftModel`. One that was given with a trained adapter gets a frozen copy of it as adapter "ref".
 
     Raises:
-        ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens.
+        ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens; nothing that trains.
     """
     install_scoring(base_model_of(model))
     if peft_config is not None:
@@ -119,6 +119,10 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
                 "`target_modules`, or name it in `modules_to_save`."
             )
         _choose_checkpointing(args)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter of the model is trainable (`requires_grad`). Load a trained adapter with `is_trainable=True`."
+        )
     if args.disable_dropout:
         disable_dropout_in_model(model)
     return model
@@ -150,12 +154,15 @@ def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Peft
 
 
 def _copy_adapter(model: PeftModel) -> None:
-    """Keep the adapter's present weights as a second, frozen adapter."""
-    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[_TRAINED_ADAPTER])
+    """Keep the active adapter's present weights as a second, frozen adapter."""
+    trained = model.active_adapter
+    if REFERENCE_ADAPTER in model.peft_config:  # of an earlier trainer on this model
+        model.delete_adapter(REFERENCE_ADAPTER)
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[trained])
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if f".{_TRAINED_ADAPTER}" in name:
-            copied = parameters[name.replace(f".{_TRAINED_ADAPTER}", f".{REFERENCE_ADAPTER}")]
+        if f".{trained}" in name:
+            copied = parameters[name.replace(f".{trained}", f".{REFERENCE_ADAPTER}")]
             with torch.no_grad():
                 copied.copy_(parameter)
             copied.requires_grad_(False)
