@@ -9,6 +9,8 @@ from transformers import PretrainedConfig
 
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
 """Attention implementations of transformers that take a ready mask."""
+_WINDOWS = {"gpt_neo": "window_size", "modernbert-decoder": "local_attention"}
+"""The setting that is a model's sliding window, where it is not called `sliding_window`."""
 
 
 def packed_attention_mask(
@@ -72,7 +74,9 @@ def why_not_packed(config: PretrainedConfig, *, implementation: str, longest_seq
     settings = text.to_dict()
     if implementation not in MASKED_ATTENTION:
         return f"attention implementation {implementation!r} takes no mask"
-    window = settings.get("sliding_window")
+    if text.model_type in ("bloom", "mpt") or settings.get("alibi"):
+        return "its attention biases count places along the row (ALiBi)"
+    window = settings.get(_WINDOWS.get(text.model_type, "sliding_window"))
     if window is not None and settings.get("use_sliding_window", True) and window < longest_sequence:
         return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest_sequence})"
     if settings.get("attention_chunk_size") and settings["attention_chunk_size"] < longest_sequence:

@@ -29,6 +29,7 @@ from prefopt._trl import (
     maybe_gather_lm_head_ctx,
 )
 from prefopt.scoring.attention import packed_attention_mask
+from prefopt.scoring.logits import check_logits, logit_transform, logits_of
 
 ALIGNMENTS = ("sampled", "greedy", "none")
 VOCAB_STATISTICS = ("entropy", "mean_logits", "is_top1")
@@ -61,9 +62,13 @@ def install_scoring(model: PreTrainedModel) -> None:
     """Add the scoring path to `model.forward`; call it on the base model, before any wrapper. Calling it twice changes nothing.
 
     The path is a bound method, so that a deep copy of the model scores with its own weights.
+
+    Raises:
+        ValueError: the model's logits are not what the path would take them for.
     """
     if "_plain_forward" in model.__dict__:
         return
+    check_logits(model)
     model._plain_forward = model.forward
     model.forward = types.MethodType(_scoring_forward(type(model)), model)
 
@@ -228,27 +233,9 @@ def _largest_logps(
     """log max_v p(v) of each position, (S,) float32, in chunks of positions."""
     largest = []
     for chunk in hidden.split(_GREEDY_CHUNK):
-        logits = (
-            nn.functional.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype)).float()
-            * scale
-        )
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits_of(chunk, weight, bias, softcap, scale)
         largest.append(logits.amax(-1) - logits.logsumexp(-1))
     return torch.cat(largest)
-
-
-def logit_transform(config) -> tuple[float | None, float]:
-    """How a model turns LM-head outputs into logits: (soft cap or None, factor), the factor applied first."""
-    settings = config.get_text_config().to_dict()
-    softcap = settings.get("final_logit_softcapping")
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if settings.get(name) is not None:
-            return softcap, float(settings[name])
-    if settings.get("logits_scaling") is not None:
-        divides = settings["model_type"] != "hyperclovax"
-        return softcap, 1 / float(settings["logits_scaling"]) if divides else float(settings["logits_scaling"])
-    return softcap, 1.0
 
 
 def _experts_per_token(model: PreTrainedModel) -> int:
