@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import prefopt
 from prefopt import losses
@@ -685,6 +686,21 @@ def test_a_model_that_cannot_be_packed_is_padded_with_one_line_why(tmp_path, cap
     assert trainer.layout.name == "padded"
     assert "Batches are padded, not packed: its sliding window of 16" in capsys.readouterr().out
     assert make_trainer(tmp_path).layout.name == "packed"
+
+
+def test_an_architecture_without_flex_attention_loads_with_its_own_on_a_gpu(tmp_path):
+    from prefopt.trainers.policy import load_model
+
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2, vocab_size=50)
+    ).save_pretrained(tmp_path / "bloom")
+    tiny_model().save_pretrained(tmp_path / "llama")
+    args = prefopt.DPOConfig(str(tmp_path), **COMMON)
+    gpu = SimpleNamespace(**{**vars(args), "device": torch.device("cuda"), "distributed_state": None})
+    assert load_model(str(tmp_path / "bloom"), gpu).config._attn_implementation == "eager"
+    assert load_model(str(tmp_path / "llama"), gpu).config._attn_implementation == "flex_attention"
+    gpu.model_init_kwargs = {"attn_implementation": "sdpa"}
+    assert load_model(str(tmp_path / "llama"), gpu).config._attn_implementation == "sdpa"
 
 
 def test_pairs_can_be_trained_on_in_the_order_of_the_data(tmp_path):

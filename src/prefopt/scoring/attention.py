@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
 """Attention implementations of transformers that take a ready mask."""
@@ -60,6 +61,23 @@ def _block_mask(group_ids: torch.Tensor, branch_ids: torch.Tensor):
     rows, length = group_ids.shape
     build: Callable = create_block_mask
     return build(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=group_ids.device)
+
+
+def load_with_flex_attention(load: Callable[..., PreTrainedModel], name: str, **options: Any) -> PreTrainedModel:
+    """A model with FlexAttention, or with its default attention where its architecture has none; a choice among `options` stands.
+
+    Args:
+        load: what loads a name or folder.
+        name: name or folder.
+        options: keywords of `load`.
+    """
+    try:
+        return load(name, **{"attn_implementation": "flex_attention", **options})
+    except ValueError as error:
+        # raised before any weights are read
+        if "flex_attention" not in str(error) or "attn_implementation" in options:
+            raise
+    return load(name, **options)
 
 
 def why_not_packed(config: PretrainedConfig, *, implementation: str, longest_sequence: int) -> str | None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from prefopt.scoring.attention import load_with_flex_attention
 from prefopt.scoring.logprobs import install_scoring
 
 REFERENCE_ADAPTER = "ref"
@@ -48,11 +49,11 @@ def load_model(
         return model
     if quantization_config is not None:
         init["quantization_config"] = quantization_config
-    if args.device.type == "cuda" and args.batch_layout != "padded":
-        init.setdefault("attn_implementation", "flex_attention")
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         init["device_map"] = None
     init.setdefault("trust_remote_code", args.trust_remote_code)
+    if args.device.type == "cuda" and args.batch_layout != "padded":
+        return load_with_flex_attention(loader, model, **init)
     return loader(model, **init)
 
 
