@@ -472,6 +472,15 @@ def test_a_reference_with_an_adapter_is_cached_with_it(tmp_path):
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
 
 
+def test_late_data_is_not_scored_by_the_policy_where_another_model_is_the_reference(tmp_path):
+    trainer = make_trainer(
+        tmp_path, trainer_options={"ref_model": tiny_model(seed=4), "peft_config": lora()},
+        precompute_ref_log_probs=True, ref_logps_dir=str(tmp_path / "scores"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the reference is no longer at hand"):
+        trainer.evaluate(preference_rows(3, seed=77))
+
+
 def test_losses_without_a_reference_keep_none(tmp_path):
     trainer = make_trainer(tmp_path, "DPO", loss_type="simpo", beta=2.0, gamma_beta_ratio=0.5, max_steps=1)
     assert trainer.ref_model is None

@@ -367,9 +367,10 @@ class PreferenceTrainer(BaseTrainer):
         prepared = self._prepare(dataset, name)
         if not self.args.precompute_ref_log_probs or REFERENCE_COLUMNS[0] in prepared.column_names:
             return prepared
-        if self.state.global_step > 0 and not isinstance(self.model, PeftModel):
+        policy_is_reference = self.state.global_step == 0 or isinstance(self.model, PeftModel)
+        if not (self._reference_is_initial and policy_is_reference):
             raise ValueError(
-                f"The {name} data has no cached reference scores, and the policy has trained since: give it to the constructor as "
+                f"The {name} data has no cached reference scores, and the reference is no longer at hand: give it to the constructor as "
                 "`eval_dataset`, or turn `precompute_ref_log_probs` off."
             )
         return with_reference_scores(self, {name: prepared}, None)[name]
