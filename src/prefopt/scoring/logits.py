@@ -1,4 +1,4 @@
-"""From hidden states to logits: what a model does beside its LM head, and a check that this is all that it does."""
+"""From hidden states to logits: scale and cap, and a check that a model does no more than that."""
 
 from __future__ import annotations
 
