@@ -1,7 +1,7 @@
 """The names that we use of TRL beyond what its documentation lists, in one place: a TRL release can break this file only."""
 
 from trl.kernels import ChunkedLogProbFunction
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
     create_model_from_path,
     disable_dropout_in_model,
@@ -21,7 +21,6 @@ __all__ = [
     "ChunkedLogProbFunction",
     "create_model_from_path",
     "disable_dropout_in_model",
-    "disable_gradient_checkpointing",
     "get_config_model_id",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from prefopt.data import tokenize_pairs
 from prefopt.references.cache import ScoreCache
@@ -120,11 +121,20 @@ def test_fingerprint_of_a_module_sees_weights_and_config_and_no_adapter():
     assert module_fingerprint(adapted, adapted.get_base_model().config) == base
     with_adapter = module_fingerprint(adapted, adapted.get_base_model().config, adapter="default")
     assert with_adapter != base
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] *= 2
+    rescaled = module_fingerprint(adapted, adapted.get_base_model().config, adapter="default")
+    assert rescaled != with_adapter
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.add_(1.0)
-    assert module_fingerprint(adapted, adapted.get_base_model().config, adapter="default") not in (base, with_adapter)
+    assert module_fingerprint(adapted, adapted.get_base_model().config, adapter="default") not in (
+        base,
+        with_adapter,
+        rescaled,
+    )
 
 
 def test_batches_hold_each_group_once_within_the_budget():

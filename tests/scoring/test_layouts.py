@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from prefopt.scoring.attention import packed_attention_mask, why_not_packed
 from prefopt.scoring.layouts import Group, PackedLayout, PaddedLayout
@@ -124,8 +125,23 @@ def test_what_cannot_be_packed_says_why(architecture, overrides, longest, reason
     assert "takes no mask" in why_not_packed(config, implementation="flash_attention_2", longest_sequence=1)
 
 
-def test_recurrent_layers_cannot_be_packed():
-    from transformers import AutoConfig
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "reason"),
+    [
+        ("gpt_neo", {"window_size": 8}, "sliding window of 8"),
+        ("gpt_neo", {"window_size": 9}, None),
+        ("bloom", {}, "ALiBi"),
+        ("mpt", {}, "ALiBi"),
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("falcon", {}, None),
+    ],
+)
+def test_attention_by_places_in_the_row_cannot_be_packed(architecture, overrides, reason):
+    config = AutoConfig.for_model(architecture, **overrides)
+    found = why_not_packed(config, implementation="eager", longest_sequence=9)
+    assert found is None if reason is None else reason in found
 
+
+def test_recurrent_layers_cannot_be_packed():
     for config in (AutoConfig.for_model("mamba"), AutoConfig.for_model("qwen3_next"), AutoConfig.for_model("jamba")):
         assert "carr" in why_not_packed(config, implementation="sdpa", longest_sequence=8)

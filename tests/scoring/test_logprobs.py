@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefopt.scoring.layouts import PackedLayout, PaddedLayout
 from prefopt.scoring.logprobs import install_scoring, load_balancing_loss, score_completions
@@ -144,6 +146,75 @@ def test_the_plain_forward_and_generation_are_left_alone():
     install_scoring(model)  # twice changes nothing
     assert torch.equal(model(input_ids=ids).logits, before)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), text)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("granite", {"logits_scaling": 7.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+        (
+            "minicpm3",
+            {"dim_model_base": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
+        ),
+    ],
+)
+def test_logits_are_scaled_and_capped_as_the_model_does(architecture, overrides):
+    shape = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape, pad_token_id=0, **overrides))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # so that scale and cap show
+    torch.testing.assert_close(
+        scored(model.eval(), LAYOUTS["padded"]).logps, plain_logps(model, GROUPS), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_model_whose_logits_come_about_otherwise_is_refused():
+    shape = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("modernbert-decoder", **shape, pad_token_id=0))
+    with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM does more to its logits"):
+        install_scoring(model)
+    assert "_plain_forward" not in model.__dict__
+
+
+def test_a_deep_copy_scores_with_its_own_weights():
+    model = tiny_model("llama")
+    install_scoring(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(1.5)
+    batch = LAYOUTS["packed"].collate([GROUPS])
+    install_scoring(twin)
+    logps = score_completions(twin, batch, attn_implementation="sdpa").logps
+    torch.testing.assert_close(logps, plain_logps(twin, GROUPS), rtol=1e-5, atol=1e-5)
+    assert (logps - score_completions(model, batch, attn_implementation="sdpa").logps).abs().max() > 1e-3
+
+
+def test_accelerate_can_take_its_mixed_precision_off_again():
+    from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
+
+    model = tiny_model("llama")
+    install_scoring(model)
+    batch = LAYOUTS["packed"].collate([GROUPS])
+    before = score_completions(model, batch, attn_implementation="sdpa").logps
+    model._original_forward = model.forward  # as Accelerator.prepare_model does
+    model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert torch.equal(score_completions(model, batch, attn_implementation="sdpa").logps, before)
 
 
 def test_no_tensor_of_sequence_times_vocabulary_is_made():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import prefopt
 from prefopt import losses
@@ -219,6 +221,27 @@ def test_evaluation_is_the_mean_over_pairs_whatever_the_batches(tmp_path):
             assert other[name] == pytest.approx(results[0][name], rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {"loss_type": ["sft"]}),
+        ("llama", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}),
+        ("mixtral", {"router_aux_loss_coef": 0.5}),
+    ],
+    ids=str,
+)
+def test_the_evaluated_loss_is_the_loss_that_is_trained(tmp_path, architecture, settings):
+    """One step over the whole data set, its loss taken before the step, and the same data evaluated: one number."""
+    rows = preference_rows(7)
+    trainer = make_trainer(
+        tmp_path, "DPO", model=tiny_model(architecture), rows=rows, trainer_options={"eval_dataset": rows}, max_steps=1,
+        per_device_train_batch_size=7, per_device_eval_batch_size=7, batch_layout="padded", **settings,
+    )  # fmt: skip
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert evaluated == pytest.approx(history(trainer)[0], rel=1e-5)
+
+
 def test_several_evaluation_sets_and_compute_metrics(tmp_path):
     rows = {"first": preference_rows(5, seed=1), "second": preference_rows(7, seed=2)}
     sizes = []
@@ -296,6 +319,16 @@ def test_an_explicit_reference_is_used(tmp_path):
     assert abs(trainer.state.log_history[0]["rewards/margins"]) > 1e-3
 
 
+def test_a_second_round_against_a_copy_of_the_first_rounds_policy(tmp_path):
+    """The copy has been through a trainer, and must stay what it is while the policy trains on."""
+    model = tiny_model()
+    make_trainer(tmp_path, model=model, max_steps=1).train()
+    trainer = make_trainer(tmp_path, model=model, trainer_options={"ref_model": copy.deepcopy(model)}, max_steps=3)
+    trainer.train()
+    assert history(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-6)
+    assert abs(history(trainer, "rewards/margins")[-1]) > 1e-4
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_a_fresh_adapter_trains_against_the_model_without_it(tmp_path, layout):
     base = tiny_model()
@@ -334,6 +367,53 @@ def test_a_trained_adapter_trains_against_a_frozen_copy_of_itself(tmp_path):
             assert p.requires_grad
 
 
+def test_the_policy_is_its_reference_without_dropout_and_goes_on_with_its_checkpointing(tmp_path, monkeypatch):
+    from prefopt.trainers import checkpointing
+
+    used = []
+    contexts = checkpointing.selective_contexts
+    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
+    trainer = make_trainer(
+        tmp_path, model=tiny_model(attention_dropout=0.5), trainer_options={"peft_config": lora()}, max_steps=3,
+        disable_dropout=False, gradient_checkpointing=True, selective_checkpointing=True,
+    )  # fmt: skip
+    trainer.train()
+    assert len(used) == 3 * 2  # steps, layers
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert torch.equal(trainer.reference.logps(batch), trainer.reference.logps(batch))
+    assert trainer.model.training
+
+
+def test_each_round_on_one_adapter_starts_from_its_present_weights(tmp_path):
+    model = get_peft_model(tiny_model(), lora(), adapter_name="mine")
+    for _ in range(3):
+        trainer = make_trainer(tmp_path, model=model, learning_rate=1e-2, max_steps=2)
+        trainer.train()
+        assert history(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-6)
+        assert abs(history(trainer, "rewards/margins")[1]) > 1e-5
+
+
+def test_a_new_adapter_is_drawn_from_the_seed(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    drawn = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        trainer = make_trainer(tmp_path, model=str(tmp_path / "model"), trainer_options={"peft_config": lora()})
+        drawn.append(weights_of(trainer.model))
+    assert torch.equal(*drawn)
+
+
+def test_zero3_with_an_adapter_checkpoints_re_entrantly(tmp_path, monkeypatch, capsys):
+    from prefopt.trainers import policy
+
+    monkeypatch.setattr(policy, "is_deepspeed_zero3_enabled", lambda: True)
+    trainer = make_trainer(tmp_path, trainer_options={"peft_config": lora()}, gradient_checkpointing=True)
+    assert "gradient checkpointing is re-entrant" in capsys.readouterr().out
+    assert trainer.args.activation_checkpointing_kwargs == {"use_reentrant": True}  # what Trainer.train reads
+    assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+
+
 def test_modules_to_save_may_hold_the_lm_head(tmp_path):
     trainer = make_trainer(
         tmp_path, trainer_options={"peft_config": lora(modules_to_save=["lm_head"])}, learning_rate=1e-2
@@ -369,6 +449,36 @@ def test_cached_reference_scores_train_like_a_live_reference(tmp_path, capsys, p
     if not peft:
         with pytest.raises(ValueError, match="no cached reference scores"):
             trainer.evaluate(preference_rows(3, seed=77))
+
+
+def test_a_reference_with_an_adapter_is_cached_with_it(tmp_path):
+    def trained_adapter():
+        model = get_peft_model(tiny_model(), lora())
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+        return model
+
+    runs = []
+    for cached in (False, True):
+        trainer = make_trainer(
+            tmp_path, trainer_options={"ref_model": trained_adapter()}, max_steps=2,
+            precompute_ref_log_probs=cached, ref_logps_dir=str(tmp_path / "scores"),
+        )  # fmt: skip
+        trainer.train()
+        runs.append(history(trainer))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+def test_late_data_is_not_scored_by_the_policy_where_another_model_is_the_reference(tmp_path):
+    trainer = make_trainer(
+        tmp_path, trainer_options={"ref_model": tiny_model(seed=4), "peft_config": lora()},
+        precompute_ref_log_probs=True, ref_logps_dir=str(tmp_path / "scores"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the reference is no longer at hand"):
+        trainer.evaluate(preference_rows(3, seed=77))
 
 
 def test_losses_without_a_reference_keep_none(tmp_path):
@@ -412,6 +522,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
     trainer.pair_losses = poisoned
     with pytest.raises(FloatingPointError, match=bad):
         trainer.train()
+
+
+def test_a_loss_that_was_not_finite_is_found_when_the_host_looks_later(tmp_path):
+    """On a GPU the host looks only where it waits anyway: here at the last of four steps, and row 7 is in one of them."""
+    trainer = make_trainer(tmp_path, "DPO", max_steps=4, logging_steps=4)
+    pair_losses, check = trainer.pair_losses, trainer.check_finite
+    bad = trainer.train_dataset[trainer.get_train_dataloader().batch_sampler.step(0, 1)[0][0].indices[0]]["row_id"]
+
+    def poisoned(pair, reference, batch):
+        hit = torch.tensor([row == bad for row in batch["row_ids"]])
+        return pair_losses(pair, reference, batch).detach().masked_fill(hit, float("inf")) + 0 * pair.chosen_logps
+
+    trainer.pair_losses = poisoned
+    trainer.check_finite = lambda: check() if trainer.state.global_step == 4 else None
+    with pytest.raises(FloatingPointError, match=bad):
+        trainer.train()
+
+
+def test_tokens_between_the_last_log_and_a_checkpoint_are_counted_on_resume(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 3}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert history(resumed, "num_tokens") == history(whole, "num_tokens")
 
 
 def test_a_saved_model_loads_in_plain_transformers_with_its_card(tmp_path):
@@ -500,6 +635,18 @@ def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
         ({"use_weighting": False}, "plain DPO"),
         ({"ld_alpha": 0.5, "precompute_ref_log_probs": True}, "ld_alpha"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"train_sampling_strategy": "group_by_length"}, "balanced by length already"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches"),
+        ({"batch_eval_metrics": True}, "all rows at once"),
+        ({"include_for_metrics": ["loss"]}, "predictions only"),
+        ({"eval_do_concat_batches": False}, "in one array"),
+        ({"dataloader_in_order": False}, "belong together"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing` is that"),
+        ({"precompute_ref_batch_size": 4}, "filled by tokens"),
+        ({"neftune_noise_alpha": 5.0}, "not the reference's"),
+        ({"label_smoothing": 0.7}, "label_smoothing must lie in"),
+        ({"loss_type": "discopop", "discopop_tau": 3.0}, "tau must lie in"),
+        ({"loss_type": "simpo", "gamma_beta_ratio": -1.0}, "gamma_beta_ratio"),
         ({"selective_checkpointing": True}, "turn that on as well"),
     ],
     ids=str,
@@ -522,6 +669,19 @@ def test_models_and_adapters_that_cannot_work_are_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="already has an adapter"):
         make_trainer(tmp_path, model=get_peft_model(tiny_model(), lora()), trainer_options={"peft_config": lora()})
+    with pytest.raises(ValueError, match="No parameter of the model is trainable"):
+        make_trainer(tmp_path, model=get_peft_model(tiny_model(), lora(inference_mode=True)))
+    with pytest.raises(ValueError, match=r"AutoModelForCausalLM\.from_pretrained\('some/model'\)"):
+        make_trainer(tmp_path, trainer_options={"ref_model": "some/model"})
+    with pytest.raises(ValueError, match="would not reach the batches"):
+        make_trainer(tmp_path, "DPO", ld_alpha=0.5, trainer_options={"data_collator": list})
+    args = trl.DPOConfig(str(tmp_path), **COMMON)
+    with pytest.raises(ValueError, match=r"WPOTrainer needs a prefopt\.WPOConfig, .* not a trl"):
+        prefopt.WPOTrainer("no/such-model", args=args, train_dataset=preference_rows())
+    with pytest.raises(ValueError, match="must be a tokenizer, not a dict"):
+        prefopt.DPOTrainer("no/such-model", processing_class={}, train_dataset=preference_rows())
+    with pytest.raises(ValueError, match="`predict` is not supported"):
+        make_trainer(tmp_path).predict(preference_rows(2))
     with pytest.raises(ValueError, match=r"was given\. Drop one"):
         make_trainer(tmp_path, model_init_kwargs={"dtype": "float32"})
     with pytest.raises(ValueError, match="sliding window of 16"):
@@ -535,6 +695,31 @@ def test_a_model_that_cannot_be_packed_is_padded_with_one_line_why(tmp_path, cap
     assert trainer.layout.name == "padded"
     assert "Batches are padded, not packed: its sliding window of 16" in capsys.readouterr().out
     assert make_trainer(tmp_path).layout.name == "packed"
+
+
+def test_an_architecture_without_flex_attention_loads_with_its_own_on_a_gpu(tmp_path):
+    from prefopt.trainers.policy import load_model
+
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2, vocab_size=50)
+    ).save_pretrained(tmp_path / "bloom")
+    tiny_model().save_pretrained(tmp_path / "llama")
+    args = prefopt.DPOConfig(str(tmp_path), **COMMON)
+    gpu = SimpleNamespace(**{**vars(args), "device": torch.device("cuda"), "distributed_state": None})
+    assert load_model(str(tmp_path / "bloom"), gpu).config._attn_implementation == "eager"
+    assert load_model(str(tmp_path / "llama"), gpu).config._attn_implementation == "flex_attention"
+    gpu.model_init_kwargs = {"attn_implementation": "sdpa"}
+    assert load_model(str(tmp_path / "llama"), gpu).config._attn_implementation == "sdpa"
+
+
+def test_pairs_can_be_trained_on_in_the_order_of_the_data(tmp_path):
+    trainer = make_trainer(tmp_path, train_sampling_strategy="sequential", num_train_epochs=2)
+    seen = Seen()
+    seen.watch(trainer)
+    trainer.train()
+    order = [sorted(batch["row_ids"]) for batch in seen.batches]
+    row_ids = trainer.train_dataset["row_id"]
+    assert order == 2 * [sorted(row_ids[i : i + 4]) for i in range(0, 24, 4)]
 
 
 def test_streaming_is_refused(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
@@ -140,7 +141,19 @@ def module_fingerprint(model: nn.Module, config: PretrainedConfig, *, adapter: s
             if number % state.num_processes == state.process_index:
                 mine.append((name, _tensor_hash(whole)))
     everyone = gather_object(mine) if state.num_processes > 1 else mine
-    return content_hash(json.loads(json.dumps(_relevant(config.to_dict()), default=str)), sorted(everyone))
+    settings = json.loads(json.dumps(_relevant(config.to_dict()), default=str))
+    scales = [] if adapter is None else _adapter_scales(model, adapter)
+    return content_hash(settings, sorted(everyone), *scales)
+
+
+def _adapter_scales(model: nn.Module, adapter: str) -> list[float]:
+    """What each layer multiplies its adapter's product with (alpha / r): no weight, but part of the score."""
+    layers = sorted(model.named_modules(), key=lambda entry: entry[0])
+    return [
+        float(layer.scaling[adapter])
+        for _, layer in layers
+        if isinstance(layer, LoraLayer) and adapter in layer.scaling
+    ]
 
 
 def _named_tensors(model: nn.Module, adapter: str | None) -> list[tuple[str, torch.Tensor]]:

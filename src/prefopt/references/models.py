@@ -19,6 +19,7 @@ from transformers import (
 
 from prefopt._trl import prepare_deepspeed
 from prefopt.data.encoding import prepare_tokenizer
+from prefopt.scoring.attention import load_with_flex_attention
 from prefopt.scoring.logprobs import install_scoring
 
 
@@ -53,9 +54,9 @@ def prepare_model(
         model = reference.model
     else:
         options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-        if device.type == "cuda" and not padded:
-            options["attn_implementation"] = "flex_attention"
-        model = AutoModelForCausalLM.from_pretrained(reference, **options)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        packs = device.type == "cuda" and not padded
+        model = load_with_flex_attention(load, reference, **options) if packs else load(reference, **options)
         model.requires_grad_(False)
     install_scoring(model)
     if accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:

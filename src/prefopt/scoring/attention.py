@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
 """Attention implementations of transformers that take a ready mask."""
+_WINDOWS = {"gpt_neo": "window_size", "modernbert-decoder": "local_attention"}
+"""The setting that is a model's sliding window, where it is not called `sliding_window`."""
 
 
 def packed_attention_mask(
@@ -60,6 +63,23 @@ def _block_mask(group_ids: torch.Tensor, branch_ids: torch.Tensor):
     return build(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=group_ids.device)
 
 
+def load_with_flex_attention(load: Callable[..., PreTrainedModel], name: str, **options: Any) -> PreTrainedModel:
+    """A model with FlexAttention, or with its default attention where its architecture has none; a choice among `options` stands.
+
+    Args:
+        load: what loads a name or folder.
+        name: name or folder.
+        options: keywords of `load`.
+    """
+    try:
+        return load(name, **{"attn_implementation": "flex_attention", **options})
+    except ValueError as error:
+        # raised before any weights are read
+        if "flex_attention" not in str(error) or "attn_implementation" in options:
+            raise
+    return load(name, **options)
+
+
 def why_not_packed(config: PretrainedConfig, *, implementation: str, longest_sequence: int) -> str | None:
     """Why a model cannot be trained on packed rows exactly, in words for the log; None where nothing is known against it.
 
@@ -72,7 +92,9 @@ def why_not_packed(config: PretrainedConfig, *, implementation: str, longest_seq
     settings = text.to_dict()
     if implementation not in MASKED_ATTENTION:
         return f"attention implementation {implementation!r} takes no mask"
-    window = settings.get("sliding_window")
+    if text.model_type in ("bloom", "mpt") or settings.get("alibi"):
+        return "its attention biases count places along the row (ALiBi)"
+    window = settings.get(_WINDOWS.get(text.model_type, "sliding_window"))
     if window is not None and settings.get("use_sliding_window", True) and window < longest_sequence:
         return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest_sequence})"
     if settings.get("attention_chunk_size") and settings["attention_chunk_size"] < longest_sequence:

@@ -11,6 +11,9 @@ Letters: C completions, S scored tokens, H hidden width, V vocabulary, E experts
 from __future__ import annotations
 
 import functools
+import inspect
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +29,7 @@ from prefopt._trl import (
     maybe_gather_lm_head_ctx,
 )
 from prefopt.scoring.attention import packed_attention_mask
+from prefopt.scoring.logits import check_logits, logit_transform, logits_of
 
 ALIGNMENTS = ("sampled", "greedy", "none")
 VOCAB_STATISTICS = ("entropy", "mean_logits", "is_top1")
@@ -55,23 +59,34 @@ class CompletionScores(ModelOutput):
 
 
 def install_scoring(model: PreTrainedModel) -> None:
-    """Add the scoring path to `model.forward`; call it on the base model, before any wrapper. Calling it twice changes nothing."""
-    if getattr(model.forward, "scores_completions", False):
+    """Add the scoring path to `model.forward`; call it on the base model, before any wrapper. Calling it twice changes nothing.
+
+    The path is a bound method, so that a deep copy of the model scores with its own weights.
+
+    Raises:
+        ValueError: the model's logits are not what the path would take them for.
+    """
+    if "_plain_forward" in model.__dict__:
         return
-    plain_forward = model.forward
+    check_logits(model)
+    model._plain_forward = model.forward
+    model.forward = types.MethodType(_scoring_forward(type(model)), model)
 
-    # generate() validates its arguments against this signature
-    @functools.wraps(type(model).forward)
-    def forward(*args, score_index: torch.Tensor | None = None, **kwargs):
+
+@functools.cache
+def _scoring_forward(model_class: type[PreTrainedModel]) -> Callable[..., object]:
+    @functools.wraps(model_class.forward)
+    def forward(self, *args, score_index: torch.Tensor | None = None, **kwargs):
         if score_index is None:
-            return plain_forward(*args, **kwargs)
-        given = {
-            name: value for name, value in kwargs.items() if value is not None
-        }  # PEFT adds `inputs_embeds=None`, ...
-        return _score(model, score_index=score_index, **given)
+            return self._plain_forward(*args, **kwargs)
+        # PEFT adds `inputs_embeds=None`, ...
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return _score(self, score_index=score_index, **given)
 
-    forward.scores_completions = True
-    model.forward = forward
+    # generate() validates its arguments against the signature; accelerate would unwrap `__wrapped__` down to the plain forward
+    forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    return forward
 
 
 def attention_mask_of(batch: dict[str, torch.Tensor], *, attn_implementation: str, dtype: torch.dtype):
@@ -224,27 +239,9 @@ def _largest_logps(
     """log max_v p(v) of each position, (S,) float32, in chunks of positions."""
     largest = []
     for chunk in hidden.split(_GREEDY_CHUNK):
-        logits = (
-            nn.functional.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype)).float()
-            * scale
-        )
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits_of(chunk, weight, bias, softcap, scale)
         largest.append(logits.amax(-1) - logits.logsumexp(-1))
     return torch.cat(largest)
-
-
-def logit_transform(config) -> tuple[float | None, float]:
-    """How a model turns LM-head outputs into logits: (soft cap or None, factor), the factor applied first."""
-    settings = config.get_text_config().to_dict()
-    softcap = settings.get("final_logit_softcapping")
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if settings.get(name) is not None:
-            return softcap, float(settings[name])
-    if settings.get("logits_scaling") is not None:
-        divides = settings["model_type"] != "hyperclovax"
-        return softcap, 1 / float(settings["logits_scaling"]) if divides else float(settings["logits_scaling"])
-    return softcap, 1.0
 
 
 def _experts_per_token(model: PreTrainedModel) -> int:

@@ -118,6 +118,11 @@ class BaseTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and parallel.non_data_parallel_size > 1:
+            raise ValueError(
+                "Tensor, context and sequence parallelism are not supported: each process takes pairs of its own. Use ZeRO-3 or FSDP."
+            )
         self.layout = self._choose_layout()
         self.callback_handler.callbacks.insert(
             1, _StepEnd(self)
@@ -145,7 +150,7 @@ class BaseTrainer(Trainer):
 
     def method_state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside model, optimizer and schedule (JSON values)."""
-        return {"num_tokens": self._tokens_seen}
+        return {"num_tokens": self._tokens_seen + self._log_buffer.total("num_tokens")}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take up what `method_state` gave."""
@@ -217,7 +222,7 @@ class BaseTrainer(Trainer):
             max_tokens_per_row=self._row_capacity(lengths, batch_size),
             epochs=math.ceil(args.num_train_epochs) if training else 1,
             few_row_lengths=args.device.type != "cpu",  # nothing is compiled there
-            shuffle=training,
+            shuffle=training and args.train_sampling_strategy == "random",
             drop_last=training and args.dataloader_drop_last,
         )
         if training:
@@ -230,6 +235,7 @@ class BaseTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -273,7 +279,8 @@ class BaseTrainer(Trainer):
         self._count_tokens(inputs, sums)
         if self.accelerator.sync_gradients:
             values = sums.reduce()
-            self._any_bad = values.pop("not_finite")
+            bad = values.pop("not_finite")
+            self._any_bad = bad if self._any_bad is None else torch.maximum(self._any_bad, bad)
             self.derive_metrics(values)
             self._log_buffer.append(values)
         return (loss, predictions) if return_outputs else loss
@@ -291,6 +298,7 @@ class BaseTrainer(Trainer):
         """Stop all ranks where a loss since the last check was not finite; waits for the device."""
         if self._any_bad is not None:
             self._watch.check(bool(self._any_bad.item() > 0), step=self.state.global_step)
+            self._any_bad = None
 
     @staticmethod
     def _count_tokens(batch: dict[str, Any], sums: MetricSums) -> None:
@@ -346,6 +354,12 @@ class BaseTrainer(Trainer):
         if self.compute_metrics is not None:
             self._predictions.append(predicted[batch["real"]])
         return None, None, None
+
+    def predict(self, *args, **kwargs):
+        """Not supported: these models answer no labels."""
+        raise ValueError(
+            "`predict` is not supported. `evaluate(dataset)` gives the metrics, and `compute_metrics` gets each row's rewards."
+        )
 
     # ---- saving ----------------------------------------------------------------------------------------------------------------
 

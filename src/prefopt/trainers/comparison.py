@@ -19,7 +19,7 @@ from prefopt.data.tokenization import tokenize_comparisons
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 from prefopt.trainers.collators import in_rows, step_columns
-from prefopt.trainers.config import BatchConfig
+from prefopt.trainers.config import BatchConfig, refuse_set
 
 # TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do instead)
 _REFUSED = (
@@ -49,9 +49,7 @@ class ComparisonConfig(BatchConfig, TRLRewardConfig):
         self.choose_precision()
         super().__post_init__()
         self.check_batching()
-        for name, off, instead in _REFUSED:
-            if getattr(self, name) != off:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported. {instead}")
+        refuse_set(self, _REFUSED)
         # the loss is finite or the run stops: Trainer's own filter would hide it
         self.logging_nan_inf_filter = False
 

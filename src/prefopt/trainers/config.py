@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig as TRLDPOConfig
@@ -18,6 +20,17 @@ _REFUSED = (
     ("f_divergence_type", "reverse_kl", "Only the reverse KL is implemented."),
     ("activation_offloading", False, "Use `gradient_checkpointing` to save activation memory."),
     ("pad_token", None, "Set the tokenizer's `pad_token`."),
+    ("precompute_ref_batch_size", None, "Reference passes are filled by tokens, as many as fit."),
+    ("neftune_noise_alpha", None, "Its noise would reach the policy's log-probs and not the reference's."),
+)
+
+# settings of transformers that our loaders and our evaluation pass by
+_PASSED_BY = (
+    ("label_smoothing_factor", 0.0, "It smooths token labels; `label_smoothing` is that of the preference losses."),
+    ("batch_eval_metrics", False, "`compute_metrics` gets the predictions of all rows at once."),
+    ("include_for_metrics", [], "`compute_metrics` gets predictions only."),
+    ("eval_do_concat_batches", True, "`compute_metrics` gets the predictions of all rows in one array."),
+    ("dataloader_in_order", True, "The micro-batches of a step belong together."),
 )
 
 
@@ -73,6 +86,15 @@ class BatchConfig:
 
     def check_batching(self) -> None:
         """Raise a ValueError where these settings cannot work."""
+        refuse_set(self, _PASSED_BY)
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "`train_sampling_strategy: group_by_length` is not supported: micro-batches are balanced by length already."
+            )
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "`split_batches` is not supported: `per_device_train_batch_size` is that of each process."
+            )
         if self.batch_layout not in BATCH_LAYOUTS:
             raise ValueError(f"`batch_layout` must be one of {', '.join(BATCH_LAYOUTS)}, not {self.batch_layout!r}.")
         if self.on_bad_row not in ("drop", "raise"):
@@ -109,12 +131,19 @@ class BatchConfig:
                 )
 
 
+def refuse_set(args: Any, table: Sequence[tuple[str, Any, str]]) -> None:
+    """Raise a ValueError where a field of `table` (name, value that means "off", what to do instead) is set."""
+    for name, off, instead in table:
+        if getattr(args, name) != off:
+            raise ValueError(f"`{name}={getattr(args, name)!r}` is not supported. {instead}")
+
+
 @dataclass
 class PreferenceConfig(BatchConfig, TRLDPOConfig):
     """Settings of all pair methods: TRL's `DPOConfig`, how batches are laid out, and WPO's weights.
 
-    TRL fields without a counterpart here (`padding_free`, `sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`)
-    are refused when set.
+    TRL fields without a counterpart here (`padding_free`, `sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`,
+    `precompute_ref_batch_size`, `neftune_noise_alpha`) are refused when set.
     """
 
     vocab_metrics: bool = field(
@@ -147,9 +176,7 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
             self.loss_type = [self.loss_type]
         super().__post_init__()
         self.check_batching()
-        for name, off, instead in _REFUSED:
-            if getattr(self, name) != off:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported. {instead}")
+        refuse_set(self, _REFUSED)
         if not self.beta > 0:
             raise ValueError(f"`beta` must be positive, not {self.beta}.")
         if self.weight_alignment not in ALIGNMENTS:

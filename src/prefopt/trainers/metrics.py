@@ -79,6 +79,10 @@ class MetricLog:
         for name, value in values.items():
             self._steps[name].append(value)
 
+    def total(self, name: str) -> float:
+        """The sum of a metric over the steps since the last log."""
+        return sum(value.item() for value in self._steps.get(name, []))
+
     def drain(
         self, *, minima: Sequence[str] = (), maxima: Sequence[str] = (), totals: Sequence[str] = ()
     ) -> dict[str, float]:
@@ -130,6 +134,6 @@ class FiniteWatch:
         rows = [row for ids, bad in seen for row, is_bad in zip(ids, bad.tolist()) if is_bad]
         rows = sorted(set(gather_object(rows)))
         raise FloatingPointError(
-            f"The loss is not finite at step {step}, in row(s) {', '.join(rows[:8])}{' and others' if len(rows) > 8 else ''} (row_id). "
+            f"The loss is not finite by step {step}, in row(s) {', '.join(rows[:8])}{' and others' if len(rows) > 8 else ''} (row_id). "
             "Look at these rows, lower `learning_rate`, or use bf16 instead of fp16."
         )

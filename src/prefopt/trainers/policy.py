@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from prefopt.scoring.attention import load_with_flex_attention
 from prefopt.scoring.logprobs import install_scoring
 
 REFERENCE_ADAPTER = "ref"
-_TRAINED_ADAPTER = "default"
 
 
 def load_model(
@@ -49,11 +49,11 @@ def load_model(
         return model
     if quantization_config is not None:
         init["quantization_config"] = quantization_config
-    if args.device.type == "cuda" and args.batch_layout != "padded":
-        init.setdefault("attn_implementation", "flex_attention")
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         init["device_map"] = None
     init.setdefault("trust_remote_code", args.trust_remote_code)
+    if args.device.type == "cuda" and args.batch_layout != "padded":
+        return load_with_flex_attention(loader, model, **init)
     return loader(model, **init)
 
 
@@ -62,7 +62,8 @@ def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedT
     name = get_config_model_id(model.config)
     if not name:
         raise ValueError("The model was not loaded from a name or folder: give its tokenizer as `processing_class`.")
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    revision = (args.model_init_kwargs or {}).get("revision") or "main"
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -84,7 +85,7 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model's present weights that does not train; the scoring path is installed anew.
+    """A copy of the model's present weights that does not train, with the scoring path.
 
     Raises:
         ValueError: the weights are sharded already, so that no rank could copy them.
@@ -93,12 +94,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             "The model's weights are already sharded by ZeRO-3 and cannot be copied. Give `model` as a name or folder, or pass `ref_model`."
         )
-    forward = model.__dict__.pop("forward", None)  # the installed path is bound to the original
-    try:
-        reference = copy.deepcopy(model)
-    finally:
-        if forward is not None:
-            model.forward = forward
+    reference = copy.deepcopy(model)
     install_scoring(reference)
     return reference.requires_grad_(False).eval()
 
@@ -110,7 +106,7 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
         The policy: `model` itself, or a `PeftModel`. One that was given with a trained adapter gets a frozen copy of it as adapter "ref".
 
     Raises:
-        ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens.
+        ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens; nothing that trains.
     """
     install_scoring(base_model_of(model))
     if peft_config is not None:
@@ -124,6 +120,10 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
                 "`target_modules`, or name it in `modules_to_save`."
             )
         _choose_checkpointing(args)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter of the model is trainable (`requires_grad`). Load a trained adapter with `is_trainable=True`."
+        )
     if args.disable_dropout:
         disable_dropout_in_model(model)
     return model
@@ -155,12 +155,15 @@ def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Peft
 
 
 def _copy_adapter(model: PeftModel) -> None:
-    """Keep the adapter's present weights as a second, frozen adapter."""
-    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[_TRAINED_ADAPTER])
+    """Keep the active adapter's present weights as a second, frozen adapter."""
+    trained = model.active_adapter
+    if REFERENCE_ADAPTER in model.peft_config:  # of an earlier trainer on this model
+        model.delete_adapter(REFERENCE_ADAPTER)
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[trained])
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if f".{_TRAINED_ADAPTER}" in name:
-            copied = parameters[name.replace(f".{_TRAINED_ADAPTER}", f".{REFERENCE_ADAPTER}")]
+        if f".{trained}" in name:
+            copied = parameters[name.replace(f".{trained}", f".{REFERENCE_ADAPTER}")]
             with torch.no_grad():
                 copied.copy_(parameter)
             copied.requires_grad_(False)
@@ -176,4 +179,5 @@ def _choose_checkpointing(args: Any) -> None:
         kwargs = dict(args.gradient_checkpointing_kwargs or {})
         if not kwargs.get("use_reentrant"):
             print("ZeRO-3 with an adapter: gradient checkpointing is re-entrant.")
-        args.gradient_checkpointing_kwargs = kwargs | {"use_reentrant": True}
+        # transformers 5.23 reads the second name, of which the first is a copy
+        args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = kwargs | {"use_reentrant": True}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from prefopt import losses as pure
 from prefopt.data.tokenization import tokenize_pairs
@@ -84,11 +84,9 @@ class PreferenceTrainer(BaseTrainer):
     ) -> None:
         if args is None:
             args = self.config_class()
+        self._check_arguments(model, ref_model, args, data_collator, processing_class)
         self.check_settings(args)
-        if ref_model is not None and ref_model is model:
-            raise ValueError(
-                "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a copy."
-            )
+        set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
         self.tokenization_reports: dict[str, Any] = {}
         # with the tokenizer at hand, mistakes in the data are found before any weights are loaded
         loaded = None if processing_class is not None else load_model(model, args, quantization_config)
@@ -237,6 +235,28 @@ class PreferenceTrainer(BaseTrainer):
 
     # ---- what the spine needs --------------------------------------------------------------------------------------------------
 
+    def _check_arguments(self, model, ref_model, args, data_collator, processing_class) -> None:
+        """Refuse arguments of another kind than is needed."""
+        if not isinstance(args, self.config_class):
+            needed, given = self.config_class.__name__, type(args)
+            raise ValueError(
+                f"{type(self).__name__} needs a prefopt.{needed}, which has all fields of TRL's, not a {given.__module__}.{given.__name__}."
+            )
+        if isinstance(ref_model, str):
+            raise ValueError(
+                f"`ref_model` must be a model in memory: `AutoModelForCausalLM.from_pretrained({ref_model!r})`."
+            )
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a copy."
+            )
+        if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"`processing_class` must be a tokenizer, not a {type(processing_class).__name__}: only text is read."
+            )
+        if data_collator is not None and args.ld_alpha is not None:
+            raise ValueError("`ld_alpha` would not reach the batches of a `data_collator`: use one or the other.")
+
     def check_settings(self, args: PreferenceConfig) -> None:
         """Refuse settings that do not go together, before anything is loaded."""
         unknown = [name for name in args.loss_type if name not in self.pair_loss_table and name != SFT]
@@ -249,6 +269,9 @@ class PreferenceTrainer(BaseTrainer):
             )
         if "exo_pair" in args.loss_type and not args.label_smoothing > 0:
             raise ValueError("`exo_pair` needs `label_smoothing` above 0; its paper recommends 1e-3.")
+        one = torch.ones(1)
+        for name in set(args.loss_type) & set(PAIR_LOSSES):
+            PAIR_LOSSES[name](PairScores(one, one, one, one, one, one), args, {})  # each loss knows its own ranges
 
     @property
     def needs_reference(self) -> bool:
@@ -268,6 +291,8 @@ class PreferenceTrainer(BaseTrainer):
             if name == SFT:
                 nll = torch.where(real, -pair.chosen_logps, 0.0).sum()
                 terms = terms + weight * nll * (self.args.world_size / batch["step_first_tokens"])
+                if not self.model.training:
+                    sums.add_mean("_sft", -pair.chosen_logps / pair.chosen_counts, pair.chosen_counts * real)
         if scores.aux_loss is not None:
             aux = torch.where(real.any(), scores.aux_loss, 0.0)
             terms = terms + self._aux_coefficient * self.reduce(aux * real.sum(), batch)
@@ -275,8 +300,11 @@ class PreferenceTrainer(BaseTrainer):
         return terms
 
     def derive_metrics(self, values: dict[str, torch.Tensor]) -> None:
-        """See `BaseTrainer.derive_metrics`."""
+        """See `BaseTrainer.derive_metrics`; the loss of an evaluation gets the terms that belong to no pair."""
         effective_pairs(values)
+        if "loss" in values:
+            sft = values.pop("_sft", 0.0) * dict(self._weighted_losses()).get(SFT, 0.0)
+            values["loss"] = values["loss"] + sft + self._aux_coefficient * values.get("aux_loss", 0.0)
 
     # ---- data ------------------------------------------------------------------------------------------------------------------
 
@@ -339,9 +367,10 @@ class PreferenceTrainer(BaseTrainer):
         prepared = self._prepare(dataset, name)
         if not self.args.precompute_ref_log_probs or REFERENCE_COLUMNS[0] in prepared.column_names:
             return prepared
-        if self.state.global_step > 0 and not isinstance(self.model, PeftModel):
+        policy_is_reference = self.state.global_step == 0 or isinstance(self.model, PeftModel)
+        if not (self._reference_is_initial and policy_is_reference):
             raise ValueError(
-                f"The {name} data has no cached reference scores, and the policy has trained since: give it to the constructor as "
+                f"The {name} data has no cached reference scores, and the reference is no longer at hand: give it to the constructor as "
                 "`eval_dataset`, or turn `precompute_ref_log_probs` off."
             )
         return with_reference_scores(self, {name: prepared}, None)[name]

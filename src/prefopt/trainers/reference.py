@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
-from prefopt._trl import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from prefopt._trl import prepare_deepspeed, prepare_fsdp
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
@@ -65,9 +65,13 @@ class Reference:
             yield self.module, self.config
             return
         policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        kwargs = self.trainer.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(policy, kwargs), adapter_of_reference(policy):
-            yield wrapped_policy, policy.config
+        training = policy.training
+        policy.eval()  # neither dropout nor checkpointing
+        try:
+            with adapter_of_reference(policy):
+                yield wrapped_policy, policy.config
+        finally:
+            policy.train(training)
 
 
 @contextlib.contextmanager
@@ -114,7 +118,10 @@ def with_reference_scores(
     dtype = str(base.dtype).removeprefix("torch.")
     if accelerator.mixed_precision != "no":
         dtype = f"{dtype}/{accelerator.mixed_precision}"
-    adapter = REFERENCE_ADAPTER if isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config else None
+    adapter = None
+    if isinstance(model, PeftModel):
+        own = REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
+        adapter = own if module is None else model.active_adapter
     scorer = token_scorer(
         model, base.config, name=base.config._name_or_path or "in memory", dtype=dtype, adapter=adapter
     )
@@ -132,7 +139,7 @@ def with_reference_scores(
         autocast=accelerator.autocast,
     )
     done = dict(datasets)
-    with disable_gradient_checkpointing(base, args.gradient_checkpointing_kwargs), adapter_of_reference(model):
+    with adapter_of_reference(model) if module is None else contextlib.nullcontext():
         for name, dataset in missing.items():
             done[name], scored = cached_reference_scores(
                 dataset, score, scorer, folder, max_tokens=tokens, padded=trainer.layout.name == "padded"
