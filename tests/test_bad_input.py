@@ -65,6 +65,7 @@ def earlier_run(folder: Path, model: Path) -> None:
 
 def earlier_checkpoint(folder: Path, model: Path) -> None:
     (folder / "out" / "checkpoint-7").mkdir(parents=True)
+    (folder / "out" / "checkpoint-7" / "trainer_state.json").write_text("{}")
     (folder / "out" / "recipe.yaml").write_text("beta: 3\nlearning_rate: 1.0\n")
 
 
@@ -102,7 +103,9 @@ CASES = {
     "prompt as long as everything": ({"max_prompt_length": 96}, None, ["max_prompt_length", "96"]),
     "beta not positive": ({"beta": 0}, None, ["beta", "positive"]),
     "no output folder": ({"output_dir": None}, None, ["output_dir is missing"]),
-    "another run in the folder": ({}, earlier_run, ["already holds", "--overwrite_output_dir", "--resume_from_checkpoint"]),
+    "another model in the folder": ({}, earlier_run, ["already holds a trained model: replace it with --overwrite_output_dir"]),
+    "resuming another model": ({"resume_from_checkpoint": True}, earlier_run, ["a trained model of other settings"]),
+    "another run in the folder": ({}, earlier_checkpoint, ["reached step 7: continue it with --resume_from_checkpoint"]),
     "resuming another run": ({"resume_from_checkpoint": True}, earlier_checkpoint, ["other settings", "learning_rate was 1.0"]),
     "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None, ["give one of them"]),
     "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no checkpoint"]),

@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.files import write_json, write_text
 
 RECIPE_FILE = "recipe.yaml"
+STATE_FILE = "trainer_state.json"
+# beside weights and checkpoints; a leftover would describe another model (an adapter's config) or another run (its figures)
+LEFT_BY_RUNS = (
+    STATE_FILE,
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+)
 VERSIONS_FILE = "package_versions.json"
 PACKAGES = (
     "prefopt",
@@ -60,32 +70,28 @@ def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, res
         raise ValueError(
             "resume_from_checkpoint continues a run and overwrite_output_dir replaces it: give one of them."
         )
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    last = _last_checkpoint(output_dir)
     if isinstance(resume, str) and resume.lower() not in ("true", "false"):
-        if not (Path(resume) / "trainer_state.json").is_file():
+        if not (Path(resume) / STATE_FILE).is_file():
             raise ValueError(f"resume_from_checkpoint: {resume} holds no checkpoint (no trainer_state.json).")
         _check_same_run(Path(resume).parent, resolved)
         return resume
-    if resume and str(resume).lower() == "true":
+    has_model, same, resumes = _has_model(output_dir), _same_run(output_dir, resolved), str(resume).lower() == "true"
+    if resumes:
         if last is not None:
             _check_same_run(output_dir, resolved)
-        return last
-    if (
-        overwrite
-        or not holds_run(output_dir)
-        or (last is None and not _has_model(output_dir) and _same_run(output_dir, resolved))
-    ):
+            return last
+        if same or not has_model:
+            return None
+    elif overwrite or not holds_run(output_dir) or (same and last is None and not has_model):
         return None
-    what = (
-        f"a run that reached step {last.rsplit('-', 1)[-1]}"
-        if last
-        else "a trained model"
-        if _has_model(output_dir)
-        else "another run"
-    )
+    what = f"a run that reached step {_step(last)}" if last else "a trained model" if has_model else "another run"
+    advice = "continue it with --resume_from_checkpoint true, " if last else ""
+    if resumes:
+        what += " of other settings, without a checkpoint to continue from"
     raise ValueError(
-        f"output_dir {output_dir} already holds {what}: continue it with --resume_from_checkpoint true, replace it with "
-        "--overwrite_output_dir true, or choose another output_dir."
+        f"output_dir {output_dir} already holds {what}: {advice}replace it with --overwrite_output_dir true, or choose another "
+        "output_dir."
     )
 
 
@@ -93,7 +99,7 @@ def holds_run(output_dir: Path) -> bool:
     """Whether a training run has left anything in `output_dir`."""
     return (
         (output_dir / RECIPE_FILE).exists()
-        or (output_dir / "trainer_state.json").exists()
+        or (output_dir / STATE_FILE).exists()
         or any(output_dir.glob("checkpoint-*"))
         or _has_model(output_dir)
     )
@@ -104,7 +110,7 @@ def open_folder(output_dir: Path, resolved: str, *, overwrite: bool) -> None:
     if overwrite:
         for checkpoint in output_dir.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        for name in ("trainer_state.json", "model.safetensors.index.json"):
+        for name in LEFT_BY_RUNS:
             (output_dir / name).unlink(missing_ok=True)
         for weights in output_dir.glob("*.safetensors"):
             weights.unlink()
@@ -121,6 +127,18 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             assert name in OPTIONAL_PACKAGES, f"{name} is not installed"
     return versions
+
+
+def _last_checkpoint(output_dir: Path) -> str | None:
+    """The newest whole checkpoint; the Trainer writes its state last, so one without was cut short by a kill."""
+    whole = [str(state.parent) for state in output_dir.glob(f"checkpoint-*/{STATE_FILE}")]
+    return max((path for path in whole if _step(path) >= 0), key=_step, default=None)
+
+
+def _step(checkpoint: str) -> int:
+    """The number at the end of a checkpoint's name; -1 for a folder that only looks like one."""
+    number = checkpoint.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _has_model(folder: Path) -> bool:
