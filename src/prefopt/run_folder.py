@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -62,10 +63,13 @@ def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, res
         resolved: this run's resolved recipe (YAML).
 
     Raises:
-        ValueError: the folder holds another run, or the run to continue had other settings.
+        ValueError: the folder cannot be one, or holds another run, or the run to continue had other settings.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir {output_dir} is a file; name a folder.")
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir {output_dir}: {there} is a file; name a folder.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"output_dir {output_dir} cannot be made or written: {there} is not yours to write to.")
     if resume and overwrite:
         raise ValueError(
             "resume_from_checkpoint continues a run and overwrite_output_dir replaces it: give one of them."

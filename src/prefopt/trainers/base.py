@@ -125,6 +125,14 @@ class BaseTrainer(Trainer):
 
     # ---- what a method defines -------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def check_settings(cls, args) -> None:
+        """Refuse settings that do not go together, before anything is loaded."""
+
+    @classmethod
+    def check_data(cls, dataset: Dataset, args, name: str) -> None:
+        """Refuse tokenised rows that the method cannot use, as the constructor does, without a trainer."""
+
     @abstractmethod
     def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one micro-batch.

@@ -247,7 +247,14 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
 
     # ---- data ------------------------------------------------------------------------------------------------------------------
 
-    def check_columns(self, dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
+    @classmethod
+    def check_data(cls, dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
+        """See `BaseTrainer.check_data`; the references' scores are looked at as well."""
+        super().check_data(dataset, args, name)
+        _with_references(dataset, args, name)
+
+    @classmethod
+    def check_columns(cls, dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
         """Refuse data without what self-play losses read; the references' scores are looked at in `_prepare`."""
         check_self_play_columns(dataset, args.loss_type, name)
 
@@ -256,18 +263,9 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         if dataset is None:
             return None
         args, _ = self._args_for_data
-        checks = None
-        if args.references is not None:
-            root = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
-            scorers = [text_scorer(reference, root, dtype=args.reference_dtype)[0] for reference in args.references]
-            dataset, report = join_reference_scores(dataset, scorers, root, max_length=args.max_length, name=name)
+        dataset, report = _with_references(dataset, args, name)
+        if report is not None:
             self.join_reports[name] = report
-            checks = [read_checks(root, scorer) for scorer in scorers]
-            if args.process_index == 0:
-                print(f"{name}: scores of {len(scorers)} references taken from {root}; {report}.", flush=True)
-        check_scores(dataset, args, name)
-        if name == "train":
-            check_health(dataset, args, checks)
         if name == args.validation_set:
             self._validation = dataset
         if name == "train" and args.weighting in VALIDATED and args.validation_set is None:
@@ -330,3 +328,19 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         """Take up what `method_state` gave."""
         super().load_method_state(state)
         self.weighting.load_state_dict(state["weighting"])
+
+
+def _with_references(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> tuple[Dataset, JoinReport | None]:
+    """The data set with the scores of all references, checked; and a report where they came from the cache."""
+    report = checks = None
+    if args.references is not None:
+        root = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
+        scorers = [text_scorer(reference, root, dtype=args.reference_dtype)[0] for reference in args.references]
+        dataset, report = join_reference_scores(dataset, scorers, root, max_length=args.max_length, name=name)
+        checks = [read_checks(root, scorer) for scorer in scorers]
+        if args.process_index == 0:
+            print(f"{name}: scores of {len(scorers)} references taken from {root}; {report}.", flush=True)
+    check_scores(dataset, args, name)
+    if name == "train":
+        check_health(dataset, args, checks)
+    return dataset, report

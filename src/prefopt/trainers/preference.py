@@ -237,12 +237,13 @@ class PreferenceTrainer(BaseTrainer):
 
     # ---- what the spine needs --------------------------------------------------------------------------------------------------
 
-    def check_settings(self, args: PreferenceConfig) -> None:
-        """Refuse settings that do not go together, before anything is loaded."""
-        unknown = [name for name in args.loss_type if name not in self.pair_loss_table and name != SFT]
+    @classmethod
+    def check_settings(cls, args: PreferenceConfig) -> None:
+        """See `BaseTrainer.check_settings`."""
+        unknown = [name for name in args.loss_type if name not in cls.pair_loss_table and name != SFT]
         if unknown:
-            names = ", ".join(sorted([*self.pair_loss_table, SFT]))
-            raise ValueError(f"Unknown loss_type {unknown[0]!r} for {type(self).__name__}. Known: {names}.")
+            names = ", ".join(sorted([*cls.pair_loss_table, SFT]))
+            raise ValueError(f"Unknown loss_type {unknown[0]!r} for {cls.__name__}. Known: {names}.")
         if args.use_weighting and (clash := [n for n in args.loss_type if n in SORTING_LOSSES or n == SFT]):
             raise ValueError(
                 f"WPO's weights belong to pairs, and {clash[0]!r} has no value per pair. Turn `use_weighting` off, or drop that loss."
@@ -303,7 +304,13 @@ class PreferenceTrainer(BaseTrainer):
         self.check_columns(dataset, args, name)
         return dataset
 
-    def check_columns(self, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
+    @classmethod
+    def check_data(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
+        """See `BaseTrainer.check_data`."""
+        cls.check_columns(dataset, args, name)
+
+    @classmethod
+    def check_columns(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
         """Refuse data without the columns that the losses need."""
         given = [
             column

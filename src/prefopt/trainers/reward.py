@@ -50,7 +50,8 @@ class RewardTrainer(HeadTrainer):
         """See `HeadTrainer.head_settings`."""
         return RewardModel, {"pooling": args.pooling}
 
-    def check_rows(self, dataset: Dataset, name: str) -> None:
+    @classmethod
+    def check_rows(cls, dataset: Dataset, args: RewardConfig, name: str) -> None:
         """Refuse adversarial rows: here they would weigh as much as human ones."""
         adversarial = sum(dataset["is_adversarial"])
         if adversarial:

@@ -137,7 +137,8 @@ class SPPOTrainer(PreferenceTrainer):
 }""",
     }
 
-    def check_columns(self, dataset: Dataset, args: SPPOConfig, name: str) -> None:
+    @classmethod
+    def check_columns(cls, dataset: Dataset, args: SPPOConfig, name: str) -> None:
         """Refuse data without the columns that the losses read, or with a value in them that is none."""
         super().check_columns(dataset, args, name)
         check_self_play_columns(dataset, args.loss_type, name)
