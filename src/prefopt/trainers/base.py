@@ -267,6 +267,12 @@ class BaseTrainer(Trainer):
         self.restart_clock()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its last step: Trainer would train one more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """See `Trainer.create_scheduler`; the schedule may be laid out for more epochs than are trained."""
         if self.args.schedule_epochs is not None:
