@@ -5,6 +5,7 @@ Weights must not be loaded for any of these: the loader is replaced by one that 
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,18 @@ CASES = {
         ["recipe.yaml, line", "lm_head", "lora_modules_to_save"],
     ),
     "adapter settings without adapter": ({"lora_r": 8}, None, ["lora_r needs use_peft: true"]),
+    "no pairs in a batch": ({"per_device_train_batch_size": 0}, None, ["per_device_train_batch_size` must be at least 1"]),
+    "no accumulation step": ({"gradient_accumulation_steps": 0}, None, ["gradient_accumulation_steps` must be at least 1"]),
+    "negative learning rate": ({"learning_rate": -1}, None, ["learning_rate"]),
+    "beta without end": ({"beta": float("inf")}, None, ["beta", "positive"]),
+    "compressed data cut short": (
+        {"dataset_name": "{folder}/rows.jsonl.gz"},
+        lambda folder, model: (folder / "rows.jsonl.gz").write_bytes(gzip.compress(1000 * ROW.encode())[:60]),
+        ["rows.jsonl.gz", "could not be read"],
+    ),
+    "uncompressed data under a compressed name": (
+        {"dataset_name": "{folder}/rows.jsonl.gz"}, write("rows.jsonl.gz", ROW), ["rows.jsonl.gz", "could not be read"],
+    ),
     "uneven batch": ({"global_batch_size": 0}, None, ["global_batch_size 0"]),
     "two batch sizes": ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, None, ["two ways to say one thing"]),
     "attention that needs a GPU": ({"attn_implementation": "flash_attention_2"}, None, ["needs a GPU"]),

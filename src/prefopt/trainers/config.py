@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -77,6 +78,11 @@ class BatchConfig:
             raise ValueError(f"`batch_layout` must be one of {', '.join(BATCH_LAYOUTS)}, not {self.batch_layout!r}.")
         if self.on_bad_row not in ("drop", "raise"):
             raise ValueError(f"`on_bad_row` must be 'drop' or 'raise', not {self.on_bad_row!r}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` must be a number from 0 up, not {self.learning_rate}.")
         if self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size` would change the batch that the recipe asks for; set `per_device_train_batch_size`."
@@ -150,7 +156,7 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
         for name, off, instead in _REFUSED:
             if getattr(self, name) != off:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported. {instead}")
-        if not self.beta > 0:
+        if not 0 < self.beta < math.inf:
             raise ValueError(f"`beta` must be positive, not {self.beta}.")
         if self.weight_alignment not in ALIGNMENTS:
             raise ValueError(
