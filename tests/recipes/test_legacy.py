@@ -129,7 +129,10 @@ def test_runs_with_model_data_and_hardware_replaced(tmp_path, model, data, name,
     printed = capsys.readouterr()
     assert (output / "model.safetensors").exists()
     resolved = yaml.safe_load((output / "recipe.yaml").read_text())
-    assert resolved["loss_type"] == {"simp": ["simpo"], "sppo": ["sppo"]}.get(name[:4], ["sigmoid"])
+    losses = {"simpo": ["simpo"], "simpo-gemma": ["simpo"], "sppo": ["sppo"], "handbook-apo": ["apo_zero"]}
+    assert resolved["loss_type"] == losses.get(name, ["sigmoid"])
     assert resolved["warmup_steps"] == 0.1
     assert "warmup_ratio is an older key" in printed.err
-    assert (output / "eval_results.json").exists() == (name != "sppo")  # its recipe says do_eval: "no"
+    assert (output / "eval_results.json").exists() == (
+        name not in ("sppo", "handbook-apo")
+    )  # which say do_eval: false

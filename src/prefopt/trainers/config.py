@@ -14,7 +14,6 @@ BATCH_LAYOUTS = ("auto", "packed", "padded")
 
 # TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do instead)
 _REFUSED = (
-    ("padding_free", False, "Packing is `batch_layout: packed` here (`auto` already packs where it is exact)."),
     ("sync_ref_model", False, "The reference of these trainers stays fixed."),
     ("f_divergence_type", "reverse_kl", "Only the reverse KL is implemented."),
     ("activation_offloading", False, "Use `gradient_checkpointing` to save activation memory."),
@@ -119,8 +118,8 @@ class BatchConfig:
 class PreferenceConfig(BatchConfig, TRLDPOConfig):
     """Settings of all pair methods: TRL's `DPOConfig`, how batches are laid out, and WPO's weights.
 
-    TRL fields without a counterpart here (`padding_free`, `sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`)
-    are refused when set.
+    TRL fields without a counterpart here (`sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`) are refused when
+    set; `padding_free` is read as `batch_layout: packed`.
     """
 
     vocab_metrics: bool = field(
@@ -152,6 +151,10 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         super().__post_init__()
+        if self.padding_free:
+            if self.batch_layout == "padded":
+                raise ValueError("`padding_free` and `batch_layout: padded` contradict each other; drop one.")
+            self.padding_free, self.batch_layout = False, "packed"
         self.check_batching()
         for name, off, instead in _REFUSED:
             if getattr(self, name) != off:
