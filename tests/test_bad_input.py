@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prefopt import WPOConfig, WPOTrainer
@@ -108,6 +109,16 @@ CASES = {
     "resuming another model": ({"resume_from_checkpoint": True}, earlier_run, ["a trained model of other settings"]),
     "another run in the folder": ({}, earlier_checkpoint, ["reached step 7: continue it with --resume_from_checkpoint"]),
     "resuming another run": ({"resume_from_checkpoint": True}, earlier_checkpoint, ["other settings", "learning_rate was 1.0"]),
+    "overwriting the model": (
+        {"model_name_or_path": "{folder}/model/", "output_dir": "{folder}", "overwrite_output_dir": True},
+        without_template,
+        ["overwrite_output_dir would remove model_name_or_path"],
+    ),
+    "adapter of no model": (
+        {"model_name_or_path": "{folder}/adapter"},
+        lambda folder, model: LoraConfig(base_model_name_or_path="./nowhere").save_pretrained(folder / "adapter"),
+        ["model_name_or_path './nowhere'"],
+    ),
     "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None, ["give one of them"]),
     "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no checkpoint"]),
     "adapter on the head": (

@@ -6,9 +6,11 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from peft import LoraConfig
+from transformers import AutoTokenizer, PreTrainedModel
 
 from prefopt.cli import main
+from prefopt.memory import Memory
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
 
@@ -137,6 +139,19 @@ def test_check_finds_what_stops_the_run(tmp_path, model, data, capsys, monkeypat
     assert words in error
     assert error.removeprefix("prefopt: error: ") in problems
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_estimated_with_the_model_under_it(tmp_path, model, data, capsys, monkeypatch):
+    config = LoraConfig(r=8, target_modules=["q_proj"], base_model_name_or_path=str(model), task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "adapter")
+    estimates = []
+    monkeypatch.setattr("prefopt.check.estimate", lambda shape, *_, **kw: estimates.append((shape, kw)) or Memory())
+    status, printed = check(capsys, tiny_recipe(tmp_path, tmp_path / "adapter", data))
+    assert status == 0, printed
+    ((shape, settings),) = estimates
+    assert settings["trained"] == 2 * (32 * 8 + 8 * 32)  # two layers' q_proj, 32 to 32
+    assert shape.parameters > 10_000 and settings["keeps_reference"] is False
 
 
 def test_launcher_settings_that_cannot_work(tmp_path, model, data, capsys):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from prefopt.data import TokenizationReport
 from prefopt.launch import launch_words, split_launch_settings, world_size
@@ -19,11 +18,12 @@ from prefopt.recipes.locate import locate
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.run_models import (
     adapter_config,
+    adapter_of,
     check_model,
     check_reference,
     is_adapter,
     load_tokenizer,
-    readable_errors,
+    read_config,
 )
 from prefopt.run_settings import (
     batch_sizes,
@@ -129,7 +129,7 @@ def look_at_model_and_data(
                 trainer.check_data(dataset, config, name)  # type: ignore[attr-defined]
     with found.looking():
         found.memory = estimate_memory(config, model_args, found)
-        if found.memory is not None and torch.cuda.is_available() and not found.launch.use_cpu:
+        if torch.cuda.is_available() and not found.launch.use_cpu:
             available = torch.cuda.get_device_properties(0).total_memory
             if found.memory.total > available:
                 found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
@@ -198,16 +198,12 @@ def check_precision(recipe: Recipe, config: Any, found: Findings) -> None:
         found.problems.append(f"{found.launch_name} runs on the CPU: set use_cpu: true and bf16: false in the recipe.")
 
 
-def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory | None:
-    """See `prefopt.memory`; `None` where the model is an adapter, whose base is not known here."""
-    name = model_args.model_name_or_path
-    if is_adapter(name):
-        return None
-    trust = config.trust_remote_code
-    with readable_errors("model_name_or_path", name):
-        model_config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust)
+def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory:
+    """See `prefopt.memory`."""
+    name, trust = model_args.model_name_or_path, config.trust_remote_code
+    model_config = read_config(name, model_args, config)
     shape = ModelShape.of(model_config, trust_remote_code=trust)
-    adapter = adapter_config(model_args)
+    adapter = adapter_of(name) if is_adapter(name) else adapter_config(model_args)
     trained = (
         adapter_parameters(model_config, shape, adapter, trust_remote_code=trust) if adapter else shape.parameters
     )

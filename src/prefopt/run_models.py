@@ -25,11 +25,7 @@ def check_model(name: str, model_args: ModelConfig, args: Any) -> None:
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
         raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
-    if not is_adapter(name):
-        with readable_errors("model_name_or_path", name):
-            AutoConfig.from_pretrained(
-                name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-            )
+    read_config(name, model_args, args)
 
 
 def check_reference(run_args: RunArguments, args: Any, rows: str) -> None:
@@ -51,6 +47,25 @@ def check_reference(run_args: RunArguments, args: Any, rows: str) -> None:
         AutoConfig.from_pretrained(
             name, revision=run_args.ref_model_revision or "main", trust_remote_code=args.trust_remote_code
         )
+
+
+def read_config(name: str, model_args: ModelConfig, args: Any) -> Any:
+    """The config of the model, or of the one that a local adapter belongs to.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    revision = model_args.model_revision
+    with readable_errors("model_name_or_path", name):
+        if is_adapter(name):
+            name, revision = str(adapter_of(name).base_model_name_or_path), "main"
+    with readable_errors("model_name_or_path", name):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def adapter_of(name: str) -> PeftConfig:
+    """The config of an adapter in a local folder."""
+    return PeftConfig.from_pretrained(str(Path(name).expanduser()))
 
 
 def is_adapter(name: str) -> bool:

@@ -67,13 +67,19 @@ def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
     """The output folder, and the checkpoint to start from, if any.
 
     Raises:
-        ValueError: no output_dir, or one that holds another run.
+        ValueError: no output_dir, or one that holds another run or the model to start from.
     """
     if not recipe.values.get("output_dir"):
         raise ValueError("output_dir is missing: set it in the recipe or with --output_dir.")
     output_dir = Path(recipe.values["output_dir"]).expanduser()
-    resume = recipe.values.get("resume_from_checkpoint")
-    start = find_start(output_dir, resume, bool(recipe.values.get("overwrite_output_dir")), resolved)
+    resume, overwrite = recipe.values.get("resume_from_checkpoint"), bool(recipe.values.get("overwrite_output_dir"))
+    for key in ("model_name_or_path", "ref_model_name_or_path") if overwrite else ():
+        model = Path(recipe.values.get(key) or "").expanduser().resolve()
+        if recipe.values.get(key) and output_dir.resolve() in (model, *model.parents):
+            raise ValueError(
+                f"overwrite_output_dir would remove {key}, which lies in {output_dir}: choose another output_dir."
+            )
+    start = find_start(output_dir, resume, overwrite, resolved)
     if resume and start is None:
         tell(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
     return output_dir, start
