@@ -100,7 +100,7 @@ def inspect(words: list[str]) -> Findings:
     check_precision(recipe, config, found)
     if config is not None:
         with found.looking():
-            function_of(found.method).check_settings(config)  # type: ignore[attr-defined]
+            function_of(found.method).check_settings(config)
     if config is None or model_args is None or model_args.model_name_or_path is None:
         found.notices.append("The model and the data were not looked at: mend the problems first.")
     else:
@@ -126,7 +126,7 @@ def look_at_model_and_data(
         with found.looking(), contextlib.redirect_stdout(sys.stderr):
             datasets, found.reports = tokenise_data(rows, tokenizer, config, data_args)
             for name, dataset in datasets.items():
-                trainer.check_data(dataset, config, name)  # type: ignore[attr-defined]
+                trainer.check_data(dataset, config, name)
     with found.looking():
         found.memory = estimate_memory(config, model_args, found)
         if torch.cuda.is_available() and not found.launch.use_cpu:

@@ -79,6 +79,8 @@ def test_single_keys(tmp_path, old, new):
         ("reference_free: true", "only False is possible"),
         ("auto_insert_empty_system_msg: true", "only False is possible"),
         ("rpo_alpha: 0.2", "write loss_type: [sigmoid, sft]"),
+        ("max_completion_length: 256", "set max_length and max_prompt_length"),
+        ("streaming: true", "only False is possible"),
         ("truncation_side: right", "only left is possible"),
         ("warmup_ratio: 0.1\nwarmup_steps: 3", "given twice"),
     ],
