@@ -144,6 +144,21 @@ CASES = {
     "attention that needs a GPU": ({"attn_implementation": "flash_attention_2"}, None, ["needs a GPU"]),
     "WPO without weights": ({"use_weighting": False}, None, ["use_weighting"]),
     "streamed data": ({"dataset_streaming": True}, None, ["dataset_streaming", "only False is possible"]),
+    "reference scores of other data": (
+        {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", SCORED.format(score="-3.5, \"ref_chosen_counts\": 9")),
+        ["ref_chosen_logps of 9 tokens and 2 tokens to score", "other data"],
+    ),
+    "reference scores that are none": (
+        {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", SCORED.format(score="3.5")),
+        ["has ref_chosen_logps 3.5, which is no sum of log-probs"],
+    ),
+    "scores of several references": (
+        {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", SCORED.format(score="[-3.5, -4.0]")),
+        ["scores of several references", "multi-reference-dpo"],
+    ),
     "reference scores for some rows": (
         {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
         write("rows.jsonl", SCORED.format(score="-3.5") + SCORED.format(score="null").replace('"a"', '"d"')),

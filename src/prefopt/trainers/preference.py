@@ -30,7 +30,7 @@ from prefopt.trainers.policy import (
     with_adapter,
     with_pad_token,
 )
-from prefopt.trainers.reference import Reference, with_reference_scores
+from prefopt.trainers.reference import Reference, check_given_scores, with_reference_scores
 
 
 @dataclass(frozen=True)
@@ -312,18 +312,8 @@ class PreferenceTrainer(BaseTrainer):
     @classmethod
     def check_columns(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
         """Refuse data without the columns that the losses need."""
-        given = [
-            column
-            for column in REFERENCE_COLUMNS[:2]
-            if args.precompute_ref_log_probs and column in dataset.column_names
-        ]
-        for column in given:
-            missing = next((row for row, value in enumerate(dataset[column]) if value is None), None)
-            if missing is not None:
-                raise ValueError(
-                    f"Row {missing} of the {name} data has no {column}, though others have: give every row its scores, or leave the "
-                    "column out and they are computed."
-                )
+        if args.precompute_ref_log_probs:
+            check_given_scores(dataset, name)
 
     def _use_cached_scores(self, reference) -> None:
         """Give every data set the columns of cached reference scores."""
