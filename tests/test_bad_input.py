@@ -5,11 +5,13 @@ Weights must not be loaded for any of these: the loader is replaced by one that 
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prefopt import WPOConfig, WPOTrainer
@@ -65,6 +67,7 @@ def earlier_run(folder: Path, model: Path) -> None:
 
 def earlier_checkpoint(folder: Path, model: Path) -> None:
     (folder / "out" / "checkpoint-7").mkdir(parents=True)
+    (folder / "out" / "checkpoint-7" / "trainer_state.json").write_text("{}")
     (folder / "out" / "recipe.yaml").write_text("beta: 3\nlearning_rate: 1.0\n")
 
 
@@ -102,8 +105,20 @@ CASES = {
     "prompt as long as everything": ({"max_prompt_length": 96}, None, ["max_prompt_length", "96"]),
     "beta not positive": ({"beta": 0}, None, ["beta", "positive"]),
     "no output folder": ({"output_dir": None}, None, ["output_dir is missing"]),
-    "another run in the folder": ({}, earlier_run, ["already holds", "--overwrite_output_dir", "--resume_from_checkpoint"]),
+    "another model in the folder": ({}, earlier_run, ["already holds a trained model: replace it with --overwrite_output_dir"]),
+    "resuming another model": ({"resume_from_checkpoint": True}, earlier_run, ["a trained model of other settings"]),
+    "another run in the folder": ({}, earlier_checkpoint, ["reached step 7: continue it with --resume_from_checkpoint"]),
     "resuming another run": ({"resume_from_checkpoint": True}, earlier_checkpoint, ["other settings", "learning_rate was 1.0"]),
+    "overwriting the model": (
+        {"model_name_or_path": "{folder}/model/", "output_dir": "{folder}", "overwrite_output_dir": True},
+        without_template,
+        ["overwrite_output_dir would remove model_name_or_path"],
+    ),
+    "adapter of no model": (
+        {"model_name_or_path": "{folder}/adapter"},
+        lambda folder, model: LoraConfig(base_model_name_or_path="./nowhere").save_pretrained(folder / "adapter"),
+        ["model_name_or_path './nowhere'"],
+    ),
     "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None, ["give one of them"]),
     "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no checkpoint"]),
     "adapter on the head": (
@@ -112,11 +127,38 @@ CASES = {
         ["recipe.yaml, line", "lm_head", "lora_modules_to_save"],
     ),
     "adapter settings without adapter": ({"lora_r": 8}, None, ["lora_r needs use_peft: true"]),
+    "no pairs in a batch": ({"per_device_train_batch_size": 0}, None, ["per_device_train_batch_size` must be at least 1"]),
+    "no accumulation step": ({"gradient_accumulation_steps": 0}, None, ["gradient_accumulation_steps` must be at least 1"]),
+    "negative learning rate": ({"learning_rate": -1}, None, ["learning_rate"]),
+    "beta without end": ({"beta": float("inf")}, None, ["beta", "positive"]),
+    "compressed data cut short": (
+        {"dataset_name": "{folder}/rows.jsonl.gz"},
+        lambda folder, model: (folder / "rows.jsonl.gz").write_bytes(gzip.compress(1000 * ROW.encode())[:60]),
+        ["rows.jsonl.gz", "could not be read"],
+    ),
+    "uncompressed data under a compressed name": (
+        {"dataset_name": "{folder}/rows.jsonl.gz"}, write("rows.jsonl.gz", ROW), ["rows.jsonl.gz", "could not be read"],
+    ),
     "uneven batch": ({"global_batch_size": 0}, None, ["global_batch_size 0"]),
     "two batch sizes": ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, None, ["two ways to say one thing"]),
     "attention that needs a GPU": ({"attn_implementation": "flash_attention_2"}, None, ["needs a GPU"]),
     "WPO without weights": ({"use_weighting": False}, None, ["use_weighting"]),
     "streamed data": ({"dataset_streaming": True}, None, ["dataset_streaming", "only False is possible"]),
+    "reference scores of other data": (
+        {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", SCORED.format(score="-3.5, \"ref_chosen_counts\": 9")),
+        ["ref_chosen_logps of 9 tokens and 2 tokens to score", "other data"],
+    ),
+    "reference scores that are none": (
+        {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", SCORED.format(score="3.5")),
+        ["has ref_chosen_logps 3.5, which is no sum of log-probs"],
+    ),
+    "scores of several references": (
+        {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
+        write("rows.jsonl", SCORED.format(score="[-3.5, -4.0]")),
+        ["scores of several references", "multi-reference-dpo"],
+    ),
     "reference scores for some rows": (
         {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
         write("rows.jsonl", SCORED.format(score="-3.5") + SCORED.format(score="null").replace('"a"', '"d"')),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
-from transformers import PreTrainedModel
+from peft import LoraConfig
+from transformers import AutoTokenizer, PreTrainedModel
 
 from prefopt.cli import main
+from prefopt.memory import Memory
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
 
@@ -93,6 +97,91 @@ def test_a_packaged_recipe_offline(capsys, monkeypatch):
     assert "model_name_or_path 'meta-llama/Meta-Llama-3-8B-Instruct'" in printed
 
 
+@pytest.mark.parametrize(
+    ("command", "changes", "words"),
+    [
+        ("wpo", {"loss_type": "nonsense"}, "Unknown loss_type 'nonsense' for WPOTrainer"),
+        ("wpo", {"loss_type": "aot"}, "has no value per pair"),
+        ("wpo", {"use_weighting": False}, "use_weighting"),
+        ("wpo", {"ref_model_name_or_path": "./nowhere"}, "ref_model_name_or_path './nowhere'"),
+        ("wpo", {"ref_model_revision": "v2"}, "ref_model_revision belongs to ref_model_name_or_path"),
+        ("dpo", {"loss_type": "simpo", "ref_model_name_or_path": "{model}"}, "simpo has no reference"),
+        ("reward-model", {"ref_model_name_or_path": "{model}"}, "this method has no reference model"),
+        ("wpo", {"report_to": "wandb"}, "report_to: wandb needs the package wandb"),
+        ("wpo", {"optim": "paged_adamw_32bit"}, "optim: paged_adamw_32bit needs the package bitsandbytes"),
+        ("wpo", {"output_dir": "{model}/config.json/out"}, "config.json is a file; name a folder"),
+        ("sppo", {}, "reads the column 'chosen_win_prob'"),
+        ("adversarial-reward-model", {}, "No training row is adversarial"),
+        (
+            "multi-reference-dpo",
+            {"references": ["{model}"], "ref_logps_dir": "{model}/none", "max_prompt_length": None},
+            "score-references",
+        ),
+    ],
+)
+def test_check_finds_what_stops_the_run(tmp_path, model, data, capsys, monkeypatch, command, changes, words):
+    """The same words, from `prefopt check` and from the run itself, which has loaded no weights by then either."""
+    absent = ("wandb", "bitsandbytes")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
+    filled = {
+        key: [item.format(model=model) for item in value] if isinstance(value, list)
+        else value.format(model=model) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }  # fmt: skip
+    recipe = tiny_recipe(tmp_path, model, data, **{"method": command, **filled})
+    status, printed = check(capsys, recipe)
+    problems = printed[printed.index("problem(s):") :]
+    assert status == 2
+    assert words in problems
+    assert main([command, str(recipe)]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prefopt: error: ")]
+    assert words in error
+    assert error.removeprefix("prefopt: error: ") in problems
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_estimated_with_the_model_under_it(tmp_path, model, data, capsys, monkeypatch):
+    config = LoraConfig(r=8, target_modules=["q_proj"], base_model_name_or_path=str(model), task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "adapter")
+    estimates = []
+    monkeypatch.setattr("prefopt.check.estimate", lambda shape, *_, **kw: estimates.append((shape, kw)) or Memory())
+    status, printed = check(capsys, tiny_recipe(tmp_path, tmp_path / "adapter", data))
+    assert status == 0, printed
+    ((shape, settings),) = estimates
+    assert settings["trained"] == 2 * (32 * 8 + 8 * 32)  # two layers' q_proj, 32 to 32
+    assert shape.parameters > 10_000 and settings["keeps_reference"] is False
+
+
+def test_launcher_settings_that_cannot_work(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data)
+    status, printed = check(capsys, recipe, "--num_processes", "two")
+    assert (status, "--num_processes must be a whole number, found 'two'" in printed) == (2, True)
+    config = tmp_path / "accelerate.yaml"
+    config.write_text("- a list\n")
+    status, printed = check(capsys, recipe, "--accelerate_config", config)
+    assert (status, "accelerate.yaml must hold `key: value` lines" in printed) == (2, True)
+
+
+def test_several_gpus_without_a_launcher(tmp_path, model, data, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    status, printed = check(capsys, tiny_recipe(tmp_path, model, data, use_cpu=None))
+    assert status == 2
+    assert "4 GPUs are visible, but there is one process: add --num_processes 4" in printed
+
+
+def test_a_recipe_for_a_gpu_is_checked_as_it_will_run_there(tmp_path, model, data, capsys, monkeypatch):
+    """Without a GPU at hand, neither its attention nor the precision that it would choose is a mistake."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    recipe = tiny_recipe(
+        tmp_path, model, data, use_cpu=None, bf16=None, attn_implementation="flash_attention_2", dtype="bfloat16"
+    )
+    status, printed = check(capsys, recipe, "--accelerate_config", "deepspeed_zero3")
+    assert status == 0, printed
+    assert "There is no GPU here" in printed
+
+
 def test_method_is_named_or_asked_for(tmp_path, model, data, capsys):
     recipe = tiny_recipe(tmp_path, model, data, method=None)
     assert main(["check", str(recipe)]) == 2
@@ -104,7 +193,7 @@ def test_method_is_named_or_asked_for(tmp_path, model, data, capsys):
 
 
 def test_packages_that_settings_need(tmp_path, model, data, capsys, monkeypatch):
-    monkeypatch.setattr("prefopt.check.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("prefopt.run_settings.importlib.util.find_spec", lambda name: None)
     recipe = tiny_recipe(tmp_path, model, data, use_peft=True, load_in_4bit=True, report_to=["wandb"])
     status, printed = check(capsys, recipe)
     assert status == 2

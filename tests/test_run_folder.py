@@ -84,6 +84,39 @@ def test_finished_and_unfinished_runs_are_told_apart(folder):
         start(folder)
 
 
+def test_a_checkpoint_cut_short_is_none(folder):
+    """A kill while a checkpoint is written leaves weights without the Trainer's state, which is written last."""
+    open_folder(folder, MINE, overwrite=False)
+    whole = checkpoint(folder, 9)
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-10" / "model.safetensors").write_text("half")
+    assert start(folder, resume=True) == whole
+    with pytest.raises(ValueError, match="reached step 9"):
+        start(folder)
+    (folder / "checkpoint-9" / "trainer_state.json").unlink()
+    assert start(folder, resume=True) is None
+    assert start(folder) is None
+
+
+@pytest.mark.parametrize("recipe", [MINE.replace("0.1", "0.2"), None])
+def test_resuming_does_not_begin_in_the_folder_of_another_model(folder, recipe):
+    """With nothing to continue, `--resume_from_checkpoint true` must not train over a model of other settings."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("precious")
+    if recipe is not None:
+        (folder / RECIPE_FILE).write_text(recipe)
+    with pytest.raises(
+        ValueError, match="a trained model of other settings, without a checkpoint to continue from: replace"
+    ):
+        start(folder, resume=True)
+    (folder / RECIPE_FILE).write_text(MINE)
+    assert (
+        start(folder, resume=True) is None
+    )  # the same run again, as a pipeline does that was killed after its last step
+    with pytest.raises(ValueError, match="a trained model: replace it"):  # there is nothing to continue
+        start(folder)
+
+
 def test_only_what_changes_the_result_matters_for_resuming(folder):
     open_folder(folder, MINE, overwrite=False)
     last = checkpoint(folder, 10)
@@ -98,7 +131,8 @@ def test_only_what_changes_the_result_matters_for_resuming(folder):
 def test_overwriting_removes_the_earlier_run_and_nothing_else(folder):
     open_folder(folder, MINE, overwrite=False)
     checkpoint(folder, 10)
-    for name in ("model.safetensors", "trainer_state.json", "notes.txt"):
+    left = ("model.safetensors", "trainer_state.json", "config.json", "adapter_config.json", "eval_results.json")
+    for name in (*left, "notes.txt"):
         (folder / name).write_text("")
     assert start(folder, overwrite=True) is None
     open_folder(folder, MINE.replace("0.1", "0.2"), overwrite=True)

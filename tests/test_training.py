@@ -107,6 +107,22 @@ def test_resumed_equals_uninterrupted(tmp_path, model, data, capsys, killed):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_resuming_a_run_that_is_through_changes_nothing(tmp_path, model, data, capsys):
+    """In the middle of an epoch, too, where Trainer alone takes one more step each time."""
+    recipe = tiny_recipe(
+        tmp_path, model, data, max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="constant"
+    )
+    folder = tmp_path / "out"
+    run(recipe)
+    losses, weights = history(folder), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()  # as if killed after the last checkpoint
+    run(recipe, "--resume_from_checkpoint", "true", capsys=capsys)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert history(folder) == losses
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
 def test_resuming_before_the_first_checkpoint_starts_at_the_beginning(tmp_path, model, data, capsys):
     run(tiny_recipe(tmp_path, model, data), "--resume_from_checkpoint", capsys=capsys)
     assert "holds no checkpoint yet" in capsys.readouterr().err

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import AutoConfig
 
 from prefopt.data import TokenizationReport
-from prefopt.launch import split_launch_settings, world_size
+from prefopt.launch import launch_words, split_launch_settings, world_size
 from prefopt.memory import GIB, Launch, Memory, ModelShape, adapter_parameters, estimate
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.locate import locate
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
-from prefopt.run_models import adapter_config, check_model, is_adapter, load_tokenizer, readable_errors
-from prefopt.run_settings import batch_sizes, check_adapter_keys, check_output, may_evaluate, resolved_recipe
-from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
-from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
-from prefopt.trainers.reference_data import with_scores
-from prefopt.training import tokenise_data
-
-# settings that need a package which is not among our own dependencies: (key, value begins with, module, what to install)
-OPTIONAL = (
-    ("attn_implementation", "flash_attention_2", "flash_attn", "pip install flash-attn --no-build-isolation"),
-    ("load_in_4bit", "True", "bitsandbytes", "pip install 'prefopt[quantization]'"),
-    ("load_in_8bit", "True", "bitsandbytes", "pip install 'prefopt[quantization]'"),
-    ("use_liger_kernel", "True", "liger_kernel", "pip install 'prefopt[fast]'"),
-    ("report_to", "wandb", "wandb", "pip install wandb"),
-    ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
+from prefopt.run_models import (
+    adapter_config,
+    adapter_of,
+    check_model,
+    check_reference,
+    is_adapter,
+    load_tokenizer,
+    read_config,
 )
+from prefopt.run_settings import (
+    batch_sizes,
+    check_adapter_keys,
+    check_devices,
+    check_output,
+    may_evaluate,
+    missing_packages,
+    resolved_recipe,
+)
+from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
+from prefopt.training import tokenise_data
 
 
 @dataclass
@@ -75,7 +76,7 @@ def inspect(words: list[str]) -> Findings:
     Raises:
         ValueError: there is no recipe to look at, or no telling which method it is for.
     """
-    from prefopt.cli import COMMANDS, arguments_of, method_of
+    from prefopt.cli import arguments_of, function_of, method_of
 
     found = Findings()
     name, settings = load_settings(words)
@@ -91,45 +92,55 @@ def inspect(words: list[str]) -> Findings:
         check_adapter_keys(recipe)
     with found.looking():
         check_output(recipe, found.resolved)
-    check_packages(recipe, found)
-    configs = build_each(recipe, classes, found)
-    config, data_args, model_args, run_args = configs
+    if not found.launch_name:
+        with found.looking():
+            check_devices(recipe)
+    found.problems += missing_packages(recipe)
+    config, data_args, model_args, run_args = build_each(recipe, classes, found)
     check_precision(recipe, config, found)
+    if config is not None:
+        with found.looking():
+            function_of(found.method).check_settings(config)
     if config is None or model_args is None or model_args.model_name_or_path is None:
         found.notices.append("The model and the data were not looked at: mend the problems first.")
-        return found
-    tokenizer = None
-    with found.looking():
-        check_model(model_args.model_name_or_path, model_args, config)
-    with found.looking():
-        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args, config, run_args or RunArguments())
-    if tokenizer is not None and data_args is not None:
-        with found.looking(), contextlib.redirect_stdout(sys.stderr):
-            train, evaluation, found.reports = tokenise_data(COMMANDS[found.method].rows, tokenizer, config, data_args)
-            if isinstance(config, MultiReferenceDPOConfig):
-                named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
-                check_scores(config, {"train": train, **named})
-    with found.looking():
-        found.memory = estimate_memory(config, model_args, found)
-        if found.memory is not None and torch.cuda.is_available() and not found.launch.use_cpu:
-            available = torch.cuda.get_device_properties(0).total_memory
-            if found.memory.total > available:
-                found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
+    else:
+        look_at_model_and_data(config, data_args, model_args, run_args or RunArguments(), found)
     return found
 
 
-def check_scores(config: MultiReferenceDPOConfig, datasets: Mapping[str, Dataset | None]) -> None:
-    """The references' scores must be there, whole and sound."""
-    for name, dataset in datasets.items():
-        if dataset is not None:
-            with_scores(dataset, config, name)
+def look_at_model_and_data(
+    config: Any, data_args: Any, model_args: Any, run_args: RunArguments, found: Findings
+) -> None:
+    """Model and reference by their configs, tokenizer, data, and the memory that these ask for."""
+    from prefopt.cli import COMMANDS, function_of
+
+    trainer, rows = function_of(found.method), COMMANDS[found.method].rows
+    with found.looking():
+        check_model(model_args.model_name_or_path, model_args, config)
+    with found.looking():
+        check_reference(run_args, config, rows)
+    tokenizer = None
+    with found.looking():
+        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args, config, run_args)
+    if tokenizer is not None and data_args is not None:
+        with found.looking(), contextlib.redirect_stdout(sys.stderr):
+            datasets, found.reports = tokenise_data(rows, tokenizer, config, data_args)
+            for name, dataset in datasets.items():
+                trainer.check_data(dataset, config, name)
+    with found.looking():
+        found.memory = estimate_memory(config, model_args, found)
+        if torch.cuda.is_available() and not found.launch.use_cpu:
+            available = torch.cuda.get_device_properties(0).total_memory
+            if found.memory.total > available:
+                found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
 
 
 def read_launch(settings: dict[str, str], found: Findings) -> tuple[Launch, str]:
     """The accelerate config that would be used, and its name; one process without a launcher where none is asked for."""
     if not settings:
         return Launch(), ""
-    processes = int(settings["num_processes"]) if settings.get("num_processes", "").isdigit() else None
+    launch_words(settings)  # numbers that are none
+    processes = int(settings["num_processes"]) if "num_processes" in settings else None
     name = settings.get("accelerate_config", "multi_gpu" if processes and processes > 1 else "single_gpu")
     launch = Launch.read(locate(name, "accelerate_configs"), processes)
     if launch.batch_keys:
@@ -149,6 +160,7 @@ def build_each(recipe: Recipe, classes: Sequence[type], found: Findings) -> list
         values.update(batch_sizes(values, classes[0], max(world_size(), found.launch.processes)))
     if not values.get("use_cpu") and not torch.cuda.is_available():
         values["use_cpu"] = True  # configs ask the machine at hand, which need not be the one that trains
+        values.setdefault("bf16", not values.get("fp16"))  # what a GPU would choose
         found.notices.append("There is no GPU here: settings were checked as they stand, and not against one.")
     if values.get("model_name_or_path") is None:
         found.problems.append("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
@@ -186,25 +198,12 @@ def check_precision(recipe: Recipe, config: Any, found: Findings) -> None:
         found.problems.append(f"{found.launch_name} runs on the CPU: set use_cpu: true and bf16: false in the recipe.")
 
 
-def check_packages(recipe: Recipe, found: Findings) -> None:
-    """Packages that a setting needs must be installed."""
-    for key, value, module, install in OPTIONAL:
-        given = recipe.values.get(key)
-        wanted = any(str(item).startswith(value) for item in (given if isinstance(given, list) else [given]))
-        if wanted and importlib.util.find_spec(module) is None:
-            found.problems.append(f"{recipe.places[key]}: {key}: {given} needs the package {module}: {install}.")
-
-
-def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory | None:
-    """See `prefopt.memory`; `None` where the model is an adapter, whose base is not known here."""
-    name = model_args.model_name_or_path
-    if is_adapter(name):
-        return None
-    trust = config.trust_remote_code
-    with readable_errors("model_name_or_path", name):
-        model_config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust)
+def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory:
+    """See `prefopt.memory`."""
+    name, trust = model_args.model_name_or_path, config.trust_remote_code
+    model_config = read_config(name, model_args, config)
     shape = ModelShape.of(model_config, trust_remote_code=trust)
-    adapter = adapter_config(model_args)
+    adapter = adapter_of(name) if is_adapter(name) else adapter_config(model_args)
     trained = (
         adapter_parameters(model_config, shape, adapter, trust_remote_code=trust) if adapter else shape.parameters
     )

@@ -122,7 +122,7 @@ def main(words: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     try:
         return _run(words)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:  # the last: a loss that is not finite
         if os.environ.get("PREFOPT_TRACEBACK"):
             raise
         _tell(error)

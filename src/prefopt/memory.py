@@ -92,8 +92,17 @@ class Launch:
 
     @classmethod
     def read(cls, path: Path, processes: int | None = None) -> Launch:
-        """Read an accelerate config file; `processes` overrides its number."""
-        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        """Read an accelerate config file; `processes` overrides its number.
+
+        Raises:
+            ValueError: it is no YAML mapping.
+        """
+        try:
+            values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold `key: value` lines, as `accelerate config` writes them.")
         deepspeed, fsdp = values.get("deepspeed_config") or {}, values.get("fsdp_config") or {}
         is_deepspeed = values.get("distributed_type") == "DEEPSPEED"
         return cls(

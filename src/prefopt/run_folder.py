@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -14,6 +15,17 @@ from prefopt.files import write_json, write_text
 from prefopt.trainers.saving import is_whole, last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
+STATE_FILE = "trainer_state.json"
+# beside weights and checkpoints; a leftover would describe another model (an adapter's config) or another run (its figures)
+LEFT_BY_RUNS = (
+    STATE_FILE,
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+)
 VERSIONS_FILE = "package_versions.json"
 PACKAGES = (
     "prefopt",
@@ -52,10 +64,13 @@ def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, res
         resolved: this run's resolved recipe (YAML).
 
     Raises:
-        ValueError: the folder holds another run, or the run to continue had other settings.
+        ValueError: the folder cannot be one, or holds another run, or the run to continue had other settings.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir {output_dir} is a file; name a folder.")
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir {output_dir}: {there} is a file; name a folder.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"output_dir {output_dir} cannot be made or written: {there} is not yours to write to.")
     if resume and overwrite:
         raise ValueError(
             "resume_from_checkpoint continues a run and overwrite_output_dir replaces it: give one of them."
@@ -68,26 +83,22 @@ def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, res
             )
         _check_same_run(Path(resume).parent, resolved)
         return resume
-    if resume and str(resume).lower() == "true":
+    has_model, same, resumes = _has_model(output_dir), _same_run(output_dir, resolved), str(resume).lower() == "true"
+    if resumes:
         if last is not None:
             _check_same_run(output_dir, resolved)
-        return last
-    if (
-        overwrite
-        or not holds_run(output_dir)
-        or (last is None and not _has_model(output_dir) and _same_run(output_dir, resolved))
-    ):
+            return last
+        if same or not has_model:
+            return None
+    elif overwrite or not holds_run(output_dir) or (same and last is None and not has_model):
         return None
-    what = (
-        f"a run that reached step {last.rsplit('-', 1)[-1]}"
-        if last
-        else "a trained model"
-        if _has_model(output_dir)
-        else "another run"
-    )
+    what = f"a run that reached step {_step(last)}" if last else "a trained model" if has_model else "another run"
+    advice = "continue it with --resume_from_checkpoint true, " if last else ""
+    if resumes:
+        what += " of other settings, without a checkpoint to continue from"
     raise ValueError(
-        f"output_dir {output_dir} already holds {what}: continue it with --resume_from_checkpoint true, replace it with "
-        "--overwrite_output_dir true, or choose another output_dir."
+        f"output_dir {output_dir} already holds {what}: {advice}replace it with --overwrite_output_dir true, or choose another "
+        "output_dir."
     )
 
 
@@ -95,7 +106,7 @@ def holds_run(output_dir: Path) -> bool:
     """Whether a training run has left anything in `output_dir`."""
     return (
         (output_dir / RECIPE_FILE).exists()
-        or (output_dir / "trainer_state.json").exists()
+        or (output_dir / STATE_FILE).exists()
         or any(output_dir.glob("checkpoint-*"))
         or _has_model(output_dir)
     )
@@ -106,7 +117,7 @@ def open_folder(output_dir: Path, resolved: str, *, overwrite: bool) -> None:
     if overwrite:
         for checkpoint in output_dir.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        for name in ("trainer_state.json", "model.safetensors.index.json"):
+        for name in LEFT_BY_RUNS:
             (output_dir / name).unlink(missing_ok=True)
         for weights in output_dir.glob("*.safetensors"):
             weights.unlink()
@@ -123,6 +134,12 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             assert name in OPTIONAL_PACKAGES, f"{name} is not installed"
     return versions
+
+
+def _step(checkpoint: str) -> int:
+    """The number at the end of a checkpoint's name; -1 for a folder that only looks like one."""
+    number = checkpoint.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _has_model(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.launch import tell
 from prefopt.recipes.arguments import RunArguments
+from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import load_model, with_pad_token
 
 
@@ -19,18 +20,52 @@ def check_model(name: str, model_args: ModelConfig, args: Any) -> None:
     """Make sure that there is a model under `name`, without loading its weights.
 
     Raises:
-        ValueError: there is none, or its attention does not run here.
+        ValueError: there is none.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
         raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
-    if (model_args.attn_implementation or "").startswith("flash_attention") and args.device.type == "cpu":
-        raise ValueError(f"attn_implementation {model_args.attn_implementation} needs a GPU: use sdpa here.")
-    if not is_adapter(name):
-        with readable_errors("model_name_or_path", name):
-            AutoConfig.from_pretrained(
-                name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-            )
+    read_config(name, model_args, args)
+
+
+def check_reference(run_args: RunArguments, args: Any, rows: str) -> None:
+    """Make sure that the reference model that a recipe names exists and is used, without loading its weights.
+
+    Raises:
+        ValueError: there is none under this name, or the method has no reference.
+    """
+    name = run_args.ref_model_name_or_path
+    if name is None:
+        if run_args.ref_model_revision is not None:
+            raise ValueError("ref_model_revision belongs to ref_model_name_or_path, which is not given.")
+        return
+    if rows != "pairs":
+        raise ValueError("ref_model_name_or_path: this method has no reference model; remove it.")
+    if set(args.loss_type) <= set(REFERENCE_FREE_LOSSES):
+        raise ValueError(f"ref_model_name_or_path: {', '.join(args.loss_type)} has no reference; remove it.")
+    with readable_errors("ref_model_name_or_path", name):
+        AutoConfig.from_pretrained(
+            name, revision=run_args.ref_model_revision or "main", trust_remote_code=args.trust_remote_code
+        )
+
+
+def read_config(name: str, model_args: ModelConfig, args: Any) -> Any:
+    """The config of the model, or of the one that a local adapter belongs to.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    revision = model_args.model_revision
+    with readable_errors("model_name_or_path", name):
+        if is_adapter(name):
+            name, revision = str(adapter_of(name).base_model_name_or_path), "main"
+    with readable_errors("model_name_or_path", name):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def adapter_of(name: str) -> PeftConfig:
+    """The config of an adapter in a local folder."""
+    return PeftConfig.from_pretrained(str(Path(name).expanduser()))
 
 
 def is_adapter(name: str) -> bool:
@@ -52,8 +87,6 @@ def load_tokenizer(name: str, model_args: ModelConfig, args: Any, run_args: RunA
 
 def single_model(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:
     """The model of a method without a reference, as its trainer takes it."""
-    if run_args.ref_model_name_or_path is not None:
-        raise ValueError("ref_model_name_or_path: this method has no reference model; remove it.")
     return {
         "model": name,
         "quantization_config": get_quantization_config(model_args),
@@ -101,8 +134,6 @@ def load_reference(run_args: RunArguments, args: Any) -> Any:
     name = run_args.ref_model_name_or_path
     if name is None:
         return None
-    with readable_errors("ref_model_name_or_path", name):
-        AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     kept = args.model_init_kwargs
     args.model_init_kwargs = {**kept, "revision": run_args.ref_model_revision or "main"}
     try:

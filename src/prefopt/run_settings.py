@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,23 @@ import torch
 from trl import ModelConfig
 
 from prefopt.launch import is_launched, tell, world_size
-from prefopt.recipes.recipe import Recipe, build, resolved_yaml
+from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.run_folder import find_start
 
 LM_HEADS = ("lm_head", "embed_out", "output")
+_QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")
+# settings that need a package which is not among our own dependencies: (key, value begins with, module (or another), what to install)
+OPTIONAL = (
+    ("attn_implementation", "flash_attention_2", "flash_attn|kernels", "pip install flash-attn --no-build-isolation"),
+    ("load_in_4bit", "True", *_QUANTIZATION),
+    ("load_in_8bit", "True", *_QUANTIZATION),
+    ("optim", "paged_", *_QUANTIZATION),
+    ("optim", "adamw_bnb", *_QUANTIZATION),
+    ("optim", "adamw_8bit", *_QUANTIZATION),
+    ("use_liger_kernel", "True", "liger_kernel", "pip install 'prefopt[fast]'"),
+    ("report_to", "wandb", "wandb", "pip install wandb"),
+    ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
+)
 
 
 def resolved_recipe(recipe: Recipe, classes: Sequence[type]) -> str:
@@ -37,17 +51,35 @@ def check_devices(recipe: Recipe) -> None:
         )
 
 
+def missing_packages(recipe: Recipe) -> list[str]:
+    """A sentence for each setting that needs a package which is not installed."""
+    sentences = []
+    for key, value, module, install in OPTIONAL:
+        given = plain(recipe.values.get(key))
+        wanted = any(str(item).startswith(value) for item in (given if isinstance(given, list) else [given]))
+        modules = module.split("|")
+        if wanted and all(importlib.util.find_spec(name) is None for name in modules):
+            sentences.append(f"{recipe.places[key]}: {key}: {given} needs the package {modules[0]}: {install}.")
+    return sentences
+
+
 def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
     """The output folder, and the checkpoint to start from, if any.
 
     Raises:
-        ValueError: no output_dir, or one that holds another run.
+        ValueError: no output_dir, or one that holds another run or the model to start from.
     """
     if not recipe.values.get("output_dir"):
         raise ValueError("output_dir is missing: set it in the recipe or with --output_dir.")
     output_dir = Path(recipe.values["output_dir"]).expanduser()
-    resume = recipe.values.get("resume_from_checkpoint")
-    start = find_start(output_dir, resume, bool(recipe.values.get("overwrite_output_dir")), resolved)
+    resume, overwrite = recipe.values.get("resume_from_checkpoint"), bool(recipe.values.get("overwrite_output_dir"))
+    for key in ("model_name_or_path", "ref_model_name_or_path") if overwrite else ():
+        model = Path(recipe.values.get(key) or "").expanduser().resolve()
+        if recipe.values.get(key) and output_dir.resolve() in (model, *model.parents):
+            raise ValueError(
+                f"overwrite_output_dir would remove {key}, which lies in {output_dir}: choose another output_dir."
+            )
+    start = find_start(output_dir, resume, overwrite, resolved)
     if resume and start is None:
         tell(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
     return output_dir, start
@@ -57,7 +89,7 @@ def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tu
     """The method's config, the data keys, the model's and the run's, with batch sizes for this number of processes.
 
     Raises:
-        ValueError: values that a config refuses, or batch sizes that do not divide.
+        ValueError: values that a config refuses, batch sizes that do not divide, or attention that does not run here.
     """
     values = dict(recipe.values)
     values.update(batch_sizes(values, classes[0], processes))
@@ -69,6 +101,9 @@ def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tu
     check_adapter_keys(recipe)
     configs = build(adjusted, classes)
     configs[1].evaluates = may_evaluate(recipe)
+    attention = values.get("attn_implementation") or ""
+    if attention.startswith("flash_attention") and configs[0].device.type == "cpu":
+        raise ValueError(f"attn_implementation {attention} needs a GPU: use sdpa here.")
     return configs
 
 

@@ -21,8 +21,8 @@ from prefopt.launch import rank, tell, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe
 from prefopt.run_folder import open_folder
-from prefopt.run_models import check_model, load_tokenizer, model_options, pair_models, single_model
-from prefopt.run_settings import build_configs, check_devices, check_output, resolved_recipe
+from prefopt.run_models import check_model, check_reference, load_tokenizer, model_options, pair_models, single_model
+from prefopt.run_settings import build_configs, check_devices, check_output, missing_packages, resolved_recipe
 
 TOKENIZERS = {"pairs": tokenize_pairs, "comparisons": tokenize_comparisons}
 
@@ -32,7 +32,7 @@ def shared_arguments() -> tuple[type, ...]:
     return (DatasetArguments, ModelConfig, RunArguments)
 
 
-def train(method: str, trainer_class: type, rows: str, recipe: Recipe, classes: Sequence[type]) -> None:
+def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]) -> None:
     """Run one training method.
 
     Args:
@@ -54,6 +54,8 @@ def train(method: str, trainer_class: type, rows: str, recipe: Recipe, classes: 
         set_seed(args.seed)
         if run_args.method is not None and run_args.method.replace("_", "-") != method:
             tell(f"The recipe is written for {run_args.method}; it is run as {method}.")
+        for sentence in missing_packages(recipe):
+            raise ValueError(sentence)
         trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
     except BaseException:
         if not existed and rank() == 0:
@@ -69,7 +71,7 @@ def train(method: str, trainer_class: type, rows: str, recipe: Recipe, classes: 
 
 
 def make_trainer(
-    trainer_class: type,
+    trainer_class: Any,
     rows: str,
     args: Any,
     data_args: DatasetArguments,
@@ -83,9 +85,11 @@ def make_trainer(
     """
     name = model_args.model_name_or_path
     assert name is not None
+    trainer_class.check_settings(args)
+    check_reference(run_args, args, rows)
     check_model(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
-    train_dataset, eval_dataset = prepare_data(rows, tokenizer, args, data_args)
+    train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args)
     if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
         tell("There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out).")
         args.eval_strategy = type(args.eval_strategy)("no")
@@ -101,24 +105,28 @@ def make_trainer(
 
 
 def prepare_data(
-    rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    trainer_class: Any, rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
     """Tokenised training and evaluation rows; the counts and one decoded sample are printed."""
-    train_dataset, eval_dataset, reports = tokenise_data(rows, tokenizer, args, data_args)
+    datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
             print(report.table(), flush=True)
-        print(describe_sample(tokenizer, train_dataset[0]), flush=True)
-    return train_dataset, eval_dataset
+        print(describe_sample(tokenizer, datasets["train"][0]), flush=True)
+    if rows != "pairs":  # the pair trainers look at them before they load weights
+        for name, dataset in datasets.items():
+            trainer_class.check_data(dataset, args, name)
+    train_dataset = datasets.pop("train")
+    return train_dataset, datasets if set(datasets) - {"eval"} else datasets.get("eval")
 
 
 def tokenise_data(
     rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
-) -> tuple[Dataset, Dataset | dict[str, Dataset] | None, list[TokenizationReport]]:
+) -> tuple[dict[str, Dataset], list[TokenizationReport]]:
     """The rows that the recipe names as token ids, and what became of them.
 
     Returns:
-        Training rows; evaluation rows if there are any, by name where the recipe names several sets; a report for each.
+        Each data set by name ("train", "eval" if there is one, and the names of `eval_datasets`); a report for each.
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
@@ -144,8 +152,7 @@ def tokenise_data(
             name=name,
         )
         reports.append(report)
-    train_dataset = done.pop("train")
-    return train_dataset, done if named else done.get("eval"), reports
+    return done, reports
 
 
 def fit(trainer: Any, start: str | None) -> None:

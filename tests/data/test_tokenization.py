@@ -124,6 +124,30 @@ def test_bad_rows_are_dropped_and_counted(normalise_first):
     )
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "detail"),
+    [
+        ("tools", "{half", "`tools` is not JSON"),
+        ("tools", ["{half"], "`tools` is not JSON"),
+        ("tools", '{"no": "list"}', "`tools` is not a list"),
+        ("chat_template_kwargs", "{half", "`chat_template_kwargs` is not JSON"),
+        ("chosen_score", "high", "`chosen_score` is not a number: 'high'"),
+    ],
+)
+def test_columns_beside_the_texts_make_a_bad_row_too(column, value, detail):
+    good = {"prompt": "p", "chosen": " a", "rejected": " b", column: None}
+    _, report = tokenize_pairs(Dataset.from_list([good, {**good, column: value}]), LETTERS, max_length=32)
+    assert report.dropped == {"wrong type": 1}
+    assert report.examples["wrong type"][1].startswith(detail)
+
+
+def test_a_margin_that_is_no_number_makes_a_bad_row():
+    good = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 0], "margin": "1.5"}
+    kept, report = tokenize_comparisons(Dataset.from_list([good, {**good, "margin": "big"}]), LETTERS, max_length=32)
+    assert kept["margin"] == [1.5]
+    assert report.examples == {"wrong type": (1, "`margin` is not a number: 'big'")}
+
+
 def test_bad_rows_can_be_refused():
     with pytest.raises(
         ValueError, match=r"Row 1 of the eval set: empty completion \(`chosen` is empty\)\. Mend it, or set"

@@ -90,6 +90,56 @@ lora_target_modules:
     + _ZEPHYR_ERA.replace("adamw_torch", "paged_adamw_32bit")
 )
 
+HANDBOOK_APO = """
+model_name_or_path: some/model
+model_revision: some-branch
+torch_dtype: bfloat16
+trust_remote_code: true
+dataset_mixture:
+  datasets:
+    - id: somebody/preferences
+      config: Preference
+      split: train_prefs
+      columns:
+        - chosen
+        - rejected
+        - prompt
+        - chat_template_kwargs
+      weight: 0.5
+dataset_num_proc: 12
+bf16: true
+do_eval: false
+eval_strategy: 'no'
+gradient_accumulation_steps: 2
+gradient_checkpointing: true
+gradient_checkpointing_kwargs:
+  use_reentrant: true
+output_dir: outputs/some-model
+run_name: some-run
+hub_strategy: every_save
+learning_rate: 1.0e-06
+log_level: info
+logging_steps: 1
+logging_strategy: steps
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs:
+  min_lr_rate: 0.1
+max_grad_norm: 0.2
+beta: 0.05
+loss_type: apo_zero
+max_length: 24576
+num_train_epochs: 1
+overwrite_output_dir: true
+per_device_train_batch_size: 1
+push_to_hub: true
+padding_free: true
+save_strategy: steps
+save_steps: 0.5
+save_total_limit: 1
+seed: 42
+warmup_ratio: 0.1
+"""
+
 SIMPO = (
     """
 model_name_or_path: some/model
@@ -121,6 +171,7 @@ RECIPES = {
     "wpo": ("wpo", WPO, []),
     "handbook": ("dpo", HANDBOOK, []),
     "handbook-mixer": ("dpo", HANDBOOK_MIXER, []),
+    "handbook-apo": ("dpo", HANDBOOK_APO, ["--model_revision=main"]),
     "simpo": ("dpo", SIMPO, []),
     "simpo-gemma": ("dpo", SIMPO_GEMMA, []),
     "sppo": (

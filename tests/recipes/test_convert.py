@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +68,8 @@ def test_accepts(value, kind, expected):
         (True, int, "expected a whole number, found True"),
         (True, float, "expected a number, found True"),
         ([1], float, "expected a number"),
+        (math.nan, float, "expected a number, found nan"),
+        (Text("nan"), float | None, "expected a number, found 'nan'"),
         ("perhaps", bool, "expected true or false, found 'perhaps'"),
         (1, bool, "expected true or false, found 1"),
         (True, str, "expected text, found True"),

@@ -79,6 +79,8 @@ def test_single_keys(tmp_path, old, new):
         ("reference_free: true", "only False is possible"),
         ("auto_insert_empty_system_msg: true", "only False is possible"),
         ("rpo_alpha: 0.2", "write loss_type: [sigmoid, sft]"),
+        ("max_completion_length: 256", "set max_length and max_prompt_length"),
+        ("streaming: true", "only False is possible"),
         ("truncation_side: right", "only left is possible"),
         ("warmup_ratio: 0.1\nwarmup_steps: 3", "given twice"),
     ],
@@ -129,7 +131,10 @@ def test_runs_with_model_data_and_hardware_replaced(tmp_path, model, data, name,
     printed = capsys.readouterr()
     assert (output / "model.safetensors").exists()
     resolved = yaml.safe_load((output / "recipe.yaml").read_text())
-    assert resolved["loss_type"] == {"simp": ["simpo"], "sppo": ["sppo"]}.get(name[:4], ["sigmoid"])
+    losses = {"simpo": ["simpo"], "simpo-gemma": ["simpo"], "sppo": ["sppo"], "handbook-apo": ["apo_zero"]}
+    assert resolved["loss_type"] == losses.get(name, ["sigmoid"])
     assert resolved["warmup_steps"] == 0.1
     assert "warmup_ratio is an older key" in printed.err
-    assert (output / "eval_results.json").exists() == (name != "sppo")  # its recipe says do_eval: "no"
+    assert (output / "eval_results.json").exists() == (
+        name not in ("sppo", "handbook-apo")
+    )  # which say do_eval: false

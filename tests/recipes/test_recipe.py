@@ -133,11 +133,14 @@ def test_problems_name_file_line_and_nearest_key(tmp_path):
         ("- beta\n", "must hold `key: value` lines"),
         ("beta: [1\n", "is not valid YAML"),
         ("beta: 1\nbeta: 2\n", "line 2: 'beta' was already given in line 1"),
+        ("dataset_mixer:\n  a: 1\n  b: 1\n  a: 0.5\n", "line 4: 'a' was already given in line 2"),
+        ("datasets: [{path: a,\n path: b}]\n", "line 2: 'path' was already given in line 1"),
         ("env: 3\n", "env must map names"),
         ("base_recipe: 3\n", "base_recipe must name a recipe"),
         ("dataset_name: a\ndataset_mixer: {b: 1}\n", "two ways to say one thing"),
         ("warmup_ratio: 0.1\nwarmup_steps: 10\n", "warmup_steps is given twice"),
         ("beta: -1\n", "beta must be positive."),
+        ("beta: .nan\n", "line 1: beta: expected a number, found nan"),
     ],
 )
 def test_bad_files(tmp_path, text, message):

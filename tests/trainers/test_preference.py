@@ -626,7 +626,7 @@ def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
         ({"loss_type": ["sigmoid", "sft"]}, "WPO's weights belong to pairs"),
         ({"loss_type": "exo_pair"}, "exo_pair"),
         ({"loss_type": ["sigmoid"], "loss_weights": [1.0, 2.0]}, "same length as `loss_type`"),
-        ({"padding_free": True}, "batch_layout: packed"),
+        ({"padding_free": True, "batch_layout": "padded"}, "contradict each other"),
         ({"sync_ref_model": True}, "stays fixed"),
         ({"f_divergence_type": "forward_kl"}, "reverse KL"),
         ({"weight_alignment": "sample"}, "weight_alignment"),

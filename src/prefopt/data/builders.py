@@ -30,6 +30,7 @@ from prefopt.data.rows import (
     method_values,
     normalise_pair,
     normalise_prompt,
+    number,
     raise_recorded_fault,
     row_id,
 )
@@ -83,7 +84,7 @@ def _read_ids(row: Mapping[str, Any], kind: Kind) -> tuple[Row, EncodedGroup]:
         identity = row.get("row_id") or row_id(prompt, completions, {"scores": scores})  # type: ignore[arg-type]
         kept = {"row_id": identity, "scores": scores, "is_adversarial": bool(row.get("is_adversarial"))}
         if row.get("margin") is not None:
-            kept["margin"] = float(row["margin"])
+            kept["margin"] = number(row["margin"], "margin")
     return kept, EncodedGroup(prompt, completions)
 
 

@@ -19,7 +19,7 @@ from prefopt.data.faults import (
     BadRow,
 )
 from prefopt.data.messages import Text, clean_text, is_blank, split_prompt
-from prefopt.data.rows import Row, context_of, normalise_pair, raise_recorded_fault, row_id
+from prefopt.data.rows import Row, context_of, normalise_pair, number, raise_recorded_fault, row_id
 
 SEPARATOR = "<sep>"
 ADVERSARIAL_TYPE = "apo"
@@ -44,9 +44,9 @@ def normalise_comparison(row: Mapping[str, Any]) -> Row:
     else:
         prompt, responses = _from_separated(row)
     scores = check_scores(row.get("scores"), len(responses))
-    for number, response in enumerate(responses):
+    for place, response in enumerate(responses):
         if is_blank(response):
-            raise BadRow(EMPTY_RESPONSE, f"response {number} of {len(responses)} is empty")
+            raise BadRow(EMPTY_RESPONSE, f"response {place} of {len(responses)} is empty")
     context = context_of(row)
     identity = row_id(prompt, responses, {**context, "scores": scores})
     return {"row_id": identity, "prompt": prompt, "responses": responses, "scores": scores, **_extras(row), **context}
@@ -72,7 +72,7 @@ def check_scores(value: Any, num_responses: int) -> list[float]:
 def _extras(row: Mapping[str, Any]) -> Row:
     extras: Row = {"is_adversarial": bool(row.get("is_adversarial")) or row.get("type") == ADVERSARIAL_TYPE}
     if row.get("margin") is not None:
-        extras["margin"] = float(row["margin"])
+        extras["margin"] = number(row["margin"], "margin")
     return extras
 
 

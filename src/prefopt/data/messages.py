@@ -61,31 +61,32 @@ def _join_parts(parts: list[Any], field: str) -> str:
 
 
 def clean_tools(value: Any) -> list[Any] | None:
-    """The tools of a row, given as a list or as a JSON string; None where there are none."""
+    """The tools of a row, given as a list (of mappings or of JSON strings) or as a JSON string; None where there are none."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as error:
-            raise BadRow(WRONG_TYPE, f"`tools` is not JSON ({error})") from error
+        value = _from_json(value, "tools") if value.strip() else None
     if not value:
         return None
     if not isinstance(value, list):
         raise BadRow(WRONG_TYPE, f"`tools` is not a list: {_short(value)}")
-    return without_none([json.loads(tool) if isinstance(tool, str) else tool for tool in value])
+    return without_none([_from_json(tool, "tools") if isinstance(tool, str) else tool for tool in value])
 
 
 def clean_template_kwargs(value: Any) -> dict[str, Any] | None:
     """The `chat_template_kwargs` of a row without empty entries; None where there are none."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRow(WRONG_TYPE, f"`chat_template_kwargs` is not JSON ({error})") from error
+        value = _from_json(value, "chat_template_kwargs")
     if value is None:
         return None
     if not isinstance(value, dict):
         raise BadRow(WRONG_TYPE, f"`chat_template_kwargs` is not a mapping: {_short(value)}")
     return without_none(value) or None
+
+
+def _from_json(text: str, field: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow(WRONG_TYPE, f"`{field}` is not JSON ({error})") from error
 
 
 def as_messages(prompt: Text) -> list[Message]:

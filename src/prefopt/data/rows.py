@@ -106,11 +106,12 @@ def method_values(row: Mapping[str, Any]) -> Row:
     values: Row = {}
     for column in (*METHOD_COLUMNS, *REFERENCE_COLUMNS, *COLUMN_ALIASES):
         if column in row:
-            values[COLUMN_ALIASES.get(column, column)] = _number(row[column], column)
+            values[COLUMN_ALIASES.get(column, column)] = number(row[column], column)
     return values
 
 
-def _number(value: Any, column: str) -> float | list[float | None] | None:
+def number(value: Any, column: str) -> float | list[float | None] | None:
+    """A number, nothing, or (of references) a list of them; anything else is a fault of the row."""
     if value is None:
         return None
     if isinstance(value, list) and column in REFERENCE_COLUMNS:

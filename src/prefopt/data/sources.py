@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -195,6 +196,8 @@ def _readable_errors(source: DataSource) -> Iterator[None]:
         raise ValueError(
             f"Dataset {source.path!r} was not found here, and the hub cannot be reached ({_first_line(error)})."
         ) from error
+    except (OSError, EOFError, zlib.error) as error:  # such as a compressed file that is cut short
+        raise ValueError(f"Dataset {source.path!r} could not be read: {_first_line(error)}") from error
     except ValueError as error:
         text = str(error)
         if text.startswith("Dataset "):

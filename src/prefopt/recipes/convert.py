@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from difflib import get_close_matches
 from enum import Enum
 from inspect import isclass
@@ -76,12 +77,13 @@ def _bool(value: Any) -> bool:
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
     try:
-        return float(value) if isinstance(value, str) else _fail()
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
     except ValueError:
-        raise ValueError(f"expected a number, found {_show(value)}") from None
+        number = math.nan
+    if math.isnan(number):  # no setting means anything when it is not a number
+        raise ValueError(f"expected a number, found {_show(value)}")
+    return number
 
 
 def _int(value: Any) -> int:

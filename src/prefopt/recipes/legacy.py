@@ -42,6 +42,7 @@ ALWAYS_SO: dict[str, tuple[Any, str]] = {
     "label_pad_token_id": (-100, "padding is masked, whatever its token"),
     "ignore_bias_buffers": (False, "the layers that needed it are gone"),
     "dataset_streaming": (False, "data is read whole"),
+    "streaming": (False, "data is read whole"),
 }
 
 
@@ -71,6 +72,13 @@ def _rpo_alpha(value: Any) -> None:
         raise ValueError("write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA] instead")
 
 
+def _max_completion_length(value: Any) -> None:
+    if convert(value, int | None) is not None:
+        raise ValueError(
+            "completions keep the room that max_length leaves beside the prompt; set max_length and max_prompt_length"
+        )
+
+
 def _group_by_length(value: Any) -> None:
     if convert(value, bool):
         raise ValueError("rows are packed by length already; remove it")
@@ -81,6 +89,7 @@ REWRITTEN: dict[str, Callable[[Any], tuple[str, Any, str] | None]] = {
     "torch_dtype": _dtype,
     "use_flash_attention_2": _flash_attention,
     "rpo_alpha": _rpo_alpha,
+    "max_completion_length": _max_completion_length,
     "group_by_length": _group_by_length,
 }
 

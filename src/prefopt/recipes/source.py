@@ -83,13 +83,22 @@ def _read_yaml(path: Path) -> list[tuple[str, Any, int]]:
         raise ValueError(f"{path} is empty.")
     if not isinstance(tree, yaml.MappingNode):
         raise ValueError(f"{path} must hold `key: value` lines.")
-    lines: dict[str, int] = {}
-    for node, _ in tree.value:
-        line = node.start_mark.line + 1
-        if node.value in lines:
-            raise ValueError(f"{path}, line {line}: {node.value!r} was already given in line {lines[node.value]}.")
-        lines[node.value] = line
+    lines = _lines_of_keys(path, tree)
     return [(str(key), value, lines.get(str(key), 0)) for key, value in values.items()]
+
+
+def _lines_of_keys(path: Path, node: yaml.Node) -> dict[str, int]:
+    """The line of each key of a mapping; a key that stands twice, here or in anything below, is refused."""
+    lines: dict[str, int] = {}
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = part if isinstance(part, tuple) else (None, part)
+        if key is not None:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(f"{path}, line {line}: {key.value!r} was already given in line {lines[key.value]}.")
+            lines[key.value] = line
+        _lines_of_keys(path, value)
+    return lines
 
 
 def _from_words(words: list[str], level: int) -> Iterator[Setting]:

@@ -80,7 +80,8 @@ class AdversarialRewardTrainer(RewardTrainer):
         "id": "2311.08045",
     }
 
-    def check_rows(self, dataset: Dataset, name: str) -> None:
+    @classmethod
+    def check_rows(cls, dataset: Dataset, args: AdversarialRewardConfig, name: str) -> None:
         """Refuse margins, and training rows that are all of one kind."""
         if "margin" in dataset.column_names:
             raise ValueError(
@@ -93,7 +94,7 @@ class AdversarialRewardTrainer(RewardTrainer):
             raise ValueError(
                 "No training row is adversarial (`type: apo`); train on human comparisons with RewardTrainer."
             )
-        if adversarial == len(dataset) and self.data.args.human_coeff > 0:
+        if adversarial == len(dataset) and args.human_coeff > 0:
             raise ValueError(
                 "Every training row is adversarial; add human comparisons (without them the reward model degrades), or set "
                 "`human_coeff: 0` if that is meant."

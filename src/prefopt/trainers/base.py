@@ -131,6 +131,14 @@ class BaseTrainer(Trainer):
 
     # ---- what a method defines -------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def check_settings(cls, args) -> None:
+        """Refuse settings that do not go together, before anything is loaded."""
+
+    @classmethod
+    def check_data(cls, dataset: Dataset, args, name: str) -> None:
+        """Refuse tokenised rows that the method cannot use, as the constructor does, without a trainer."""
+
     @abstractmethod
     def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one micro-batch.
@@ -265,6 +273,12 @@ class BaseTrainer(Trainer):
             self.load_method_state(files.read_json(state))
         self.restart_clock()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its last step: Trainer would train one more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """See `Trainer.create_scheduler`; the schedule may be laid out for more epochs than are trained."""

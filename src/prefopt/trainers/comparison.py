@@ -131,10 +131,10 @@ class ComparisonData:
     Args:
         args: the trainer's config.
         tokenizer: the tokenizer.
-        check: called with every tokenised data set and its name, to refuse rows that the method cannot use.
+        check: called with every tokenised data set, `args` and its name, to refuse rows that the method cannot use.
     """
 
-    def __init__(self, args: ComparisonConfig, tokenizer: Any, check: Callable[[Dataset, str], None]) -> None:
+    def __init__(self, args: ComparisonConfig, tokenizer: Any, check: Callable[[Dataset, Any, str], None]) -> None:
         self.args = args
         self.tokenizer = tokenizer
         self.check = check
@@ -158,13 +158,13 @@ class ComparisonData:
                 num_proc=self.args.dataset_num_proc,
                 name=name,
             )
-            prepared = _with_whole_margins(prepared, name)
-            self.check(prepared, name)
+            prepared = with_whole_margins(prepared, name)
+            self.check(prepared, self.args, name)
         self._made.append(prepared)
         return prepared
 
 
-def _with_whole_margins(dataset: Dataset, name: str) -> Dataset:
+def with_whole_margins(dataset: Dataset, name: str) -> Dataset:
     """The data set, without its margins where no row has one."""
     if "margin" not in dataset.column_names:
         return dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,6 @@ BATCH_LAYOUTS = ("auto", "packed", "padded")
 
 # TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do instead)
 _REFUSED = (
-    ("padding_free", False, "Packing is `batch_layout: packed` here (`auto` already packs where it is exact)."),
     ("sync_ref_model", False, "The reference of these trainers stays fixed."),
     ("f_divergence_type", "reverse_kl", "Only the reverse KL is implemented."),
     ("activation_offloading", False, "Use `gradient_checkpointing` to save activation memory."),
@@ -99,6 +99,11 @@ class BatchConfig:
             raise ValueError(f"`batch_layout` must be one of {', '.join(BATCH_LAYOUTS)}, not {self.batch_layout!r}.")
         if self.on_bad_row not in ("drop", "raise"):
             raise ValueError(f"`on_bad_row` must be 'drop' or 'raise', not {self.on_bad_row!r}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` must be a number from 0 up, not {self.learning_rate}.")
         if self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size` would change the batch that the recipe asks for; set `per_device_train_batch_size`."
@@ -142,8 +147,8 @@ def refuse_set(args: Any, table: Sequence[tuple[str, Any, str]]) -> None:
 class PreferenceConfig(BatchConfig, TRLDPOConfig):
     """Settings of all pair methods: TRL's `DPOConfig`, how batches are laid out, and WPO's weights.
 
-    TRL fields without a counterpart here (`padding_free`, `sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`,
-    `precompute_ref_batch_size`, `neftune_noise_alpha`) are refused when set.
+    TRL fields without a counterpart here (`sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`,
+    `precompute_ref_batch_size`, `neftune_noise_alpha`) are refused when set; `padding_free` is read as `batch_layout: packed`.
     """
 
     vocab_metrics: bool = field(
@@ -175,9 +180,13 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         super().__post_init__()
+        if self.padding_free:
+            if self.batch_layout == "padded":
+                raise ValueError("`padding_free` and `batch_layout: padded` contradict each other; drop one.")
+            self.padding_free, self.batch_layout = False, "packed"
         self.check_batching()
         refuse_set(self, _REFUSED)
-        if not self.beta > 0:
+        if not 0 < self.beta < math.inf:
             raise ValueError(f"`beta` must be positive, not {self.beta}.")
         if self.weight_alignment not in ALIGNMENTS:
             raise ValueError(

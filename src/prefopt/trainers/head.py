@@ -22,7 +22,7 @@ from prefopt.files import write_json
 from prefopt.models.heads import ADAPTER_RECORD, HeadedModel
 from prefopt.scoring.logprobs import attention_mask_of
 from prefopt.trainers.base import BaseTrainer
-from prefopt.trainers.comparison import ComparisonCollator, ComparisonConfig, ComparisonData
+from prefopt.trainers.comparison import ComparisonCollator, ComparisonConfig, ComparisonData, with_whole_margins
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.policy import add_adapter, base_model_of, load_model, load_tokenizer, with_pad_token
 
@@ -121,7 +121,13 @@ class HeadTrainer(BaseTrainer):
     def head_settings(self, args: HeadConfig) -> tuple[type[HeadedModel], dict[str, Any]]:
         """The class of the model, and the settings of its head as `args` has them (None: the checkpoint's, else the default)."""
 
-    def check_rows(self, dataset: Dataset, name: str) -> None:
+    @classmethod
+    def check_data(cls, dataset: Dataset, args: HeadConfig, name: str) -> None:
+        """See `BaseTrainer.check_data`."""
+        cls.check_rows(with_whole_margins(dataset, name), args, name)
+
+    @classmethod
+    def check_rows(cls, dataset: Dataset, args: HeadConfig, name: str) -> None:
         """Refuse tokenised rows that this method cannot use; here adversarial ones, which would weigh as much as human ones."""
         adversarial = sum(dataset["is_adversarial"])
         if adversarial:

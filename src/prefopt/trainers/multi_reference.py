@@ -246,7 +246,14 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
 
     # ---- data ------------------------------------------------------------------------------------------------------------------
 
-    def check_columns(self, dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
+    @classmethod
+    def check_data(cls, dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
+        """See `BaseTrainer.check_data`; the references' scores are looked at as well."""
+        super().check_data(dataset, args, name)
+        with_scores(dataset, args, name)
+
+    @classmethod
+    def check_columns(cls, dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
         """Refuse data without what self-play losses read; the references' scores are looked at in `_prepare`."""
         check_self_play_columns(dataset, args.loss_type, name)
 

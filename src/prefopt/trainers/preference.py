@@ -30,7 +30,7 @@ from prefopt.trainers.policy import (
     with_adapter,
     with_pad_token,
 )
-from prefopt.trainers.reference import Reference, with_reference_scores
+from prefopt.trainers.reference import Reference, check_given_scores, with_reference_scores
 
 
 @dataclass(frozen=True)
@@ -257,12 +257,13 @@ class PreferenceTrainer(BaseTrainer):
         if data_collator is not None and args.ld_alpha is not None:
             raise ValueError("`ld_alpha` would not reach the batches of a `data_collator`: use one or the other.")
 
-    def check_settings(self, args: PreferenceConfig) -> None:
-        """Refuse settings that do not go together, before anything is loaded."""
-        unknown = [name for name in args.loss_type if name not in self.pair_loss_table and name != SFT]
+    @classmethod
+    def check_settings(cls, args: PreferenceConfig) -> None:
+        """See `BaseTrainer.check_settings`."""
+        unknown = [name for name in args.loss_type if name not in cls.pair_loss_table and name != SFT]
         if unknown:
-            names = ", ".join(sorted([*self.pair_loss_table, SFT]))
-            raise ValueError(f"Unknown loss_type {unknown[0]!r} for {type(self).__name__}. Known: {names}.")
+            names = ", ".join(sorted([*cls.pair_loss_table, SFT]))
+            raise ValueError(f"Unknown loss_type {unknown[0]!r} for {cls.__name__}. Known: {names}.")
         if args.use_weighting and (clash := [n for n in args.loss_type if n in SORTING_LOSSES or n == SFT]):
             raise ValueError(
                 f"WPO's weights belong to pairs, and {clash[0]!r} has no value per pair. Turn `use_weighting` off, or drop that loss."
@@ -331,20 +332,16 @@ class PreferenceTrainer(BaseTrainer):
         self.check_columns(dataset, args, name)
         return dataset
 
-    def check_columns(self, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
+    @classmethod
+    def check_data(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
+        """See `BaseTrainer.check_data`."""
+        cls.check_columns(dataset, args, name)
+
+    @classmethod
+    def check_columns(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
         """Refuse data without the columns that the losses need."""
-        given = [
-            column
-            for column in REFERENCE_COLUMNS[:2]
-            if args.precompute_ref_log_probs and column in dataset.column_names
-        ]
-        for column in given:
-            missing = next((row for row, value in enumerate(dataset[column]) if value is None), None)
-            if missing is not None:
-                raise ValueError(
-                    f"Row {missing} of the {name} data has no {column}, though others have: give every row its scores, or leave the "
-                    "column out and they are computed."
-                )
+        if args.precompute_ref_log_probs:
+            check_given_scores(dataset, name)
 
     def _use_cached_scores(self, reference) -> None:
         """Give every data set the columns of cached reference scores."""

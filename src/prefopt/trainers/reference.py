@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of
 if TYPE_CHECKING:
     from prefopt.trainers.preference import PreferenceTrainer
 
+LARGEST_LOGP = 0.01  # 0, and room for rounding in bfloat16
 GPU_ROW_TOKENS = 16384
 """Tokens of one forward of the reference pass on a GPU: no gradient is kept, so it can be larger than a training row."""
 
@@ -90,6 +92,41 @@ def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
         yield
     finally:
         policy.set_adapter(active)
+
+
+def check_given_scores(dataset: Dataset, name: str) -> None:
+    """Refuse reference scores that came with the data and cannot be those of its completions.
+
+    Args:
+        dataset: tokenised pairs.
+        name: what messages call it.
+
+    Raises:
+        ValueError: a score is missing, is no log-prob, is one of several references', or was taken of another number of tokens.
+    """
+    for side in ("chosen", "rejected"):
+        column, counts = f"ref_{side}_logps", f"ref_{side}_counts"
+        if column not in dataset.column_names:
+            continue
+        tokens = dataset[counts] if counts in dataset.column_names else [None] * len(dataset)
+        for row, (score, count, ids) in enumerate(zip(dataset[column], tokens, dataset[f"{side}_ids"])):
+            if isinstance(score, list) and len(score) > 1:
+                raise ValueError(
+                    f"The {name} data has the scores of several references in {column}: keep those of the one that this run starts "
+                    "from, or use `multi-reference-dpo`, which takes several."
+                )
+            score, count = (value[0] if isinstance(value, list) and value else value for value in (score, count))
+            wrong = ""
+            if not isinstance(score, (int, float)):
+                wrong = f"has no {column}, though others have"
+            elif not -math.inf < score <= LARGEST_LOGP:
+                wrong = f"has {column} {score:g}, which is no sum of log-probs"
+            elif count is not None and count != len(ids):
+                wrong = f"has {column} of {count:g} tokens and {len(ids)} tokens to score: these are scores of other data, or of other lengths"
+            if wrong:
+                raise ValueError(
+                    f"Row {row} of the {name} data {wrong}. Give every row its scores, or leave the columns out and they are computed."
+                )
 
 
 def with_reference_scores(

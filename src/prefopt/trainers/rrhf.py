@@ -15,7 +15,13 @@ from prefopt._trl import disable_dropout_in_model
 from prefopt.losses.reward import rrhf_loss
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.base import BaseTrainer
-from prefopt.trainers.comparison import ComparisonCollator, ComparisonConfig, ComparisonData, as_table
+from prefopt.trainers.comparison import (
+    ComparisonCollator,
+    ComparisonConfig,
+    ComparisonData,
+    as_table,
+    with_whole_margins,
+)
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.policy import add_adapter, base_model_of, load_model, load_tokenizer, with_pad_token
 
@@ -87,7 +93,7 @@ class RRHFTrainer(BaseTrainer):
             args = RRHFConfig("trainer_output")
         policy = load_model(model, args, quantization_config)
         processing_class = with_pad_token(processing_class or load_tokenizer(policy, args))
-        self.data = ComparisonData(args, processing_class, _no_margins)
+        self.data = ComparisonData(args, processing_class, _check_rows)
         train_dataset = self.data.prepare(train_dataset, "train")
         eval_dataset = self.data.prepare(eval_dataset, "eval")
         install_scoring(base_model_of(policy))
@@ -106,6 +112,11 @@ class RRHFTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+
+    @classmethod
+    def check_data(cls, dataset: Dataset, args: RRHFConfig, name: str) -> None:
+        """See `BaseTrainer.check_data`."""
+        _check_rows(with_whole_margins(dataset, name), args, name)
 
     def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 1) ranking losses."""
@@ -144,7 +155,7 @@ class RRHFTrainer(BaseTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
-def _no_margins(dataset: Dataset, name: str) -> None:
+def _check_rows(dataset: Dataset, args: RRHFConfig, name: str) -> None:
     if "margin" in dataset.column_names:
         raise ValueError(f"The {name} set has margins, which RRHF does not read; remove the column.")
     if any(dataset["is_adversarial"]):

@@ -137,16 +137,11 @@ class SPPOTrainer(PreferenceTrainer):
 }""",
     }
 
-    def check_columns(self, dataset: Dataset, args: SPPOConfig, name: str) -> None:
+    @classmethod
+    def check_columns(cls, dataset: Dataset, args: SPPOConfig, name: str) -> None:
         """Refuse data without the columns that the losses read, or with a value in them that is none."""
         super().check_columns(dataset, args, name)
         check_self_play_columns(dataset, args.loss_type, name)
-        given = dataset[0:1]["ref_chosen_logps"] if "ref_chosen_logps" in dataset.column_names else []
-        if args.precompute_ref_log_probs and any(isinstance(scores, list) and len(scores) != 1 for scores in given):
-            raise ValueError(
-                f"The {name} data has the scores of several references, and the targets of self-play are log-ratios to one policy, that at the "
-                "start of the iteration. Keep that one's, or use `multi-reference-dpo`, which takes several."
-            )
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         """Train; says first where the loss will start, and why that high."""

@@ -54,7 +54,8 @@ class WPOTrainer(PreferenceTrainer):
 }""",
     }
 
-    def check_settings(self, args: WPOConfig) -> None:
+    @classmethod
+    def check_settings(cls, args: WPOConfig) -> None:
         """Refuse WPO without weights."""
         super().check_settings(args)
         if not args.use_weighting:
