@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import has_compiled_regions
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from prefopt._trl import (
 )
 from prefopt.scoring.attention import packed_attention_mask
 from prefopt.scoring.logits import check_logits, logit_transform, logits_of
+from prefopt.scoring.packed_sdpa import PackedMask, by_parts
 
 ALIGNMENTS = ("sampled", "greedy", "none")
 VOCAB_STATISTICS = ("entropy", "mean_logits", "is_top1")
@@ -89,15 +91,19 @@ def _scoring_forward(model_class: type[PreTrainedModel]) -> Callable[..., object
     return forward
 
 
-def attention_mask_of(batch: dict[str, torch.Tensor], *, attn_implementation: str, dtype: torch.dtype):
-    """The `attention_mask` of a layout's batch; a packed one is built once per implementation and kept in the batch."""
+def attention_mask_of(
+    model: nn.Module, batch: dict[str, torch.Tensor], *, attn_implementation: str, dtype: torch.dtype
+):
+    """The `attention_mask` of a layout's batch for `model`; a packed one is built once per implementation and kept in the batch."""
     if "group_ids" not in batch:
         return batch["attention_mask"]
     key = f"packed_mask_{attn_implementation}"
     if key not in batch:
-        batch[key] = packed_attention_mask(
-            batch["group_ids"], batch["branch_ids"], implementation=attn_implementation, dtype=dtype
-        )
+        ids = batch["group_ids"], batch["branch_ids"]
+        if by_parts(attn_implementation, ids[0].device, compiled=has_compiled_regions(model)):
+            batch[key] = PackedMask.of(*ids)
+        else:
+            batch[key] = packed_attention_mask(*ids, implementation=attn_implementation, dtype=dtype)
     return batch[key]
 
 
@@ -128,7 +134,7 @@ def score_completions(
     """
     return model(
         input_ids=batch["input_ids"],
-        attention_mask=attention_mask_of(batch, attn_implementation=attn_implementation, dtype=dtype),
+        attention_mask=attention_mask_of(model, batch, attn_implementation=attn_implementation, dtype=dtype),
         position_ids=batch["position_ids"],
         score_index=batch["score_index"],
         score_targets=batch["score_targets"],

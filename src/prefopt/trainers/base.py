@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from prefopt import files
 from prefopt.scoring.layouts import Layout
+from prefopt.scoring.packed_sdpa import by_parts
 from prefopt.scoring.plan import BatchPlan, GroupLengths
 from prefopt.trainers.batching import PlannedLoader, choose_layout, row_capacity
 from prefopt.trainers.checkpointing import use_selective_checkpointing
@@ -215,7 +216,9 @@ class BaseTrainer(Trainer):
             return None
         if self.args.max_tokens_per_row is not None:
             return self.args.max_tokens_per_row
-        return row_capacity(lengths, groups_per_row=batch_size, on_cpu=self.args.device.type == "cpu")
+        on_cpu = self.args.device.type == "cpu"
+        parts = by_parts(self.attn_implementation, self.args.device, compiled=self.args.torch_compile)
+        return row_capacity(lengths, groups_per_row=batch_size, dense=on_cpu and not parts)
 
     def _loader(self, dataset: Dataset, *, training: bool) -> DataLoader:
         args, lengths = self.args, self.lengths(dataset)

@@ -13,7 +13,7 @@ from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.plan import GroupLengths
 
 CPU_ROW_TOKENS = 1024
-"""Capacity of a packed row on a CPU: dense masks cost the square of it."""
+"""Capacity of a packed row on a CPU where its mask is dense: it costs the square of the row."""
 
 
 def choose_layout(
@@ -54,16 +54,16 @@ def choose_layout(
     return padded, reason
 
 
-def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int, on_cpu: bool) -> int:
+def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int, dense: bool) -> int:
     """Tokens of a packed row where the recipe sets none.
 
     Args:
         lengths: of all groups.
         groups_per_row: groups that one micro-batch holds on average.
-        on_cpu: short rows there; elsewhere one row a micro-batch, in which block-sparse attention skips what other pairs own.
+        dense: the mask is, so rows are short; otherwise one row a micro-batch, in which attention skips what other pairs own.
     """
     longest = max(group.packed for group in lengths)
-    if on_cpu:
+    if dense:
         return max(longest, CPU_ROW_TOKENS)
     mean = sum(group.packed for group in lengths) / len(lengths)
     return math.ceil(max(longest, 1.5 * mean * groups_per_row + longest / 2) / 1024) * 1024
