@@ -120,7 +120,7 @@ CASES = {
         ["model_name_or_path './nowhere'"],
     ),
     "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None, ["give one of them"]),
-    "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no checkpoint"]),
+    "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no whole checkpoint"]),
     "adapter on the head": (
         {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]},
         None,

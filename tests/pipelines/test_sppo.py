@@ -21,7 +21,7 @@ from prefopt.recipes.recipe import load_settings
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "examples" / "self_play" / "recipe.yaml"
 PIPELINES = [name for name in packaged_names("training_configs") if name.startswith("pipelines/")]
-SELF_PLAY = [name for name in PIPELINES if "pipeline: adversarial" not in locate(name, "training_configs").read_text()]
+SELF_PLAY = [name for name in PIPELINES if not name.startswith("pipelines/adversarial")]
 
 
 def plan(*words, recipe=TOY):
