@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from prefopt.candidates.build_rows import BuildRowsArguments, run
@@ -55,6 +57,24 @@ def test_all_scored_answers_of_a_prompt_in_a_row(tmp_path):
     assert [response[0]["content"] for response in clean["responses"]] == ["fair", "best"]
     assert clean["scores"] == [0.5, 2.0]
     assert left_out == {"blank responses": 2, "all scores tied": 1, "fewer than two responses": 1}
+
+
+@pytest.mark.parametrize("form", ["sft", "comparisons", "adversarial"])
+def test_tools_and_template_settings_stay_with_their_prompt(tmp_path, form):
+    """Without them, training would see another prompt than the one that was answered."""
+    context = {"tools": [{"name": "search", "parameters": {}}], "chat_template_kwargs": {"enable_thinking": False}}
+    answers = [make_candidate(text, source="policy", scores={"rm": n}) for n, text in enumerate(("bad", "good"))]
+    prompt = [{"role": "user", "content": "find it"}]
+    write_records(tmp_path / "c" / "candidates.jsonl", [make_record("a", prompt, answers, **context)])
+    write_jsonl(tmp_path / "golden.jsonl", [{"prompt_id": "a", "golden": "best"}])
+    golden = {"golden": str(tmp_path / "golden.jsonl")} if form == "adversarial" else {}
+    path = run(BuildRowsArguments(str(tmp_path / "c"), str(tmp_path / "rows"), form, **golden))
+    row = read_jsonl(path)[0]
+    if form == "sft":  # for TRL's trainer
+        assert (json.loads(row["tools"]), row["chat_template_kwargs"]) == tuple(context.values())
+    else:
+        clean = normalise_comparison(row)
+        assert {name: clean[name] for name in context} == context
 
 
 def test_golden_answers_against_samples(tmp_path):

@@ -302,7 +302,10 @@ def test_the_script_holds_every_command(tmp_path):
             "the split 'train.:9.' of outputs/self-play-start/prompts is trained",
         ),
         (["--evaluation.min_win_rate=55"], "`min_win_rate` is a share and must lie in"),
-        (["--training.loss_type=sigmoid"], "iteration-1/train: unknown loss_type 'sigmoid' for sppo"),
+        (["--training.loss_type=sigmoid"], "iteration-1/train: Unknown loss_type 'sigmoid' for SPPOTrainer"),
+        (["--training.max_target=5"], "iteration-1/train: `max_target`"),
+        (["--training.max_length=64", "--training.max_prompt_length=64"], "iteration-1/train: `max_prompt_length`"),
+        (["--training.padding_side=left"], "iteration-1/train"),
         (["--training.method=reward-model"], "training: reward-model trains no policy on pairs"),
         (["--training.global_batch_size=64", "--training.num_processes=6"], "train: global_batch_size 64 cannot be"),
         (

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prefopt.candidates.best_of_n import as_turn
+from prefopt.candidates.records import context_as_text
 from prefopt.data.comparisons import ADVERSARIAL_TYPE
 
 NO_SAMPLES = "golden answer without samples"
@@ -91,6 +92,7 @@ def _rows(
                     "responses": responses,
                     "scores": [1.0, 0.0],
                     "type": ADVERSARIAL_TYPE,
+                    **context_as_text(record),
                 }
             )
     return rows

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from prefopt.candidates.pairs import select_pairs
+from prefopt.candidates.records import context_as_text
 
 Form = Literal["sft", "pairs"]
 
@@ -38,7 +39,8 @@ def best_of_n_rows(
     """Training rows from scored candidates: `prompt` and `completion` for supervised training, or pairs of best and worst.
 
     Args:
-        records: each with `prompt` (a string or a message list), `responses` (n strings) and `scores` (n numbers); other keys are left out.
+        records: each with `prompt` (a string or a message list), `responses` (n strings) and `scores` (n numbers); `tools` and
+            `chat_template_kwargs` are kept, other keys left out.
         form: "sft": the best response of each prompt (any n >= 1), for TRL's SFTTrainer; "pairs": best against worst response that
             is not blank (n >= 2), for the pair trainers, with their scores as `chosen_score` and `rejected_score`.
 
@@ -73,8 +75,11 @@ def _row(record: Mapping[str, Any], form: Form) -> dict[str, Any] | str:
     best = best_of_n(texts, scores)
     if best is None:
         return "all responses blank"
+    context: dict[str, Any] = {**context_as_text(record)}
     if form == "sft":
-        return {"prompt": prompt, "completion": as_turn(prompt, texts[best])}
+        if context.get("chat_template_kwargs"):  # which TRL's trainer takes as a mapping only
+            context["chat_template_kwargs"] = record["chat_template_kwargs"]
+        return {"prompt": prompt, "completion": as_turn(prompt, texts[best]), **context}
     full = [index for index, text in enumerate(texts) if text.strip()]
     if len(full) < 2:
         return "fewer than two responses"
@@ -89,6 +94,7 @@ def _row(record: Mapping[str, Any], form: Form) -> dict[str, Any] | str:
         "rejected": as_turn(prompt, texts[rejected]),
         "chosen_score": float(scores[chosen]),
         "rejected_score": float(scores[rejected]),
+        **context,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +13,8 @@ from datasets import Dataset, Features
 
 from prefopt.candidates.pairs import POLICIES, Pair, Probabilities, check_policy, select_pairs
 from prefopt.candidates.pairs_report import PairRecord, summarise, write_report
-from prefopt.candidates.records import Record, prompt_feature, read_records
+from prefopt.candidates.records import Record, context_as_text, prompt_feature, read_records
 from prefopt.data.messages import as_messages
-from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.files import atomic_path, content_hash, write_jsonl
 
 FILTERS = ("empty", "duplicate", "length")
@@ -254,12 +252,7 @@ def pair_rows(found: Sequence[PairRecord], columns: Sequence[str]) -> list[dict[
         row |= {
             f"{side}_source": record["candidates"][getattr(pair, side)]["source"] for side in ("chosen", "rejected")
         }
-        # as text: rows differ in the keys of their tools, and a parquet column has one type
-        row |= {
-            name: json.dumps(record[name], ensure_ascii=False)
-            for name in CONTEXT_COLUMNS
-            if record.get(name) is not None
-        }
+        row |= context_as_text(record)
         rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]

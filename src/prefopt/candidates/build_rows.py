@@ -11,8 +11,8 @@ from typing import Any
 from prefopt.candidates.adversarial import adversarial_pairs
 from prefopt.candidates.best_of_n import as_turn, best_of_n_rows
 from prefopt.candidates.formats import score_name, scores_of
-from prefopt.candidates.records import Record, read_records
-from prefopt.data.rows import Row
+from prefopt.candidates.records import Record, context_as_text, read_records
+from prefopt.data.rows import CONTEXT_COLUMNS, Row
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import write_json, write_jsonl
 
@@ -102,6 +102,7 @@ def _scored_rows(records: Sequence[Record], wanted: str | None, form: str) -> tu
             "prompt": record["prompt"],
             "responses": [candidate["text"] for candidate in record["candidates"]],
             "scores": scores_of(record, name),
+            **{name: record[name] for name in CONTEXT_COLUMNS if name in record},
         }
         for record in records
     ]
@@ -112,7 +113,8 @@ def comparison_rows(records: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
     """Comparison rows of scored candidates: `prompt`, `responses` that are not blank, `scores`.
 
     Args:
-        records: each with `prompt` (a string or messages), `responses` (R strings) and `scores` (R numbers).
+        records: each with `prompt` (a string or messages), `responses` (R strings) and `scores` (R numbers); their `tools` and
+            `chat_template_kwargs` are kept.
 
     Returns:
         The rows, and how many records were dropped for which reason, and blank responses left out.
@@ -129,5 +131,5 @@ def comparison_rows(records: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
             dropped["all scores tied"] += 1
         else:
             texts = [as_turn(record["prompt"], text) for text, _ in full]
-            rows.append({"prompt": record["prompt"], "responses": texts, "scores": scores})
+            rows.append({"prompt": record["prompt"], "responses": texts, "scores": scores, **context_as_text(record)})
     return rows, +dropped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, Features, Json, List, Value
 
 from prefopt.data.messages import Text, clean_text, without_none
+from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import atomic_path, read_jsonl, write_jsonl
 
@@ -56,6 +58,15 @@ def make_candidate(
 def make_record(prompt_id: str, prompt: Text, candidates: Sequence[Candidate], **context: Any) -> Record:
     """A record; `context` is the row's `tools` and `chat_template_kwargs`, where it has them."""
     return {"prompt_id": prompt_id, "prompt": prompt, "candidates": list(candidates), "tables": {}, **context}
+
+
+def context_as_text(record: Mapping[str, Any]) -> dict[str, str]:
+    """A record's `tools` and `chat_template_kwargs`, where it has them, as JSON: rows differ in their keys, and a column has one type."""
+    given = {name: record[name] for name in CONTEXT_COLUMNS if record.get(name) is not None}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in given.items()
+    }
 
 
 def check_record(record: Mapping[str, Any], where: str) -> Record:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from prefopt.cli import COMMANDS, METHODS, arguments_of
+from prefopt.cli import COMMANDS, METHODS, arguments_of, function_of
 from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines.stages import Stage
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import Recipe, build, collect, plain
 from prefopt.recipes.source import Setting, read_settings
 from prefopt.run_folder import FREE_TO_CHANGE
+from prefopt.run_settings import batch_sizes
 
 # settings of a command that do not decide its result, so that changing them makes nothing again
 _MACHINE = frozenset(
@@ -95,6 +99,8 @@ class Commands:
     def _what_decides(self, tool: str, recipe: str | None, typed: list[str]) -> dict[str, Any]:
         settings = [setting for setting in read_settings(recipe, typed) if setting.key != "env"]
         parsed = parse_command(tool, recipe, settings)
+        if tool in METHODS:
+            check_training(tool, parsed)
         free = (_TRAINING if _method_of(tool, parsed) in _TRAINERS else _MACHINE) | LAUNCH_KEYS
         values = {key: plain(value) for key, value in parsed.values.items() if key not in free}
         if "ranker_settings" in values:  # an evaluation's, of `prefopt rank`
@@ -122,6 +128,48 @@ def parse_command(tool: str, recipe: str | None, settings: list[Setting]) -> Rec
     if name not in _TRAINERS:  # a training config looks at this machine's devices, which need not be those of the run
         build(parsed, classes)
     return parsed
+
+
+def check_training(method: str, parsed: Recipe) -> None:
+    """Have a method look at its settings, which it would otherwise do only once its data are sampled and ranked.
+
+    In a process of its own: a training config sets up devices, and variables that launchers read.
+
+    Raises:
+        ValueError: it refuses them.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_look_at_training, args=(method, parsed, theirs))
+    process.start()
+    theirs.close()
+    try:
+        refused = ours.recv()
+    except EOFError:
+        refused = f"the settings of {method} could not be looked at; its last words are above."
+    process.join()
+    if refused:
+        raise ValueError(refused)
+
+
+def _look_at_training(method: str, parsed: Recipe, answer: Connection) -> None:
+    values = {
+        key: value for key, value in parsed.values.items() if key not in ("resume_from_checkpoint", "push_to_hub")
+    }
+    values |= {
+        "use_cpu": True,
+        "bf16": values.get("bf16", not values.get("fp16")),
+    }  # this machine need not be the one that trains
+    config_class = arguments_of(method)[0]
+    refused = None
+    warnings.simplefilter("ignore")  # which the command says itself
+    try:
+        values |= batch_sizes(values, config_class, processes=1)
+        (config,) = build(Recipe(parsed.name, values, parsed.places), [config_class])
+        function_of(method).check_settings(config)
+    except ValueError as error:
+        refused = str(error)
+    answer.send(refused)
 
 
 def check_method(name: str | None) -> str:

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.candidates.pairs import POLICIES
-from prefopt.cli import arguments_of, function_of
+from prefopt.cli import arguments_of
 from prefopt.evaluation.evaluate import EVALUATION_FILE
 from prefopt.files import read_json
 from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines.commands import Commands, Place, check_method
 from prefopt.pipelines.sppo_keys import Evaluation, PromptSource, SelfPlayLoop
 from prefopt.pipelines.stages import Stage
-from prefopt.recipes.convert import unknown_key
 from prefopt.run_settings import batch_sizes
-from prefopt.trainers.pair_losses import SFT
 from prefopt.trainers.sppo import SELF_PLAY_LOSSES
 
 MODEL = ("*.safetensors", "*config.json", "tokenizer*")
@@ -117,11 +115,6 @@ class _Plan:
         """
         settings = self.commands.stage(name, self.method, self.training, recipe=self.recipe).settings
         losses = [str(loss) for loss in settings.get("loss_type", [DEFAULT_LOSS.get(self.method, "sigmoid")])]
-        known = [*function_of(self.method).pair_loss_table, SFT]
-        if unknown := [loss for loss in losses if loss not in known]:
-            raise ValueError(
-                f"{name}: {unknown_key(unknown[0], known).replace('key', 'loss_type')} for {self.method}."
-            )
         try:
             batch_sizes(dict(settings), arguments_of(self.method)[0], int(self.training.get("num_processes") or 1))
         except ValueError as error:

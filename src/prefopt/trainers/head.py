@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from prefopt._trl import disable_dropout_in_model
 from prefopt.evaluation.calibration import reliability_diagram
@@ -93,6 +93,7 @@ class HeadTrainer(BaseTrainer):
         if args is None:
             args = self.config_class("trainer_output")
         model_class, settings = self.head_settings(args)
+        set_seed(args.seed)  # a new head's weights are drawn before Trainer sets it
         headed = load_headed(model, model_class, settings, args, quantization_config)
         processing_class = with_pad_token(processing_class or load_tokenizer(headed, args))
         self.data = ComparisonData(args, processing_class, self.check_rows)

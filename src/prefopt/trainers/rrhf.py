@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from prefopt._trl import disable_dropout_in_model
 from prefopt.losses.reward import rrhf_loss
@@ -91,6 +91,7 @@ class RRHFTrainer(BaseTrainer):
     ) -> None:
         if args is None:
             args = RRHFConfig("trainer_output")
+        set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
         policy = load_model(model, args, quantization_config)
         processing_class = with_pad_token(processing_class or load_tokenizer(policy, args))
         self.data = ComparisonData(args, processing_class, _check_rows)
