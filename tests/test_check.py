@@ -216,3 +216,8 @@ def test_checking_changes_nothing_for_the_run_after_it(tmp_path, model, data, ca
     assert check(capsys, recipe)[0] == 0
     monkeypatch.undo()
     assert main(["wpo", str(recipe)]) == 0
+
+
+def test_the_recipe_of_a_loop_is_told_what_looks_at_it(capsys):
+    assert main(["check", "pipelines/sppo_llama3_8b"]) == 2
+    assert "`prefopt pipeline RECIPE --dry_run` checks it" in capsys.readouterr().err

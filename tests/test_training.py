@@ -123,6 +123,13 @@ def test_resuming_a_run_that_is_through_changes_nothing(tmp_path, model, data, c
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
+def test_a_launchers_precision_does_not_win_in_silence(tmp_path, model, data, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main(["wpo", str(tiny_recipe(tmp_path, model, data, bf16=False))]) == 2
+    assert "bf16: false, but the accelerate config says mixed_precision: bf16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_resuming_before_the_first_checkpoint_starts_at_the_beginning(tmp_path, model, data, capsys):
     run(tiny_recipe(tmp_path, model, data), "--resume_from_checkpoint", capsys=capsys)
     assert "holds no checkpoint yet" in capsys.readouterr().err

@@ -148,6 +148,10 @@ def method_of(settings: list[Setting]) -> str:
         ValueError: there is no such key, or no such method.
     """
     named = [setting for setting in settings if setting.key == "method"]
+    if not named and any(setting.key == "pipeline" for setting in settings):
+        raise ValueError(
+            "this is the recipe of a loop: `prefopt pipeline RECIPE --dry_run` checks it and shows its stages."
+        )
     if not named:
         raise ValueError(f"the recipe does not say for which method it is: add --method ({', '.join(METHODS)}).")
     name = str(named[-1].value).replace("_", "-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,27 @@ def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tu
     if adjusted.values.get("model_name_or_path") is None:
         raise ValueError("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
     check_adapter_keys(recipe)
+    check_precision(values)
     configs = build(adjusted, classes)
     configs[1].evaluates = may_evaluate(recipe)
     attention = values.get("attn_implementation") or ""
     if attention.startswith("flash_attention") and configs[0].device.type == "cpu":
         raise ValueError(f"attn_implementation {attention} needs a GPU: use sdpa here.")
     return configs
+
+
+def check_precision(values: dict[str, Any]) -> None:
+    """Refuse full precision in the recipe where the launcher's config says another, which would win without a word.
+
+    Raises:
+        ValueError: says how to make them equal.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if values.get("bf16") is False and not values.get("fp16") and launched not in ("no", ""):
+        raise ValueError(
+            f"bf16: false, but the accelerate config says mixed_precision: {launched}, which would win. Make them equal: leave bf16 out, "
+            "or use a config with mixed_precision: 'no'."
+        )
 
 
 def may_evaluate(recipe: Recipe) -> bool:
