@@ -190,7 +190,7 @@ def run_contender(args: argparse.Namespace) -> dict:
         "wall_seconds": time.perf_counter() - started,
         "losses": clock.losses,
         "peak_bytes": peak,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel(),
         "unique_tokens": sum(sum(triple) for triple in lengths[args.warmup * args.pairs :]) / args.steps,
     }
 
@@ -347,6 +347,7 @@ def summarise(contender: dict, results: list[dict], args: argparse.Namespace, le
     mean = statistics.mean(seconds for result in results for seconds in result["step_seconds"])
     tokens = results[0]["unique_tokens"]
     live = args.reference == "live" and args.method != "multi_reference"
+    # 6N a token for the policy, 2N for a live reference; N without the input embedding, which is looked up
     flops = (8 if live else 6) * results[0]["parameters"] * tokens
     return row | {
         "step_ms": 1000 * step,
