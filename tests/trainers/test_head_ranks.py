@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,7 +29,18 @@ METHODS = {
 }
 
 
-def run(folder: Path, method: str, name: str, accelerate_config: str | None, **changes) -> tuple[list[float], Path]:
+def give_head(base: Path, method: str) -> None:
+    """Save the base model with a head of the method."""
+    torch.manual_seed(1)
+    model_class: type[HeadedModel] = GeneralPreferenceModel if method.startswith("general") else RewardModel
+    head = {key: value for key, value in METHODS[method].items() if key in model_class.defaults}
+    kept = {"lm_head": True} if "sft_coeff" in METHODS[method] else {}
+    model_class.from_pretrained(base, new_head=True, **head, **kept).save_pretrained(base)
+
+
+def run(
+    folder: Path, method: str, name: str, accelerate_config: str | None, *, new_head: bool = False, **changes
+) -> tuple[list[float], Path]:
     """Train for 4 steps of 8 rows (the last has 3), and return the logged losses and the folder."""
     rows = [
         {**row, "is_adversarial": method.startswith("adversarial") and n % 3 == 0}
@@ -42,11 +54,8 @@ def run(folder: Path, method: str, name: str, accelerate_config: str | None, **c
     base = folder / "base" / method
     if not base.exists():
         write_model(base, None)
-        torch.manual_seed(1)
-        model_class: type[HeadedModel] = GeneralPreferenceModel if method.startswith("general") else RewardModel
-        head = {key: value for key, value in METHODS[method].items() if key in model_class.defaults}
-        kept = {"lm_head": True} if "sft_coeff" in METHODS[method] else {}
-        model_class.from_pretrained(base, new_head=True, **head, **kept).save_pretrained(base)
+        if not new_head:
+            give_head(base, method)
     usual = {
         "method": method,
         "model_name_or_path": str(base),
@@ -102,6 +111,18 @@ def test_two_ranks_train_the_same_model_as_one_process(tmp_path, method, acceler
     apart = max((first[name] - second[name]).abs().max() for name in first)
     print(f"largest change of a weight {moved:.2e}, largest difference between the two models {apart:.2e}")
     assert moved > 1e-3 and apart < 0.05 * moved
+
+
+def test_a_new_head_under_zero3(tmp_path):
+    """From a causal LM, as reward models are usually trained: the head is drawn once for all ranks, trained, and saved whole."""
+    losses, folder = run(tmp_path, "reward-model", "new", "cpu_zero3_2ranks", new_head=True)
+    again, _ = run(tmp_path, "reward-model", "again", "cpu_zero3_2ranks", new_head=True)
+    print(f"a new head under ZeRO-3: losses {losses}")
+    # near ln 2: the head's first scores are small
+    assert len(losses) == 4 and losses[0] == pytest.approx(math.log(2), abs=0.1) and again == losses
+    trained = RewardModel.from_pretrained(folder)
+    assert trained.score.weight.shape == (1, trained.config.hidden_size)
+    assert 0.005 < trained.score.weight.std() < 0.1  # initializer_range is 0.02, and four steps of 1e-3 moved it
 
 
 def test_an_adapter_under_zero3(tmp_path):
