@@ -154,7 +154,7 @@ def cyclic_rows(prompts):
 
 
 CYCLE = {
-    "max_steps": 50,
+    "max_steps": 120,
     "per_device_train_batch_size": 24,
     "learning_rate": 1e-2,
     "pooling": "last",

@@ -59,7 +59,7 @@ class BatchConfig:
     max_tokens_per_row: int | None = field(
         default=None,
         metadata={
-            "help": "Capacity of a packed row in tokens. None: one row a micro-batch on a GPU, short rows on a CPU."
+            "help": "Capacity of a packed row in tokens. None: one row a micro-batch (short rows where the mask is dense: eager attention on a CPU)."
         },
     )
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from prefopt import losses as pure
 from prefopt.data.tokenization import tokenize_pairs
-from prefopt.scoring.logprobs import CompletionScores, install_scoring, score_completions
+from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.trainers.base import BaseTrainer, describe_wrapping
 from prefopt.trainers.collators import REFERENCE_COLUMNS, CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
@@ -23,14 +23,18 @@ from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import PAIR_LOSSES, REFERENCE_FREE_LOSSES, SFT, SORTING_LOSSES, PairLoss, PairScores
 from prefopt.trainers.pair_metrics import effective_pairs, record_pairs, record_weights
 from prefopt.trainers.policy import (
-    base_model_of,
-    frozen_copy,
     load_model,
     load_tokenizer,
     with_adapter,
     with_pad_token,
 )
-from prefopt.trainers.reference import Reference, check_given_scores, with_reference_scores
+from prefopt.trainers.reference import (
+    Reference,
+    check_given_scores,
+    check_initial_margin,
+    reference_module,
+    with_reference_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,29 @@ class ReferenceScores:
 
     chosen_logps: torch.Tensor
     rejected_logps: torch.Tensor
+
+
+def check_arguments(trainer_class: type[PreferenceTrainer], model, ref_model, args, data_collator, processing_class):
+    """Refuse arguments of another kind than a pair trainer needs."""
+    if not isinstance(args, trainer_class.config_class):
+        needed, given = trainer_class.config_class.__name__, type(args)
+        raise ValueError(
+            f"{trainer_class.__name__} needs a prefopt.{needed}, which has all fields of TRL's, not a {given.__module__}.{given.__name__}."
+        )
+    if isinstance(ref_model, str):
+        raise ValueError(
+            f"`ref_model` must be a model in memory: `AutoModelForCausalLM.from_pretrained({ref_model!r})`."
+        )
+    if ref_model is not None and ref_model is model:
+        raise ValueError(
+            "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a copy."
+        )
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`processing_class` must be a tokenizer, not a {type(processing_class).__name__}: only text is read."
+        )
+    if data_collator is not None and args.ld_alpha is not None:
+        raise ValueError("`ld_alpha` would not reach the batches of a `data_collator`: use one or the other.")
 
 
 class PreferenceTrainer(BaseTrainer):
@@ -84,7 +111,7 @@ class PreferenceTrainer(BaseTrainer):
     ) -> None:
         if args is None:
             args = self.config_class()
-        self._check_arguments(model, ref_model, args, data_collator, processing_class)
+        check_arguments(type(self), model, ref_model, args, data_collator, processing_class)
         self.check_settings(args)
         set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
         self.tokenization_reports: dict[str, Any] = {}
@@ -99,8 +126,8 @@ class PreferenceTrainer(BaseTrainer):
             eval_dataset = self._prepare(eval_dataset, "eval")
         if loaded is None:
             loaded = load_model(model, args, quantization_config)
-        self._reference_is_initial = ref_model is None
-        reference = self._reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
+        self.reference_is_initial = ref_model is None
+        reference = reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
         policy = with_adapter(loaded, args, peft_config)
         super().__init__(
             model=policy,
@@ -140,7 +167,8 @@ class PreferenceTrainer(BaseTrainer):
         reference = self.reference_scores(batch)  # live, adapter off, or cached
         pair = self.pair_scores(scores, reference, batch)
         if not self._margin_checked:
-            self._check_initial_margin(pair)
+            self._margin_checked = True
+            check_initial_margin(self, pair)
         losses = self.pair_losses(pair, reference, batch)  # (B,), what most methods override
         self.watch_finite(losses, batch, sums)
         total = torch.where(batch["real"], losses, 0.0).sum()
@@ -234,28 +262,6 @@ class PreferenceTrainer(BaseTrainer):
         return f"{super().describe_run()[:-1]}; reference: {reference}."
 
     # ---- what the spine needs --------------------------------------------------------------------------------------------------
-
-    def _check_arguments(self, model, ref_model, args, data_collator, processing_class) -> None:
-        """Refuse arguments of another kind than is needed."""
-        if not isinstance(args, self.config_class):
-            needed, given = self.config_class.__name__, type(args)
-            raise ValueError(
-                f"{type(self).__name__} needs a prefopt.{needed}, which has all fields of TRL's, not a {given.__module__}.{given.__name__}."
-            )
-        if isinstance(ref_model, str):
-            raise ValueError(
-                f"`ref_model` must be a model in memory: `AutoModelForCausalLM.from_pretrained({ref_model!r})`."
-            )
-        if ref_model is not None and ref_model is model:
-            raise ValueError(
-                "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a copy."
-            )
-        if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"`processing_class` must be a tokenizer, not a {type(processing_class).__name__}: only text is read."
-            )
-        if data_collator is not None and args.ld_alpha is not None:
-            raise ValueError("`ld_alpha` would not reach the batches of a `data_collator`: use one or the other.")
 
     @classmethod
     def check_settings(cls, args: PreferenceConfig) -> None:
@@ -365,7 +371,7 @@ class PreferenceTrainer(BaseTrainer):
         if not self.args.precompute_ref_log_probs or REFERENCE_COLUMNS[0] in prepared.column_names:
             return prepared
         policy_is_reference = self.state.global_step == 0 or isinstance(self.model, PeftModel)
-        if not (self._reference_is_initial and policy_is_reference):
+        if not (self.reference_is_initial and policy_is_reference):
             raise ValueError(
                 f"The {name} data has no cached reference scores, and the reference is no longer at hand: give it to the constructor as "
                 "`eval_dataset`, or turn `precompute_ref_log_probs` off."
@@ -375,41 +381,3 @@ class PreferenceTrainer(BaseTrainer):
     def why_not_packed(self) -> str | None:
         """A user's collator makes padded batches."""
         return "a `data_collator` was given" if isinstance(self.collate, CustomCollator) else None
-
-    # ---- reference -------------------------------------------------------------------------------------------------------------
-
-    def _reference_module(self, model, loaded, ref_model, args, quantization_config, peft_config):
-        """The reference as a module of its own, or None where the policy holds it or scores are cached."""
-        free = set(args.loss_type) <= set(REFERENCE_FREE_LOSSES)
-        if ref_model is not None:
-            if free:
-                raise ValueError(
-                    f"`ref_model` would not be used: {', '.join(args.loss_type)} has no reference. Leave it out."
-                )
-            install_scoring(base_model_of(ref_model))
-            return ref_model.requires_grad_(False).eval()
-        if args.precompute_ref_log_probs or free or peft_config is not None or isinstance(loaded, PeftModel):
-            return None
-        if isinstance(model, str) and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            reference = load_model(model, args, quantization_config)  # the policy's weights are sharded already
-            install_scoring(reference)
-            return reference.requires_grad_(False).eval()
-        return frozen_copy(loaded)
-
-    def _check_initial_margin(self, pair: PairScores) -> None:
-        """Before the first step, a reference that is the initial policy must score like it."""
-        self._margin_checked = True
-        expected = self._reference_is_initial and self.needs_reference and not self.args.precompute_ref_log_probs
-        if not (expected and self.state.global_step == 0 and self.args.disable_dropout):
-            return
-        tolerance = 1e-3 if self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16) else 2e-2
-        for policy, reference in (
-            (pair.chosen_logps, pair.ref_chosen_logps),
-            (pair.rejected_logps, pair.ref_rejected_logps),
-        ):
-            gap = ((policy - reference).abs() / (1 + reference.abs())).max().item()
-            if not gap <= tolerance:
-                raise ValueError(
-                    f"Before the first step the reference does not score like the policy (relative difference {gap:.2g}). The model "
-                    "changed after the trainer was built, or the reference is another model; pass `ref_model` if that is meant."
-                )

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from prefopt._trl import prepare_deepspeed, prepare_fsdp
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
-from prefopt.scoring.logprobs import score_completions
+from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.batching import CPU_ROW_TOKENS
 from prefopt.trainers.collators import REFERENCE_COLUMNS
-from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of
+from prefopt.trainers.config import PreferenceConfig
+from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES, PairScores
+from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of, frozen_copy, load_model
 
 if TYPE_CHECKING:
     from prefopt.trainers.preference import PreferenceTrainer
@@ -74,6 +77,64 @@ class Reference:
                 yield wrapped_policy, policy.config
         finally:
             policy.train(training)
+
+
+def reference_module(
+    model: str | nn.Module,
+    loaded: PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | None,
+    args: PreferenceConfig,
+    quantization_config: Any,
+    peft_config: PeftConfig | None,
+) -> PreTrainedModel | None:
+    """The reference as a module of its own, or None where the policy holds it, its scores are cached, or no loss reads it.
+
+    Args:
+        model: what the user gave as the policy, a name or a module.
+        loaded: the same, loaded.
+        ref_model, args, quantization_config, peft_config: the trainer's arguments.
+
+    Raises:
+        ValueError: a reference that no loss would read.
+    """
+    free = set(args.loss_type) <= set(REFERENCE_FREE_LOSSES)
+    if ref_model is not None:
+        if free:
+            raise ValueError(
+                f"`ref_model` would not be used: {', '.join(args.loss_type)} has no reference. Leave it out."
+            )
+        install_scoring(base_model_of(ref_model))
+        return ref_model.requires_grad_(False).eval()
+    if args.precompute_ref_log_probs or free or peft_config is not None or isinstance(loaded, PeftModel):
+        return None
+    if isinstance(model, str) and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        reference = load_model(model, args, quantization_config)  # the policy's weights are sharded already
+        install_scoring(reference)
+        return reference.requires_grad_(False).eval()
+    return frozen_copy(loaded)
+
+
+def check_initial_margin(trainer: PreferenceTrainer, pair: PairScores) -> None:
+    """Before the first step, a reference that is the initial policy must score like it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    args = trainer.args
+    live = trainer.needs_reference and not args.precompute_ref_log_probs
+    if not (trainer.reference_is_initial and live and trainer.state.global_step == 0 and args.disable_dropout):
+        return
+    tolerance = 1e-3 if trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16) else 2e-2
+    for policy, reference in (
+        (pair.chosen_logps, pair.ref_chosen_logps),
+        (pair.rejected_logps, pair.ref_rejected_logps),
+    ):
+        gap = ((policy - reference).abs() / (1 + reference.abs())).max().item()
+        if not gap <= tolerance:
+            raise ValueError(
+                f"Before the first step the reference does not score like the policy (relative difference {gap:.2g}). The model "
+                "changed after the trainer was built, or the reference is another model; pass `ref_model` if that is meant."
+            )
 
 
 @contextlib.contextmanager
