@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -523,3 +525,13 @@ def test_the_report_is_json_and_names_what_decided_the_samples(tmp_path, model_f
     manifest = read_json(tmp_path / "out" / "generate_shards" / "00000.json")
     assert manifest["settings"] == report["settings"]
     assert len(manifest["row_ids"]) == 1
+
+
+def test_an_engines_environment_needs_neither_peft_nor_trl():
+    """`.ci/vllm_env.sh` installs none of the trainers' packages beside vLLM."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('peft', 'trl', 'deepspeed')); "
+        "import prefopt.candidates.generate, prefopt.candidates.backends.engine, prefopt.cli"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
@@ -148,6 +147,8 @@ def module_fingerprint(model: nn.Module, config: PretrainedConfig, *, adapter: s
 
 def _adapter_scales(model: nn.Module, adapter: str) -> list[float]:
     """What each layer multiplies its adapter's product with (alpha / r): no weight, but part of the score."""
+    from peft.tuners.lora import LoraLayer  # environments of engines fingerprint models and have no peft
+
     layers = sorted(model.named_modules(), key=lambda entry: entry[0])
     return [
         float(layer.scaling[adapter])
