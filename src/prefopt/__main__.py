@@ -1,8 +1,7 @@
 """`python -m prefopt`: the same as the command `prefopt`."""
 
-import sys
-
 from prefopt.cli import main
+from prefopt.launch import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -13,7 +13,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefopt.launch import USER_MISTAKE, launch, rank, split_launch_settings, tell, without_launch_words
+from prefopt.launch import (
+    USER_MISTAKE,
+    launch,
+    leave,
+    rank,
+    split_launch_settings,
+    tell,
+    without_launch_words,
+)
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import build, load_settings, parse_settings
 from prefopt.recipes.source import Setting
@@ -268,7 +276,7 @@ def script(command: str) -> None:
     sys.path[:] = [
         path for path in sys.path if Path(path or ".").resolve() != folder
     ]  # scripts/evaluate.py is no module
-    sys.exit(main([command, *sys.argv[1:]]))
+    leave(main([command, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

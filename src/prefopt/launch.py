@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from prefopt.recipes import locate
 from prefopt.recipes.source import Setting
@@ -39,6 +40,20 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status.
+
+    A process of a launcher that has done its work ends without tearing the interpreter down: threads of libraries (connections, autograd) now
+    and then abort it there, which would be a failed status for a finished run. What was registered to happen at the end happens.
+    """
+    if status or not is_launched():
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def tell(message: str, stream: Any = None) -> None:

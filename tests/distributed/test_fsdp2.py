@@ -5,6 +5,8 @@ Accelerate turns an FSDP configuration into plain DDP on a CPU, so its own confi
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,6 +42,7 @@ def rank_main(rank: int, store: str, layout: str, tied: bool) -> None:
         assert isinstance(p, DTensor) and p.to_local().numel() < p.numel(), name
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5, msg=name)
     dist.destroy_process_group()
+    os._exit(0)  # threads of torch now and then abort an interpreter that is torn down
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
