@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.trainer import TRAINER_STATE_NAME
 
 from prefopt.files import write_json, write_text
 from prefopt.trainers.saving import is_whole, last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
-STATE_FILE = "trainer_state.json"
 # beside weights and checkpoints; a leftover would describe another model (an adapter's config) or another run (its figures)
 LEFT_BY_RUNS = (
-    STATE_FILE,
+    TRAINER_STATE_NAME,
     "config.json",
     "adapter_config.json",
     "model.safetensors.index.json",
@@ -106,7 +106,7 @@ def holds_run(output_dir: Path) -> bool:
     """Whether a training run has left anything in `output_dir`."""
     return (
         (output_dir / RECIPE_FILE).exists()
-        or (output_dir / STATE_FILE).exists()
+        or (output_dir / TRAINER_STATE_NAME).exists()
         or any(output_dir.glob("checkpoint-*"))
         or _has_model(output_dir)
     )

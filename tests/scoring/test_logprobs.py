@@ -20,6 +20,13 @@ LAYOUTS = {
     "packed, own prompts": PackedLayout(0, share_prompt=False),
 }
 GROUPS = random_groups(5, seed=1)
+SHAPE = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 
 
 def scored(model, layout, *, rows=(GROUPS[:2], GROUPS[2:]), implementation=None, **options):
@@ -162,14 +169,7 @@ def test_the_plain_forward_and_generation_are_left_alone():
     ],
 )
 def test_logits_are_scaled_and_capped_as_the_model_does(architecture, overrides):
-    shape = {
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape, pad_token_id=0, **overrides))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SHAPE, pad_token_id=0, **overrides))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)  # so that scale and cap show
     torch.testing.assert_close(
@@ -178,14 +178,7 @@ def test_logits_are_scaled_and_capped_as_the_model_does(architecture, overrides)
 
 
 def test_a_model_whose_logits_come_about_otherwise_is_refused():
-    shape = {
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("modernbert-decoder", **shape, pad_token_id=0))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("modernbert-decoder", **SHAPE, pad_token_id=0))
     with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM does more to its logits"):
         install_scoring(model)
     assert "_plain_forward" not in model.__dict__

@@ -7,6 +7,7 @@ A dense mask costs the square of a row. `PackedMask` stands for that mask, but h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,8 +48,14 @@ class Part:
             torch.cat([every[self.row : self.row + 1, :, begin:end], self._own(every)], dim=2)
             for every in (key, value)
         )
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(end - begin)
-        return scaled_dot_product_attention(query, key, value, attn_mask=seen[None, None], **options)
+        return scaled_dot_product_attention(query, key, value, attn_mask=self._seen, **options)
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        """What a completion's queries may see of prompt and completion, for all layers: bool (1, 1, R, P + R)."""
+        assert self.prompt is not None
+        own, before = self.end - self.begin, self.prompt[1] - self.prompt[0]
+        return torch.ones(1, 1, own, before + own, dtype=torch.bool).tril(before)
 
     def _own(self, every: Tensor) -> Tensor:
         return every[self.row : self.row + 1, :, self.begin : self.end]
