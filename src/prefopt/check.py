@@ -30,6 +30,7 @@ from prefopt.run_settings import (
     check_adapter_keys,
     check_devices,
     check_output,
+    config_values,
     may_evaluate,
     missing_packages,
     resolved_recipe,
@@ -153,9 +154,7 @@ def read_launch(settings: dict[str, str], found: Findings) -> tuple[Launch, str]
 
 def build_each(recipe: Recipe, classes: Sequence[type], found: Findings) -> list[Any]:
     """An instance of each class, or `None` where its values are refused."""
-    values = dict(recipe.values)
-    for key in ("resume_from_checkpoint", "push_to_hub"):
-        values.pop(key, None)
+    values = config_values(recipe)
     with found.looking():
         values.update(batch_sizes(values, classes[0], max(world_size(), found.launch.processes)))
     if not values.get("use_cpu") and not torch.cuda.is_available():

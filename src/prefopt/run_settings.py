@@ -92,10 +92,8 @@ def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tu
     Raises:
         ValueError: values that a config refuses, batch sizes that do not divide, or attention that does not run here.
     """
-    values = dict(recipe.values)
+    values = config_values(recipe)
     values.update(batch_sizes(values, classes[0], processes))
-    values.pop("resume_from_checkpoint", None)  # `train` has found the checkpoint
-    values.pop("push_to_hub", None)  # `finish` pushes, once everything is on disk
     adjusted = Recipe(recipe.name, values, recipe.places, recipe.notices)
     if adjusted.values.get("model_name_or_path") is None:
         raise ValueError("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
@@ -107,6 +105,11 @@ def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tu
     if attention.startswith("flash_attention") and configs[0].device.type == "cpu":
         raise ValueError(f"attn_implementation {attention} needs a GPU: use sdpa here.")
     return configs
+
+
+def config_values(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values without those that a run sees to itself: `train` finds the checkpoint, `finish` pushes once everything is on disk."""
+    return {key: value for key, value in recipe.values.items() if key not in ("resume_from_checkpoint", "push_to_hub")}
 
 
 def check_precision(values: dict[str, Any]) -> None:

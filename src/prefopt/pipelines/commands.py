@@ -20,7 +20,7 @@ from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import Recipe, build, collect, plain
 from prefopt.recipes.source import Setting, read_settings
 from prefopt.run_folder import FREE_TO_CHANGE
-from prefopt.run_settings import batch_sizes
+from prefopt.run_settings import batch_sizes, config_values
 
 # settings of a command that do not decide its result, so that changing them makes nothing again
 _MACHINE = frozenset(
@@ -153,13 +153,9 @@ def check_training(method: str, parsed: Recipe) -> None:
 
 
 def _look_at_training(method: str, parsed: Recipe, answer: Connection) -> None:
-    values = {
-        key: value for key, value in parsed.values.items() if key not in ("resume_from_checkpoint", "push_to_hub")
-    }
-    values |= {
-        "use_cpu": True,
-        "bf16": values.get("bf16", not values.get("fp16")),
-    }  # this machine need not be the one that trains
+    values = config_values(parsed)
+    # this machine need not be the one that trains
+    values |= {"use_cpu": True, "bf16": values.get("bf16", not values.get("fp16"))}
     config_class = arguments_of(method)[0]
     refused = None
     warnings.simplefilter("ignore")  # which the command says itself
