@@ -2,10 +2,14 @@
 
     python benchmarks/adversarial_game.py --seeds 0 1 2 --rounds 3 --outputs outputs/adversarial-game
 
-For each seed one start policy and one set of data (word_game.py), and three ways through the same loop: `fixed` (the reward model is trained on
-human comparisons once), `adversarial` (it is trained anew in each round, on human comparisons and on golden answers against the policy's), and
-`no-human` (the same without the human term). The stages are those of `prefopt pipeline`, run in this process one after another to save the
-starts of Python. Printed and written to `figures.json`: after each round the mean true reward of the policy's answers to held-out prompts, and
+For each seed one start policy and one set of data (word_game.py), and three ways through the same loop: `fixed` (the
+reward model is trained on
+human comparisons once), `adversarial` (it is trained anew in each round, on human comparisons and on golden answers
+against the policy's), and
+`no-human` (the same without the human term). The stages are those of `prefopt pipeline`, run in this process one after
+another to save the
+starts of Python. Printed and written to `figures.json`: after each round the mean true reward of the policy's answers
+to held-out prompts, and
 the accuracy of the round's reward model on held-out human comparisons.
 """
 
@@ -159,7 +163,8 @@ def main() -> None:
             result = play(folder, way, seed, options.rounds) | {"cpu_seconds": round(time.process_time() - clock)}
             results.setdefault(way, {})[str(seed)] = result
             print(f"seed {seed} {way:<12} true reward {_list(result['true_reward'])}, words {_list(result['words'])}, reward model on "
-                  f"human comparisons {_list(result['human_accuracy'])} ({result['cpu_seconds']} s CPU)", flush=True)  # fmt: skip
+                  f"human comparisons {_list(result['human_accuracy'])} ({result['cpu_seconds']} s "
+                  "CPU)", flush=True)  # fmt: skip
     for way, by_seed in results.items():
         columns = zip(*(result["true_reward"] for result in by_seed.values()))
         accuracies = zip(*(result["human_accuracy"] for result in by_seed.values()))

@@ -1,11 +1,16 @@
 """Several references on real pairs, one of them deliberately damaged: is it noticed, and which mode is hurt least by it?
 
-    python benchmarks/multi_reference_study.py --data ../shared/data --seeds 0 1 2 --outputs outputs/multi-reference-study
+    python benchmarks/multi_reference_study.py --data ../shared/data --seeds 0 1 2 --outputs
+    outputs/multi-reference-study
 
-Makes a tiny policy and four tiny references (one is the policy itself; every one of another family, with a tokenizer of its own), trained on
-the spot as language models on rows that the study does not use, and damages one more, as token ids of another vocabulary would. Then sweeps
-from one score cache: `clean`, in which the damaged reference is quarantined; `accepted`, in which it takes part; and `weightings`, the same
-with every weighting and the first seed. Stages run in this process, to save the starts of Python. Printed and written to figures.json: the
+Makes a tiny policy and four tiny references (one is the policy itself; every one of another family, with a tokenizer
+of its own), trained on
+the spot as language models on rows that the study does not use, and damages one more, as token ids of another
+vocabulary would. Then sweeps
+from one score cache: `clean`, in which the damaged reference is quarantined; `accepted`, in which it takes part; and
+`weightings`, the same
+with every weighting and the first seed. Stages run in this process, to save the starts of Python. Printed and written
+to figures.json: the
 health cards, each setting's accuracy with and without the damaged reference, the verdicts.
 """
 
@@ -32,15 +37,14 @@ import transformers
 import yaml
 
 from prefopt.cli import main as prefopt
-from prefopt.evaluation.study import HEALTH_FILE, Study, conclude, read_study
-from prefopt.evaluation.verdict import paired_difference
+from prefopt.evaluation.study import HEALTH_FILE, Study, conclude, paired_difference, read_study
 from prefopt.files import read_json, read_jsonl, write_json, write_jsonl
 from prefopt.pipelines.stages import Runner
-from prefopt.pipelines.sweep import Sweep
-from prefopt.pipelines.sweep_arguments import SweepArguments
+from prefopt.pipelines.sweep import Sweep, SweepArguments
 from tests.tiny import tiny_model, tiny_tokenizer
 
-# name -> chat template, architecture, vocabulary; the first is the policy's own initial model, the last will be damaged
+# name -> chat template, architecture, vocabulary; the first is the policy's own initial model, the last will be
+# damaged
 FAMILIES = {
     "own-qwen2": ("chatml", "qwen2", 700),
     "llama": ("llama3", "llama", 600),

@@ -2,7 +2,8 @@
 
     python benchmarks/self_play_seeds.py --methods sppo gpo dpo wpo --seeds 0 1 2 --output self_play.json
 
-The stages are those that `prefopt pipeline` plans, in the same order with the same words. Each runs in a process forked from this one, which
+The stages are those that `prefopt pipeline` plans, in the same order with the same words. Each runs in a process
+forked from this one, which
 has imported everything already: tiny stages would otherwise spend most of their time on imports.
 """
 
@@ -22,7 +23,7 @@ from prefopt.cli import arguments_of, main
 from prefopt.files import read_json, write_json
 from prefopt.pipelines.commands import Commands
 from prefopt.pipelines.run import read_pipeline
-from prefopt.pipelines.sppo import stages_of
+from prefopt.pipelines.self_play import stages_of
 from prefopt.recipes.recipe import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,11 +1,15 @@
 """One training step, timed: prefopt against TRL's DPOTrainer on the same weights, pairs and order.
 
-    python benchmarks/step_throughput.py                                    # CPU, small shape, both length distributions
+    python benchmarks/step_throughput.py                                    # CPU, small shape, both length
+    distributions
     python benchmarks/step_throughput.py --device cuda --size 8b --checkpointing
 
-Every contender runs in a process of its own, in turns, and trains with `Trainer.train()`; a step's time is from one step's begin to its end.
-TRL is given each micro-batch size that divides the batch, and its best one counts. Both take the same pairs in every optimizer step, so
-their losses must agree. Nothing is downloaded: weights are random, tokens are random, lengths are drawn log-normally with the means of a
+Every contender runs in a process of its own, in turns, and trains with `Trainer.train()`; a step's time is from one
+step's begin to its end.
+TRL is given each micro-batch size that divides the batch, and its best one counts. Both take the same pairs in every
+optimizer step, so
+their losses must agree. Nothing is downloaded: weights are random, tokens are random, lengths are drawn log-normally
+with the means of a
 known data set, or read from a file with one `[prompt, chosen, rejected]` a line.
 """
 
@@ -78,7 +82,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---- the data ---------------------------------------------------------------------------------------------------------------------
+# ---- the data
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw_lengths(name: str, count: int, *, max_length: int, seed: int) -> list[tuple[int, int, int]]:
@@ -123,7 +128,8 @@ def make_dataset(lengths: list[tuple[int, int, int]], *, vocab_size: int, refere
     return Dataset.from_list(rows)
 
 
-# ---- one contender, in its own process ---------------------------------------------------------------------------------------------
+# ---- one contender, in its own process
+# ---------------------------------------------------------------------------------------------
 
 
 def run_contender(args: argparse.Namespace) -> dict:
@@ -264,7 +270,8 @@ def step_order(count: int, args: argparse.Namespace) -> list[int]:
     return [index for step in range(plan.num_steps) for batch in plan.step(0, step)[0] for index in batch.indices]
 
 
-# ---- the comparison ----------------------------------------------------------------------------------------------------------------
+# ---- the comparison
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def matrix_rate(device: str) -> float:

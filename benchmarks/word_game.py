@@ -1,9 +1,13 @@
 """A game with a known true reward: name things of the kind that the prompt asks for, each once, and nothing else.
 
-A prompt is a kind and three numbers, which mean nothing ("tools 4 0 7"). There are four kinds with five things each. The true reward of an
-answer is (things of that kind named - other things - repetitions) / 5: at most 1, below 0 for rambling. Annotators compare only short answers
-(at most three words) and err in one of ten cases: such a reward model has seen that more things are better, and neither long answers nor many
-repetitions, so that a policy that follows it leaves the answers that it knows. Golden answers name the five things in any order.
+A prompt is a kind and three numbers, which mean nothing ("tools 4 0 7"). There are four kinds with five things each.
+The true reward of an
+answer is (things of that kind named - other things - repetitions) / 5: at most 1, below 0 for rambling. Annotators
+compare only short answers
+(at most three words) and err in one of ten cases: such a reward model has seen that more things are better, and
+neither long answers nor many
+repetitions, so that a policy that follows it leaves the answers that it knows. Golden answers name the five things in
+any order.
 """
 
 from __future__ import annotations
@@ -20,19 +24,20 @@ from trl import SFTConfig, SFTTrainer
 from prefopt.files import write_jsonl
 
 KINDS = {
-    "animals": "cow fox hen owl rat".split(),
-    "plants": "ash elm fig ivy oak".split(),
-    "tools": "awl axe pin saw vat".split(),
-    "meals": "bun ham jam pie soy".split(),
+    "animals": ["cow", "fox", "hen", "owl", "rat"],
+    "plants": ["ash", "elm", "fig", "ivy", "oak"],
+    "tools": ["awl", "axe", "pin", "saw", "vat"],
+    "meals": ["bun", "ham", "jam", "pie", "soy"],
 }
 WORDS = [word for words in KINDS.values() for word in words]
-DIGITS = "0 1 2 3 4 5 6 7 8 9".split()
+DIGITS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
 ANNOTATED = 3  # words of the longest answer that annotators saw
 ERRORS = 0.1
 ON_TOPIC, GOES_ON, LONGEST = 0.6, 0.75, 10  # of the start policy's words and lengths
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unknown|>")
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% if m['role'] == 'assistant' %}<|end|>{% endif "
+    "%}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 
@@ -75,8 +80,10 @@ def write_game(
 ) -> None:
     """All data of a game: disjoint prompts for reward model, policy and test, golden answers, and human comparisons of three kinds.
 
-    Writes `reward_prompts.jsonl` (with `golden`), `policy_prompts.jsonl`, `test_prompts.jsonl`, `comparisons.jsonl` (of the reward model),
-    `test_comparisons.jsonl` (half as many, without errors), `testing_comparisons.jsonl` (twice as many, of answers of any length).
+    Writes `reward_prompts.jsonl` (with `golden`), `policy_prompts.jsonl`, `test_prompts.jsonl`, `comparisons.jsonl`
+    (of the reward model),
+    `test_comparisons.jsonl` (half as many, without errors), `testing_comparisons.jsonl` (twice as many, of answers of
+    any length).
     """
     rng = random.Random(seed)
     prompts: set[str] = set()

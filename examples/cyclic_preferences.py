@@ -2,7 +2,8 @@
 
     python examples/cyclic_preferences.py docs/images/cyclic_preferences.png
 
-For each of 40 prompts three answers beat each other in a circle. A scalar reward can order at most two of the three pairs of a circle, so
+For each of 40 prompts three answers beat each other in a circle. A scalar reward can order at most two of the three
+pairs of a circle, so
 Bradley-Terry is right in at most 2/3 of them, however long it trains.
 """
 

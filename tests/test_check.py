@@ -193,7 +193,7 @@ def test_method_is_named_or_asked_for(tmp_path, model, data, capsys):
 
 
 def test_packages_that_settings_need(tmp_path, model, data, capsys, monkeypatch):
-    monkeypatch.setattr("prefopt.run_settings.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("prefopt.run.importlib.util.find_spec", lambda name: None)
     recipe = tiny_recipe(tmp_path, model, data, use_peft=True, load_in_4bit=True, report_to=["wandb"])
     status, printed = check(capsys, recipe)
     assert status == 2

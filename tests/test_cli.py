@@ -38,7 +38,10 @@ def test_overview_lists_every_command(capsys):
 
 
 def test_overview_and_version_need_no_torch():
-    code = "import sys; from prefopt.cli import main; main(['--help']); main(['--version']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from prefopt.cli import main; main(['--help']); main(['--version']); print('torch' in "
+        "sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.endswith(f"{__version__}\nFalse\n")
 

@@ -92,5 +92,6 @@ def test_wpo_trains_on_real_pairs_and_evaluates_on_a_held_out_tenth(name, tmp_pa
     assert 0 < after["eval_wpo/weight_mean"] <= 1
     assert len(rows) > 550
     print(
-        f"{name}: {len(rows)} pairs; held-out accuracy {after['eval_rewards/accuracies']:.3f}, margin {after['eval_rewards/margins']:.3f}"
+        f"{name}: {len(rows)} pairs; held-out accuracy {after['eval_rewards/accuracies']:.3f}, margin "
+        f"{after['eval_rewards/margins']:.3f}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefopt.run_folder import RECIPE_FILE, find_start, holds_run, open_folder, package_versions
+from prefopt.run import RECIPE_FILE, find_start, holds_run, open_folder, package_versions
 
 MINE = "beta: 0.1\nlearning_rate: 1.0e-06\noutput_dir: out\n"
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.cli import arguments_of, main
 from prefopt.recipes import build, read_recipe
-from prefopt.run_settings import batch_sizes
+from prefopt.run import batch_sizes
 from tests.tiny import tiny_model
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 

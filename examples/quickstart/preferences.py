@@ -1,8 +1,11 @@
 """The quickstart's preference set: questions about everyday things, each answered in two styles.
 
-The preferred style names the thing first and stands by its answer ("A fox is red, and that is certain."); the other one
-hedges before it comes to the point ("Well, I guess that a fox is red."). Both have four wordings and say the same, so that
-a model trained on both has no reason to like one better. `wins` and `well_formed` check any text against the grammar, so
+The preferred style names the thing first and stands by its answer ("A fox is red, and that is certain."); the other
+one
+hedges before it comes to the point ("Well, I guess that a fox is red."). Both have four wordings and say the same, so
+that
+a model trained on both has no reason to like one better. `wins` and `well_formed` check any text against the grammar,
+so
 that generated answers can be judged without a judge model.
 """
 

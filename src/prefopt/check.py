@@ -14,25 +14,23 @@ from prefopt.data import TokenizationReport
 from prefopt.launch import launch_words, split_launch_settings, world_size
 from prefopt.memory import GIB, Launch, Memory, ModelShape, adapter_parameters, estimate
 from prefopt.recipes.arguments import RunArguments
-from prefopt.recipes.locate import locate
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
-from prefopt.run_models import (
+from prefopt.recipes.source import locate
+from prefopt.run import (
     adapter_config,
     adapter_of,
-    check_model,
-    check_reference,
-    is_adapter,
-    load_tokenizer,
-    read_config,
-)
-from prefopt.run_settings import (
     batch_sizes,
     check_adapter_keys,
     check_devices,
+    check_model,
     check_output,
+    check_reference,
     config_values,
+    is_adapter,
+    load_tokenizer,
     may_evaluate,
     missing_packages,
+    read_config,
     resolved_recipe,
 )
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
@@ -176,7 +174,8 @@ def build_each(recipe: Recipe, classes: Sequence[type], found: Findings) -> list
         config, launch = instances[0], found.launch
         total = config.per_device_train_batch_size * config.gradient_accumulation_steps * launch.processes
         found.batch = (
-            f"{config.per_device_train_batch_size} per device x {config.gradient_accumulation_steps} accumulation steps x "
+            f"{config.per_device_train_batch_size} per device x {config.gradient_accumulation_steps} accumulation "
+            "steps x "
             f"{launch.processes} processes = {total}"
         )
     return instances
@@ -191,7 +190,8 @@ def check_precision(recipe: Recipe, config: Any, found: Findings) -> None:
         found.launch.zero_stage and found.launch.mixed_precision != wanted
     ):
         found.problems.append(
-            f"the recipe computes in {wanted} and {found.launch_name} says mixed_precision: {found.launch.mixed_precision}; make them equal."
+            f"the recipe computes in {wanted} and {found.launch_name} says mixed_precision: "
+            f"{found.launch.mixed_precision}; make them equal."
         )
     if found.launch.use_cpu and not recipe.values.get("use_cpu"):
         found.problems.append(f"{found.launch_name} runs on the CPU: set use_cpu: true and bf16: false in the recipe.")

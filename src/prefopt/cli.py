@@ -30,7 +30,8 @@ from prefopt.recipes.source import Setting
 class Command(NamedTuple):
     """Where a command lives.
 
-    A method's dataclass is its trainer's config, and its function is the trainer. A tool's function takes an instance of each of its
+    A method's dataclass is its trainer's config, and its function is the trainer. A tool's function takes an instance
+    of each of its
     dataclasses; one without dataclasses takes the words of the command line, since its keys depend on them.
     """
 
@@ -61,7 +62,7 @@ COMMANDS: dict[str, Command] = {
     "multi-reference-dpo": _method("DPO against several reference models", "multi_reference", "MultiReferenceDPO"),
     "reward-model": _method("a scalar reward model", "reward", "Reward", "comparisons"),
     "adversarial-reward-model": _method(
-        "the reward model of adversarial preference optimization", "adversarial", "AdversarialReward", "comparisons"
+        "the reward model of adversarial preference optimization", "reward", "AdversarialReward", "comparisons"
     ),
     "general-preference-model": _method(
         "a general preference model", "general_preference", "GeneralPreference", "comparisons"
@@ -93,7 +94,7 @@ COMMANDS: dict[str, Command] = {
     "split": Command("split prompts into disjoint sets", "prefopt.candidates.split", ("SplitArguments",), "run"),
     "score-references": Command(
         "fill the cache of reference scores",
-        "prefopt.references.score",
+        "prefopt.score_references",
         (),
         "run",
         several=True,
@@ -246,7 +247,8 @@ def _overview() -> str:
         lines.append("")
     lines += [
         "A recipe is a YAML file or the name of a packaged one, such as llama3/wpo; the command line wins over it.",
-        "On several GPUs: --num_processes 8 [--accelerate_config deepspeed_zero3], or start scripts/run_METHOD.py with accelerate.",
+        "On several GPUs: --num_processes 8 [--accelerate_config deepspeed_zero3], or start scripts/run_METHOD.py "
+        "with accelerate.",
         "`prefopt COMMAND --help` lists the keys of a command.",
     ]
     return "\n".join(lines)

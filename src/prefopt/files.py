@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and fingerprints of what goes into them."""
+"""Files that are either whole or absent, locks of folders, and hashes of what goes into files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -88,3 +90,28 @@ def content_hash(*values: Any) -> str:
     """SHA-256 (hex, 64 digits) of JSON-serialisable `values`; equal values give equal hashes on every machine."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Compute the SHA-256 (hex, 64 digits) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], *, name: str = ".lock") -> Iterator[None]:
+    """Hold the lock of a folder, made if absent, so that no second command writes there; it is released when its holder ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / name)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"{folder}: another command is at work there. Wait for it, or give another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()

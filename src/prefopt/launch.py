@@ -45,8 +45,10 @@ def world_size() -> int:
 def leave(status: int) -> NoReturn:
     """End this process with an exit status.
 
-    A process of a launcher that has done its work ends without tearing the interpreter down: threads of libraries (connections, autograd) now
-    and then abort it there, which would be a failed status for a finished run. What was registered to happen at the end happens.
+    A process of a launcher that has done its work ends without tearing the interpreter down: threads of libraries
+    (connections, autograd) now
+    and then abort it there, which would be a failed status for a finished run. What was registered to happen at the
+    end happens.
     """
     if status or not is_launched():
         sys.exit(status)

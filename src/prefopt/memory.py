@@ -2,18 +2,25 @@
 
 With N parameters of which T train, p bytes per weight, W processes, and s = W where a part is sharded, else 1:
 
-    weights      p N / s            (4-bit: 0.56 bytes for each weight of a linear layer, p for the rest; the policy is never sharded then)
-    bf16 copies  2 T                where float32 weights compute in bf16 without DeepSpeed (autocast keeps them through a forward)
+    weights      p N / s            (4-bit: 0.56 bytes for each weight of a linear layer, p for the rest; the policy is
+    never sharded then)
+    bf16 copies  2 T                where float32 weights compute in bf16 without DeepSpeed (autocast keeps them
+    through a forward)
     gradients    p T / s
-    optimizer    states x 4 T / s   (1-byte states for 8-bit optimizers), plus a float32 master copy, 4 T / s, under DeepSpeed with bf16
+    optimizer    states x 4 T / s   (1-byte states for 8-bit optimizers), plus a float32 master copy, 4 T / s, under
+    DeepSpeed with bf16
     reference    p N / s            when a reference model is kept
-    one layer    4 bytes of the largest layer and of the embeddings where weights are sharded (gathered while they are used)
+    one layer    4 bytes of the largest layer and of the embeddings where weights are sharded (gathered while they are
+    used)
     activations  checkpointed: 2 bytes x tokens x width x layers, and one layer's own
-                 one layer: tokens x (16 width + 6 feed-forward width) x 2 bytes; without checkpointing this times layers
+                 one layer: tokens x (16 width + 6 feed-forward width) x 2 bytes; without checkpointing this times
+                     layers
     log-probs    8 bytes x scored tokens x min(vocabulary, 32768)
 
-ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well; offloaded parts count as nothing.
-"Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded training in one dtype;
+ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well; offloaded parts count
+as nothing.
+"Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded training in
+one dtype;
 activations and log-probs are upper estimates: kernels, fragmentation and the CUDA context come on top.
 """
 

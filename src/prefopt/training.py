@@ -1,6 +1,7 @@
 """One training run from a recipe: data first, then the model, then training, evaluation and what is kept.
 
-`train` is the whole of it; everything that can be wrong is looked at before any weights are loaded and before anything is written.
+`train` is the whole of it; everything that can be wrong is looked at before any weights are loaded and before anything
+is written.
 """
 
 from __future__ import annotations
@@ -20,9 +21,20 @@ from prefopt.data import TokenizationReport, describe_sample, load_datasets, tok
 from prefopt.launch import rank, tell, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe
-from prefopt.run_folder import open_folder
-from prefopt.run_models import check_model, check_reference, load_tokenizer, model_options, pair_models, single_model
-from prefopt.run_settings import build_configs, check_devices, check_output, missing_packages, resolved_recipe
+from prefopt.run import (
+    build_configs,
+    check_devices,
+    check_model,
+    check_output,
+    check_reference,
+    load_tokenizer,
+    missing_packages,
+    model_options,
+    open_folder,
+    pair_models,
+    resolved_recipe,
+    single_model,
+)
 
 TOKENIZERS = {"pairs": tokenize_pairs, "comparisons": tokenize_comparisons}
 
@@ -189,7 +201,8 @@ def finish(trainer: Any, data_args: DatasetArguments, *, push: bool) -> None:
     if push:
         if trainer.args.hub_token is None and get_token() is None:
             tell(
-                f"Not pushed: no hub login was found. `hf auth login`, then `hf upload NAME {trainer.args.output_dir}`."
+                "Not pushed: no hub login was found. `hf auth login`, then `hf upload NAME "
+                f"{trainer.args.output_dir}`."
             )
         else:
             trainer.push_to_hub()

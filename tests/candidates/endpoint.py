@@ -10,8 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Endpoint:
     """What the server saw, and what it does next.
 
-    `faults` are taken in turn, one a POST request, before anything is answered well: an HTTP status, "hang" (no answer while the
-    server runs), "drip" (a byte now and then), "cut" (less than announced), "text" (no JSON), "list", "empty" (an object
+    `faults` are taken in turn, one a POST request, before anything is answered well: an HTTP status, "hang" (no answer
+    while the
+    server runs), "drip" (a byte now and then), "cut" (less than announced), "text" (no JSON), "list", "empty" (an
+    object
     without choices), "aborted" (another finish_reason), "close" (no answer at all) or "redirect".
     `gather` holds requests back until that many are there, and a moment longer for more to come.
     """

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from prefopt.candidates.adversarial import adversarial_pairs, first_turn
+from prefopt.candidates.build_rows import adversarial_pairs, first_turn
 from prefopt.data.tokenization import tokenize_comparisons
 from tests.tiny import tiny_tokenizer
 

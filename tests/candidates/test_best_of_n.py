@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefopt.candidates.best_of_n import best_of_n, best_of_n_rows
+from prefopt.candidates.build_rows import best_of_n, best_of_n_rows
 
 RECORDS = [
     {"prompt": "p0", "responses": ["a", "b", "c"], "scores": [0.1, 2, -3.0], "source": "x"},

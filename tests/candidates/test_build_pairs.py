@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from prefopt.candidates.build_pairs import ALL_TIED, GAP_TOO_SMALL, TOO_FEW, TOO_FEW_LEFT, BuildPairsArguments, run
+from prefopt.candidates.build_pairs import (
+    ALL_TIED,
+    GAP_TOO_SMALL,
+    TOO_FEW,
+    TOO_FEW_LEFT,
+    BuildPairsArguments,
+    PairRecord,
+    length_bias,
+    run,
+    wilson_lower,
+)
 from prefopt.candidates.pairs import POLICIES, Pair, win_probabilities
-from prefopt.candidates.pairs_report import PairRecord, length_bias, wilson_lower
 from prefopt.candidates.records import make_candidate, make_record, off_policy_candidates, write_records
 from prefopt.cli import main
 from prefopt.data.loading import DataArguments, load_datasets
@@ -208,7 +217,8 @@ def test_arguments_are_checked():
             BuildPairsArguments(**{"candidates": "in", "output_dir": "out", **settings})
 
 
-# --- the length-bias test ---------------------------------------------------------------------------------------------------------
+# --- the length-bias test
+# ---------------------------------------------------------------------------------------------------------
 
 
 def lengths_of(*pairs, name="p{}"):
@@ -244,7 +254,8 @@ def test_the_warning_is_told(tmp_path, capsys):
     assert "**Warning:**" in (tmp_path / "out" / "pairs_report.md").read_text()
 
 
-# --- the command, and real data ---------------------------------------------------------------------------------------------------
+# --- the command, and real data
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_command_line(source, tmp_path, capsys):

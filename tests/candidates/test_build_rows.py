@@ -9,7 +9,7 @@ import pytest
 from prefopt.candidates.build_rows import BuildRowsArguments, run
 from prefopt.candidates.records import make_candidate, make_record, write_records
 from prefopt.cli import main
-from prefopt.data.comparisons import normalise_comparison
+from prefopt.data.rows import normalise_comparison
 from prefopt.files import read_json, read_jsonl, write_jsonl
 
 

@@ -8,9 +8,8 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from prefopt.candidates.convert import FORMATS, ConvertArguments, run
-from prefopt.candidates.formats.apo import clean_response
-from prefopt.candidates.formats.dialogues import from_dialogue, to_dialogue
-from prefopt.candidates.generate_arguments import GenerateArguments
+from prefopt.candidates.formats import clean_response, from_dialogue, to_dialogue
+from prefopt.candidates.generate import GenerateArguments
 from prefopt.candidates.records import make_candidate, make_record, read_records, write_records
 from prefopt.candidates.split import SplitArguments
 from prefopt.candidates.split import run as split

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 from prefopt.candidates.backends import Request, Sampling, completion_of
 from prefopt.candidates.backends.local import PenaltyWithoutPadding, TransformersBackend
 from prefopt.candidates.generate import GenerateArguments, Job, run
-from prefopt.candidates.processes import Processes
 from prefopt.candidates.records import read_records
-from prefopt.candidates.shards import ShardFailed
+from prefopt.candidates.shards import Processes, ShardFailed
 from prefopt.cli import main
 from prefopt.files import read_json, read_jsonl
 from tests.candidates.folders import HARD_PROMPTS, save_prompts, save_tiny
@@ -329,7 +328,8 @@ def test_prompts_without_room_and_empty_prompts_are_counted_and_listed(tmp_path,
 def test_each_prompt_that_the_template_refuses_is_listed_with_its_own_reason(tmp_path):
     model = save_tiny(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(
-        "{% if messages | length > 1 %}{{ raise_exception('not after ' + messages[0]['role']) }}{% endif %}{{ messages[0]['content'] }}"
+        "{% if messages | length > 1 %}{{ raise_exception('not after ' + messages[0]['role']) }}{% endif %}{{ "
+        "messages[0]['content'] }}"
     )
     rows = [
         {"prompt": [{"role": role, "content": "x"}, {"role": "user", "content": "y"}], "prompt_id": role}

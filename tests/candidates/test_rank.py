@@ -13,8 +13,7 @@ import pytest
 from datasets import Dataset
 
 from prefopt.candidates.pairs import score_differences
-from prefopt.candidates.rank import run
-from prefopt.candidates.rank_arguments import FLAG_ALIASES, RankArguments
+from prefopt.candidates.rank import FLAG_ALIASES, RankArguments, run
 from prefopt.candidates.records import make_candidate, make_record, read_records, write_records
 from tests.candidates.ranking import judge_server, records, save_reward_model
 from tests.models.test_pair_ranker import save_published, tiny_ranker
@@ -291,5 +290,6 @@ def test_real_prompts_on_two_processes_killed_and_resumed(tmp_path):
     scores = [c["scores"]["rm"] for record in read_records(tmp_path / "killed") for c in record["candidates"]]
     assert len(scores) == 3 * 603 and np.std(scores) > 0.05
     print(
-        f"ranking: 603 prompts, killed after {finished} of 19 shards and resumed: identical; {time.monotonic() - started:.0f} s"
+        f"ranking: 603 prompts, killed after {finished} of 19 shards and resumed: identical; "
+        f"{time.monotonic() - started:.0f} s"
     )

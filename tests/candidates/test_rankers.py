@@ -13,8 +13,8 @@ from prefopt.candidates.pairs import win_probabilities
 from prefopt.candidates.rankers import RankerOptions, build_ranker
 from prefopt.candidates.rankers.base import Request, check_scores, encode_answers, length_batches, plain_text
 from prefopt.candidates.rankers.judge import JudgeRanker, verdict
+from prefopt.candidates.rankers.pair_rm import Limits
 from prefopt.models.general_preference import GeneralPreferenceModel
-from prefopt.models.pair_ranker import Limits
 from prefopt.models.reward import RewardModel
 from tests.candidates.ranking import ANSWERS, PROMPTS, REQUESTS, SHAPE, judge_server, save_reward_model, spread, tally
 from tests.models.test_pair_ranker import deberta_tokenizer, logit, save_published, tiny_ranker
@@ -30,7 +30,8 @@ def conversation(prompt, answer):
     return [*turns, {"role": "assistant", "content": answer}]
 
 
-# --- sequence classification --------------------------------------------------------------------------------------------------
+# --- sequence classification
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pad", [0, None])
@@ -182,7 +183,8 @@ def test_a_turn_that_the_template_refuses_names_the_row(tmp_path):
         build("reward-model", tmp_path).rank([Request("sys1", prompt, ["a", "b"])], tally())
 
 
-# --- pairwise rankers -----------------------------------------------------------------------------------------------------------
+# --- pairwise rankers
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 100, 16384])
@@ -219,7 +221,8 @@ def test_general_preference_tables(tmp_path, gate):
         ]
         for answer in request.candidates:
             ids = tokenizer.apply_chat_template(conversation(request.prompt, answer), return_tensors="pt")["input_ids"]
-            # this tokenizer reads the last line break of the prompt otherwise where an answer follows: the prompt ends before it
+            # this tokenizer reads the last line break of the prompt otherwise where an answer follows: the prompt ends
+            # before it
             length = next(n for n, (alone, followed) in enumerate(zip(bare, ids[0].tolist())) if alone != followed)
             embedding, gates = model.embeddings(ids, None, torch.tensor([length]))
             vectors.append(embedding[0].double().numpy())
@@ -270,7 +273,8 @@ def test_a_released_general_preference_model_reads_what_it_was_trained_on(tmp_pa
     assert ranker.as_released and not build("general-preference", tmp_path / "ours").as_released
 
 
-# --- the judge ------------------------------------------------------------------------------------------------------------------
+# --- the judge
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def judge(url):
@@ -335,12 +339,14 @@ def test_templates_of_the_user(tmp_path):
     assert ranker.question(Request("r", "{answer_a}", ["a", "b"]), 1, 0) == "{answer_a}|b|a|{other}"
 
 
-# --- functions, checks, batches --------------------------------------------------------------------------------------------------
+# --- functions, checks, batches
+# --------------------------------------------------------------------------------------------------
 
 
 def test_functions_by_file_and_by_module(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Rule:\n    weight: int = 1\n\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Rule:\n    "
+        "weight: int = 1\n\n"
         "def score(prompt, candidates):\n    return [len(prompt) + Rule().weight * len(text) for text in candidates]\n"
     )
     (row,) = build("function", f"{tmp_path}/mine.py:score").rank([Request("r", "ab", ["x", "xyz"])], tally())

@@ -6,9 +6,7 @@ import textwrap
 
 import pytest
 
-from prefopt.candidates.processes import Processes
-from prefopt.candidates.progress import Progress, duration
-from prefopt.candidates.shards import ShardFailed, ShardPlan, run_shards, shard_seed
+from prefopt.candidates.shards import Processes, Progress, ShardFailed, ShardPlan, duration, run_shards, shard_seed
 from prefopt.files import read_json
 from tests.candidates.launching import kill_when, launch
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from prefopt.data import BadRow
-from prefopt.data.comparisons import normalise_comparison
+from prefopt.data.rows import normalise_comparison
 
 
 def test_prompt_responses_scores():

@@ -22,7 +22,7 @@ from prefopt.evaluation.evaluate import EvaluateArguments, run, stop_reason
 from prefopt.evaluation.preference import preference_accuracy
 from prefopt.evaluation.win_rate import interval, join_answers, length_statistics, win_rate
 from prefopt.files import read_json, write_json, write_jsonl
-from prefopt.references.models import ReferenceModel
+from prefopt.references.filling import ReferenceModel
 from prefopt.scoring.layouts import Group
 from tests.candidates.launching import free_port
 from tests.scoring.helpers import plain_logps
@@ -41,7 +41,8 @@ def scored(mine, theirs, *, table=None):
     return {**record, "tables": {"r": table} if table is not None else {}}
 
 
-# ---- win rates ---------------------------------------------------------------------------------------------------------------------
+# ---- win rates
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_win_rate_by_hand():
@@ -115,7 +116,8 @@ def test_answers_are_joined_by_prompt_under_their_policies_names():
     }  # fmt: skip
 
 
-# ---- preference accuracy -----------------------------------------------------------------------------------------------------------
+# ---- preference accuracy
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # packed, padded
@@ -136,7 +138,8 @@ def test_preference_accuracy_is_that_of_plain_forwards(architecture):
     assert found.margin_per_token == pytest.approx(float(per_token.mean()), rel=1e-3, abs=1e-6)
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------------------
+# ---- the command
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def answer_folder(path, texts):
@@ -276,7 +279,8 @@ def test_what_evaluate_refuses(settings, said):
         EvaluateArguments(output_dir="out", **settings)
 
 
-# ---- the report --------------------------------------------------------------------------------------------------------------------
+# ---- the report
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def write_iteration(run_dir, number, rate, *, stop=None):
@@ -348,7 +352,8 @@ def test_a_run_without_evaluations(tmp_path, capsys):
     assert "has no iteration with an evaluation" in capsys.readouterr().err
 
 
-# ---- AlpacaEval --------------------------------------------------------------------------------------------------------------------
+# ---- AlpacaEval
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_alpaca_evals_config_has_the_published_sampling(tmp_path):

@@ -5,8 +5,17 @@ import csv
 import pytest
 
 from prefopt.cli import main
-from prefopt.evaluation.study import HEALTH_FILE, STUDY_FILE, conclude, read_study
-from prefopt.evaluation.study_report import PICTURE, ROWS_FILE, TABLE_FILE, VERDICT_FILE, report_study
+from prefopt.evaluation.study import (
+    HEALTH_FILE,
+    PICTURE,
+    ROWS_FILE,
+    STUDY_FILE,
+    TABLE_FILE,
+    VERDICT_FILE,
+    conclude,
+    read_study,
+    report_study,
+)
 from prefopt.files import read_json, write_json
 
 # validation and test accuracy of each seed; b is best on test but never on validation

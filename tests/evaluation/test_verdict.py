@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from prefopt.evaluation.verdict import (
+from prefopt.evaluation.study import (
     chosen_on_validation,
     influence,
     paired_difference,

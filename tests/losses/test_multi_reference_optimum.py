@@ -1,6 +1,7 @@
 """Which loss belongs to which objective: a policy over six outcomes, optimised by brute force.
 
-The policy maximises E r - beta sum_k a_k D_k, D_k being the reverse KL(pi || pi_k) or the forward KL(pi_k || pi). At that
+The policy maximises E r - beta sum_k a_k D_k, D_k being the reverse KL(pi || pi_k) or the forward KL(pi_k || pi). At
+that
 optimum, a loss that belongs to the objective reads the true reward differences off the policy.
 """
 

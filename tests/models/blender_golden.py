@@ -2,7 +2,8 @@
 
     python tests/models/blender_golden.py FOLDER
 
-FOLDER gets `backbone/` (config, SentencePiece tokenizer), `ranker/` (layout of llm-blender/PairRM), `ranker-hf/` (layout of
+FOLDER gets `backbone/` (config, SentencePiece tokenizer), `ranker/` (layout of llm-blender/PairRM), `ranker-hf/`
+(layout of
 PairRM-hf) and `golden.json`: prompts, candidates, and per ordered pair the token ids and the logit.
 """
 
@@ -48,8 +49,14 @@ def make_tokenizer(folder: Path, size: int) -> None:
         hard_vocab_limit=False,
         byte_fallback=False,
         minloglevel=2,
-        **{"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3},
-        **{"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"},
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
     )
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import DebertaV2Config
 
-from prefopt.models.pair_ranker import MARKERS, Limits, PairRanker
+from prefopt.candidates.rankers.pair_rm import MARKERS, Limits, PairRanker
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,7 +180,8 @@ def test_parity_with_llm_blender(tmp_path):
     lengths = [len(ids) for row in golden["ranker"] for ids in row["ids"]]
     spread = max(abs(value) for row in golden["ranker"] for line in row["table"] for value in line)
     print(
-        f"llm-blender parity: {compared} pairs, largest difference {worst:.1e}, logits up to {spread:.2f}, up to {max(lengths)} tokens"
+        f"llm-blender parity: {compared} pairs, largest difference {worst:.1e}, logits up to {spread:.2f}, up to "
+        f"{max(lengths)} tokens"
     )
     assert max(lengths) >= 1224 + 412 and spread > 0.5  # the limits bind, and the logits are not all about zero
     assert worst < 1e-5

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from prefopt.models.pooling import pooled_columns
+from prefopt.models.heads import pooled_columns
 from prefopt.models.reward import RewardModel
 from tests.tiny import tiny_model
 

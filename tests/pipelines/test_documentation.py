@@ -9,8 +9,8 @@ from pathlib import Path
 from prefopt.cli import COMMANDS
 from prefopt.losses import gpo_loss, sppo_hard_loss, sppo_loss, sppo_single_loss
 from prefopt.pipelines.run import LOOPS, PipelineArguments
-from prefopt.pipelines.sppo_keys import Evaluation, SelfPlayLoop
-from prefopt.recipes.locate import packaged_names
+from prefopt.pipelines.self_play import Evaluation, SelfPlayLoop
+from prefopt.recipes.source import packaged_names
 from prefopt.trainers.sppo import SELF_PLAY_LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]

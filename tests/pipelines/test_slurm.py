@@ -9,7 +9,7 @@ import pytest
 
 from prefopt.pipelines.commands import Commands
 from prefopt.pipelines.run import read_pipeline
-from prefopt.pipelines.sppo import stages_of
+from prefopt.pipelines.self_play import stages_of
 from prefopt.recipes.recipe import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]

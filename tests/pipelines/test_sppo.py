@@ -13,10 +13,10 @@ from prefopt import cli
 from prefopt.files import write_json
 from prefopt.pipelines.commands import Commands
 from prefopt.pipelines.run import read_pipeline
-from prefopt.pipelines.sppo import stages_of, stop_after
+from prefopt.pipelines.self_play import stages_of, stop_after
 from prefopt.pipelines.state import RunLock
-from prefopt.recipes.locate import locate, packaged_names
 from prefopt.recipes.recipe import load_settings
+from prefopt.recipes.source import locate, packaged_names
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "examples" / "self_play" / "recipe.yaml"
@@ -249,7 +249,8 @@ def test_the_rule_of_an_evaluation_ends_the_loop_after_its_report(tmp_path):
     assert stop_after(stages["iteration-2/report"], tmp_path) == "the win rate against previous is 0.510, below 0.55"
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------------------
+# ---- the command
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_shows_the_commands_and_writes_nothing(tmp_path, capsys):

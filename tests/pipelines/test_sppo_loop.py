@@ -16,9 +16,8 @@ import pytest
 
 from prefopt import cli
 from prefopt.files import read_json
-from prefopt.pipelines.process import marked_sessions
 from prefopt.pipelines.stages import Runner
-from prefopt.pipelines.state import RunLock
+from prefopt.pipelines.state import RunLock, marked_sessions
 from tests.pipelines.toy import ROOT, environment, forked, make_game, stages, words
 
 pytestmark = pytest.mark.slow
@@ -54,7 +53,8 @@ def test_three_iterations_raise_the_rules_win_rate(tmp_path):
     found = [read_json(run_dir / f"iteration-{t}" / "evaluate" / "evaluation.json") for t in (1, 2, 3)]
     rates = [0.5, *(evaluation["win_rates"]["base"]["win_rate"] for evaluation in found)]
     print(
-        f"\nSPPO, win rate against base by iteration: {[round(r, 3) for r in rates[1:]]} in {time.monotonic() - began:.0f} s"
+        f"\nSPPO, win rate against base by iteration: {[round(r, 3) for r in rates[1:]]} in "
+        f"{time.monotonic() - began:.0f} s"
     )
     assert all(before < after for before, after in pairwise(rates))
     assert found[2]["win_rates"]["base"]["low"] > 0.6 and found[1]["win_rates"]["previous"]["win_rate"] > 0.5

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from prefopt import files
-from prefopt.pipelines import process
+from prefopt.pipelines import state
 from prefopt.pipelines.stages import Runner, Stage
 from prefopt.pipelines.state import LOCK_FILE, PREVIOUS_FILE, STATE_FILE, RunLock
 
@@ -162,7 +162,8 @@ def test_what_comes_at_the_end_comes_after_an_early_end_too(tmp_path):
     assert calls(tmp_path) == ["a", "b", "push/b"]
 
 
-# ---- ways to end badly ---------------------------------------------------------------------------------------------------------------
+# ---- ways to end badly
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_stage_stops_the_run_with_its_log_and_is_continued_in_its_folder(tmp_path):
@@ -189,7 +190,7 @@ def test_a_stage_that_writes_nothing_has_failed(tmp_path):
 @pytest.mark.parametrize("left", ["sleep 300", "while sleep 0.1; do echo still here; done"])
 def test_a_stage_has_ended_when_its_command_has(tmp_path, monkeypatch, left):
     """A worker that outlives its parent (killed for memory, say) keeps the pipe open: it is ended, and does not hold up the run."""
-    monkeypatch.setattr(process, "GRACE", 2.0)
+    monkeypatch.setattr(state, "GRACE", 2.0)
     stages = [shell(tmp_path, "a", f"({left}) & echo $! > $RUN/worker; echo the end; exit 3")]
     began = time.monotonic()
     with pytest.raises(ValueError, match="the stage a ended with status 3"):
@@ -286,7 +287,10 @@ SCRIPT = """
 
 def slow_stages(run_dir):
     """Stages that add lines to their result, one at a time, and continue where they find some."""
-    count = "n=$(cat $OUT/part 2>/dev/null | wc -l); while [ $n -lt 12 ]; do echo $n >> $OUT/part; n=$((n+1)); sleep 0.05; done; "
+    count = (
+        "n=$(cat $OUT/part 2>/dev/null | wc -l); while [ $n -lt 12 ]; do echo $n >> $OUT/part; n=$((n+1)); sleep "
+        "0.05; done; "
+    )
     return [
         shell(run_dir, "a", count + "mv $OUT/part $OUT/result"),
         shell(run_dir, "b", count + "cat $RUN/a/result $OUT/part > $OUT/result", needs=["a"]),
@@ -339,7 +343,10 @@ def test_a_killed_run_continues_to_the_same_result(tmp_path, stage, how):
 @pytest.mark.parametrize("holds_lock", [True, False])
 def test_what_a_dead_stage_has_left_at_work_is_ended_as_well(tmp_path, holds_lock):
     """Runner and stage are killed; a process that the stage started, in a session of its own, lives on."""
-    code = f"import os, time; {'' if holds_lock else 'os.closerange(3, 1000);'} os.mkdir('{tmp_path}/at_work'); time.sleep(300)"
+    code = (
+        f"import os, time; {'' if holds_lock else 'os.closerange(3, 1000);'} os.mkdir('{tmp_path}/at_work'); "
+        "time.sleep(300)"
+    )
     work = f'setsid {sys.executable} -c "{code}" & echo $! > $RUN/orphan; wait'
     stage = shell(tmp_path, "a", f"test -e $RUN/at_work || {{ {work}; }}; echo 1 > $OUT/result")
     child = os.fork()
@@ -360,7 +367,10 @@ def test_what_a_dead_stage_has_left_at_work_is_ended_as_well(tmp_path, holds_loc
 
 def test_output_is_shown_line_by_line(tmp_path):
     """A Python program's prints arrive while it runs, although it writes to a pipe."""
-    code = "import pathlib, time\nprint('first', flush=False)\nfor _ in range(500):\n    if pathlib.Path('seen').exists(): break\n    time.sleep(0.02)\nelse: raise SystemExit('not shown')"
+    code = (
+        "import pathlib, time\nprint('first', flush=False)\nfor _ in range(500):\n    if "
+        "pathlib.Path('seen').exists(): break\n    time.sleep(0.02)\nelse: raise SystemExit('not shown')"
+    )
 
     class Console(io.StringIO):
         def write(self, text):

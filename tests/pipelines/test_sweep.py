@@ -12,8 +12,7 @@ import yaml
 from prefopt.cli import main
 from prefopt.files import read_json, write_json, write_jsonl
 from prefopt.pipelines.stages import Runner
-from prefopt.pipelines.sweep import Sweep
-from prefopt.pipelines.sweep_arguments import SweepArguments
+from prefopt.pipelines.sweep import Sweep, SweepArguments
 from prefopt.recipes import locate
 from tests.references.helpers import reference
 from tests.tiny_runs import pair_rows

@@ -13,7 +13,7 @@ import torch
 
 from prefopt.pipelines.commands import Commands
 from prefopt.pipelines.run import read_pipeline
-from prefopt.pipelines.sppo import stages_of
+from prefopt.pipelines.self_play import stages_of
 from prefopt.pipelines.stages import Stage
 from prefopt.recipes.recipe import load_settings
 

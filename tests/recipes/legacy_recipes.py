@@ -166,7 +166,8 @@ SPPO = (
     .replace('save_strategy: "steps"\nsave_steps: 10000', 'save_strategy: "epoch"')
 )
 
-# name -> (command, recipe, overrides that are neither model, data nor hardware but belong to the original's own launch script)
+# name -> (command, recipe, overrides that are neither model, data nor hardware but belong to the original's own launch
+# script)
 RECIPES = {
     "wpo": ("wpo", WPO, []),
     "handbook": ("dpo", HANDBOOK, []),

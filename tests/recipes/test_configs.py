@@ -14,7 +14,7 @@ from prefopt.launch import split_launch_settings
 from prefopt.memory import Launch
 from prefopt.recipes import build, locate, packaged_names
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
-from prefopt.run_settings import batch_sizes, check_adapter_keys
+from prefopt.run import batch_sizes, check_adapter_keys
 
 ROOT = Path(__file__).parents[2]
 # pipelines and studies name stages and runs, not one command's keys; their own tests read them

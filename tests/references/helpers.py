@@ -3,7 +3,7 @@
 import torch
 from datasets import Dataset
 
-from prefopt.references.models import ReferenceModel
+from prefopt.references.filling import ReferenceModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [

@@ -80,7 +80,7 @@ def test_a_partial_cache_is_completed(tmp_path):
 
 def test_two_writers_at_once_do_not_disturb_each_other(tmp_path):
     one, two = ScoreCache(tmp_path, SCORER), ScoreCache(tmp_path, SCORER)
-    fill(one, range(0, 6))
+    fill(one, range(6))
     fill(two, range(3, 9), offset=1e-4)  # the same rows with another rounding
     one.flush()
     two.flush()

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from prefopt.references.health import cards_table, health_cards, wilson_interval
+from prefopt.intervals import wilson_interval
+from prefopt.references.health import cards_table, health_cards
 
 
 def scores(nats_per_byte, *, rows=200, gap=0.1, seed=0):

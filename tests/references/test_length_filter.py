@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from prefopt.data import tokenize_pairs
-from prefopt.references.length_filter import filter_by_length
+from prefopt.pipelines.study_data import filter_by_length
 from tests.references.helpers import pairs
 from tests.tiny import tiny_tokenizer
 

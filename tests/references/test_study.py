@@ -32,7 +32,8 @@ def test_a_damaged_reference_is_found_and_every_weighting_survives_it(tmp_path):
     told = {Path(card.name).name: card for card in clean.health}
     for name, card in told.items():
         print(
-            f"{name}: {card.nats_per_byte:.2f} nats per byte, accuracy {card.accuracy:.3f}; {card.quarantine or 'healthy'}"
+            f"{name}: {card.nats_per_byte:.2f} nats per byte, accuracy {card.accuracy:.3f}; "
+            f"{card.quarantine or 'healthy'}"
         )
     assert [name for name, card in told.items() if card.quarantine] == ["damaged"]
     assert read_json(tmp_path / "clean" / "study.json")["usable"] == models[:3]

@@ -13,7 +13,7 @@ from prefopt.data import tokenize_pairs
 from prefopt.references import text as text_module
 from prefopt.references.cache import ScoreCache, text_key
 from prefopt.references.columns import join_reference_scores
-from prefopt.references.models import ReferenceModel
+from prefopt.references.filling import ReferenceModel
 from prefopt.references.text import ScoringSettings, read_checks, score_reference, text_scorer
 from tests.references.helpers import ROWS, pairs, reference, score_plainly
 from tests.tiny import tiny_tokenizer

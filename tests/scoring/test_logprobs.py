@@ -301,7 +301,7 @@ def test_score_weights_weigh_tokens():
 @pytest.mark.slow
 def test_flex_attention_packs_exactly_and_stops_compiling():
     """Forward only, which is all that FlexAttention does on a CPU; a third row length compiles nothing new."""
-    from prefopt.trainers.compilation import compiled_so_far
+    from prefopt.trainers.base import compiled_so_far
 
     groups = random_groups(5, seed=1)
     plain = plain_logps(tiny_model("llama", head_dim=16), groups)

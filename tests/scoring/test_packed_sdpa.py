@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from prefopt.scoring.attention import packed_attention_mask
+from prefopt.scoring.attention import PackedMask, packed_attention_mask
 from prefopt.scoring.layouts import PackedLayout
-from prefopt.scoring.packed_sdpa import PackedMask
 from tests.scoring.helpers import random_groups
 
 

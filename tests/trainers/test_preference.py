@@ -46,7 +46,8 @@ def lora(**options) -> LoraConfig:
     )
 
 
-# ---- what is logged ----------------------------------------------------------------------------------------------------------------
+# ---- what is logged
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -171,7 +172,8 @@ def test_vocabulary_metrics_can_be_dropped(tmp_path):
     assert not {"entropy", "logits/chosen", "mean_token_accuracy"} & set(trainer.state.log_history[0])
 
 
-# ---- batches, accumulation, evaluation ---------------------------------------------------------------------------------------------
+# ---- batches, accumulation, evaluation
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -287,7 +289,8 @@ def test_the_mixture_of_experts_loss_is_added(tmp_path):
         make_trainer(tmp_path, router_aux_loss_coef=0.1)
 
 
-# ---- references --------------------------------------------------------------------------------------------------------------------
+# ---- references
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_reference_is_the_model_as_it_is_now_and_does_not_move(tmp_path):
@@ -368,11 +371,11 @@ def test_a_trained_adapter_trains_against_a_frozen_copy_of_itself(tmp_path):
 
 
 def test_the_policy_is_its_reference_without_dropout_and_goes_on_with_its_checkpointing(tmp_path, monkeypatch):
-    from prefopt.trainers import checkpointing
+    from prefopt.trainers import base
 
     used = []
-    contexts = checkpointing.selective_contexts
-    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
+    contexts = base.selective_contexts
+    monkeypatch.setattr(base, "selective_contexts", lambda: used.append(1) or contexts())
     trainer = make_trainer(
         tmp_path, model=tiny_model(attention_dropout=0.5), trainer_options={"peft_config": lora()}, max_steps=3,
         disable_dropout=False, gradient_checkpointing=True, selective_checkpointing=True,
@@ -494,7 +497,8 @@ def test_losses_without_a_reference_keep_none(tmp_path):
     assert history(trainer)[0] == pytest.approx(expected, rel=1e-5)
 
 
-# ---- stopping, saving, resuming ----------------------------------------------------------------------------------------------------
+# ---- stopping, saving, resuming
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -570,7 +574,7 @@ def test_a_saved_model_loads_in_plain_transformers_with_its_card(tmp_path):
 def test_an_empty_tensor_in_a_saved_model_is_an_error(tmp_path):
     from safetensors.torch import save_file
 
-    from prefopt.trainers.saving import check_saved_shapes
+    from prefopt.trainers.checkpoints import check_saved_shapes
 
     save_file({"whole": torch.zeros(2), "empty": torch.zeros(0)}, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match="zero3_save_16bit_model"):
@@ -579,11 +583,11 @@ def test_an_empty_tensor_in_a_saved_model_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpointing_changes_nothing(tmp_path, selective, monkeypatch):
-    from prefopt.trainers import checkpointing
+    from prefopt.trainers import base
 
     used = []
-    contexts = checkpointing.selective_contexts
-    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
+    contexts = base.selective_contexts
+    monkeypatch.setattr(base, "selective_contexts", lambda: used.append(1) or contexts())
     plain = make_trainer(tmp_path, max_steps=2)
     checkpointed = make_trainer(
         tmp_path,

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from prefopt import AdversarialRewardConfig, AdversarialRewardTrainer, RewardConfig, RewardTrainer
-from prefopt.candidates.adversarial import adversarial_pairs
+from prefopt.candidates.build_rows import adversarial_pairs
 from prefopt.files import read_jsonl
 from prefopt.models.reward import RewardModel
 from tests.tiny import tiny_model, tiny_tokenizer

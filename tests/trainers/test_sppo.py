@@ -252,7 +252,8 @@ def test_a_mixture_of_losses_weighs_them(tmp_path):
     assert {"targets/chosen_sppo", "targets/chosen_sppo_single"} <= set(entry)
 
 
-# ---- what is needed, what is refused -----------------------------------------------------------------------------------------------
+# ---- what is needed, what is refused
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", sorted(SELF_PLAY_LOSSES))

@@ -9,7 +9,28 @@ from typing import Any
 
 from datasets import Dataset
 
-from prefopt.candidates.formats import Context, Format, apo, dialogues, read_pairs, sppo
+from prefopt.candidates.formats import (
+    Context,
+    Format,
+    pairs_to_records,
+    read_comparisons,
+    read_completions,
+    read_generated,
+    read_golden,
+    read_hh,
+    read_pairs,
+    read_responses,
+    read_samples,
+    read_ultrafeedback,
+    write_adversarial_pairs,
+    write_comparisons,
+    write_completions,
+    write_generated,
+    write_hh,
+    write_pairs,
+    write_samples,
+    write_ultrafeedback,
+)
 from prefopt.candidates.records import read_records, write_records
 from prefopt.data.messages import without_none
 from prefopt.data.rows import Row
@@ -24,32 +45,28 @@ def _as_they_are(rows: Sequence[Row], context: Context) -> list[Row]:
 FORMATS: dict[str, Format] = {
     "records": Format("candidate records of prefopt", "records", _as_they_are, _as_they_are),
     "pairs": Format("pairs: prompt, chosen, rejected, method columns", "pairs", read_pairs, _as_they_are),
-    "responses": Format(
-        "any dataset with a prompt and `columns` of responses", "records", dialogues.read_responses, None
-    ),
-    "sppo_generated": Format(
-        "SPPO: generate_k, rm_scores, probability", "records", sppo.read_generated, sppo.write_generated
-    ),
-    "sppo": Format("SPPO: chosen, rejected, chosen_probs*", "pairs", read_pairs, sppo.write_pairs),
+    "responses": Format("any dataset with a prompt and `columns` of responses", "records", read_responses, None),
+    "sppo_generated": Format("SPPO: generate_k, rm_scores, probability", "records", read_generated, write_generated),
+    "sppo": Format("SPPO: chosen, rejected, chosen_probs*", "pairs", read_pairs, write_pairs),
     "apo_samples": Format(
-        "APO: query_id, query, sample_k (and a file `golden`)", "records", apo.read_samples, apo.write_samples
+        "APO: query_id, query, sample_k (and a file `golden`)", "records", read_samples, write_samples
     ),
     "apo_comparisons": Format(
-        "APO: text and scores of any number of responses", "records", apo.read_comparisons, apo.write_comparisons
+        "APO: text and scores of any number of responses", "records", read_comparisons, write_comparisons
     ),
     "apo_pairs": Format(
-        "APO: text and scores, golden answer against each sample", "records", None, apo.write_adversarial_pairs
+        "APO: text and scores, golden answer against each sample", "records", None, write_adversarial_pairs
     ),
     "ultrafeedback": Format(
         "UltraFeedback: chosen and rejected conversations",
         "pairs",
-        dialogues.read_ultrafeedback,
-        dialogues.write_ultrafeedback,
+        read_ultrafeedback,
+        write_ultrafeedback,
     ),
     "ultrafeedback_completions": Format(
-        "UltraFeedback: instruction, completions", "records", dialogues.read_completions, dialogues.write_completions
+        "UltraFeedback: instruction, completions", "records", read_completions, write_completions
     ),
-    "hh": Format("HH: chosen and rejected dialogues", "pairs", dialogues.read_hh, dialogues.write_hh),
+    "hh": Format("HH: chosen and rejected dialogues", "pairs", read_hh, write_hh),
 }
 READABLE = tuple(name for name, form in FORMATS.items() if form.read is not None)
 WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
@@ -90,7 +107,8 @@ class ConvertArguments:
         source, target = FORMATS[self.from_format], FORMATS[self.to_format]
         if source.kind == "records" and target.kind == "pairs":
             raise ValueError(
-                f"{self.from_format} holds candidates and {self.to_format} pairs: score the candidates with `prefopt rank` and "
+                f"{self.from_format} holds candidates and {self.to_format} pairs: score the candidates with `prefopt "
+                "rank` and "
                 "choose pairs with `prefopt build-pairs`."
             )
         for name, where in (
@@ -120,13 +138,13 @@ def run(args: ConvertArguments) -> Path:
         rows = [without_none(row) for row in load_source(DataSource(args.input, split=args.split))]
     golden = None
     if args.golden is not None:
-        golden = apo.read_golden(list(load_source(DataSource(args.golden))))
+        golden = read_golden(list(load_source(DataSource(args.golden))))
     context = Context(args.columns, golden, args.score, args.one_sample, args.seed, args.as_messages)
     source, target = FORMATS[args.from_format], FORMATS[args.to_format]
     assert source.read is not None and target.write is not None
     found = source.read(rows, context)
     if source.kind == "pairs" and target.kind == "records":
-        found = dialogues.pairs_to_records(found)
+        found = pairs_to_records(found)
     written = target.write(found, context)
     if not written:
         reasons = ", ".join(f"{number} {name}" for name, number in context.counts.items() if number)

@@ -45,8 +45,10 @@ def _as_array(scores: Any) -> Array:
 def score_differences(scores: Any) -> Array:
     """How far each candidate's score lies above each other's: the (R, R) antisymmetric table D behind every quantity here.
 
-    Formula: D_ij = s_i - s_j for scores s of shape (R,); D_ij = (c_ij - c_ji) / 2 for a table of logits c of shape (R, R),
-    where c_ij is the logit that candidate i, shown first, beats candidate j. Averaging the two orders cancels a ranker's
+    Formula: D_ij = s_i - s_j for scores s of shape (R,); D_ij = (c_ij - c_ji) / 2 for a table of logits c of shape (R,
+    R),
+    where c_ij is the logit that candidate i, shown first, beats candidate j. Averaging the two orders cancels a
+    ranker's
     preference for the first place and leaves a table that is antisymmetric already (c_ij = -c_ji) as it is.
 
     Args:
@@ -83,7 +85,8 @@ def sigmoid(logits: Array) -> Array:
 def aggregate_scores(table: Any) -> Array:
     """One score per candidate from a table of logits, as LLM-Blender defines it.
 
-    Formula: s_i = (1/R) sum_j (c_ij - c_ji). Where c_ij = r_i - r_j, s_i - s_j = 2 (r_i - r_j): the logits are doubled.
+    Formula: s_i = (1/R) sum_j (c_ij - c_ji). Where c_ij = r_i - r_j, s_i - s_j = 2 (r_i - r_j): the logits are
+    doubled.
 
     Args:
         table: (R, R) logits.
@@ -127,7 +130,8 @@ def row_means(table: Array, *, include_self: bool) -> Array:
     return (table.sum(axis=1) - np.diagonal(table)) / (len(table) - 1)
 
 
-# --- what each policy picks. `standing` (R,) ranks; `allowed` lists the candidates that may be picked, in order. ---------------
+# --- what each policy picks. `standing` (R,) ranks; `allowed` lists the candidates that may be picked, in order.
+# ---------------
 
 Picker = Callable[[Array, list[int], Sequence[str], random.Random, float], list[tuple[int, int]]]
 
@@ -225,27 +229,34 @@ def select_pairs(
 ) -> list[Pair]:
     """Pick the preference pairs of one prompt; none where the candidates tie.
 
-    A pair is kept where its gap is positive and at least `min_gap`. Ties go to the first candidate unless the policy says otherwise:
+    A pair is kept where its gap is positive and at least `min_gap`. Ties go to the first candidate unless the policy
+    says otherwise:
 
-    - `best_worst`: highest and lowest (for a table: of mean win probability); `max_min`: of score (for a table: of mean logit).
+    - `best_worst`: highest and lowest (for a table: of mean win probability); `max_min`: of score (for a table: of
+    mean logit).
     - `best_random`: highest score, and a random one of those below it by the required gap (WPO, first version).
-    - `wpo_v2`: highest score, among several the shortest; lowest score, among several the one whose length (in characters)
+    - `wpo_v2`: highest score, among several the shortest; lowest score, among several the one whose length (in
+    characters)
       differs least from the chosen's.
     - `all_pairs`: every pair of different scores.
-    - `sppo`: highest and lowest mean win probability; `sppo_paper`: the published variant, which ranks by s = `aggregate_scores`
+    - `sppo`: highest and lowest mean win probability; `sppo_paper`: the published variant, which ranks by s =
+    `aggregate_scores`
       of a table (or by given scores) and takes P_ij = sigmoid(s_i - s_j), the self term among the R terms of the mean.
-    - `gpo`: highest and lowest mean of score differences D_ij / temperature, which become chosen_score and rejected_score.
+    - `gpo`: highest and lowest mean of score differences D_ij / temperature, which become chosen_score and
+    rejected_score.
 
     Args:
         texts: R candidates.
         scores: (R,) scores or an (R, R) table of logits c_ij that candidate i, shown first, beats j.
         policy: one of the above.
         seed: for `best_random`; use another one for each prompt.
-        probabilities: win probabilities from the "pairwise" table, or from its row means ("aggregate"); the same for (R,) scores.
+        probabilities: win probabilities from the "pairwise" table, or from its row means ("aggregate"); the same for
+            (R,) scores.
         temperature: divides the logits of the probabilities (and of `gpo`'s differences).
         include_self: whether a candidate's own P_ii = 0.5 (or D_ii = 0) is one of the R terms of its mean.
         min_gap: in the unit of the quantity ranked by.
-        eligible: which candidates may be picked (default all). The others still count in the means: they are samples too.
+        eligible: which candidates may be picked (default all). The others still count in the means: they are samples
+            too.
 
     Returns:
         Pairs, at most one except for `all_pairs`.

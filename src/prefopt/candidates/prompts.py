@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.candidates.records import Candidate, off_policy_candidates
 from prefopt.data.encoding import Group, check_chat_template, encode_groups
-from prefopt.data.faults import PROMPT_TOO_LONG, BadRow
-from prefopt.data.messages import as_messages, without_none
+from prefopt.data.messages import PROMPT_TOO_LONG, BadRow, as_messages, without_none
 from prefopt.data.rows import CONTEXT_COLUMNS, Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
 
@@ -47,12 +46,14 @@ def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequenc
 
     Args:
         source: where the rows are.
-        column: holds the prompt, a string or a list of messages. A dataset without a `prompt` column gives the prompts of
+        column: holds the prompt, a string or a list of messages. A dataset without a `prompt` column gives the prompts
+            of
             its conversations (`messages`) or pairs (`chosen`, `rejected`).
         off_policy_columns: columns of responses, see `off_policy_candidates`.
 
     Raises:
-        ValueError: no such dataset or column; two different prompts with one `prompt_id`; a response that cannot be read.
+        ValueError: no such dataset or column; two different prompts with one `prompt_id`; a response that cannot be
+            read.
     """
     prompts = PromptSet()
     rows = load_source(source)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, Json, List, Value
 
+from prefopt.candidates.pairs import aggregate_scores
 from prefopt.data.messages import Text, clean_text, without_none
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.data.sources import DataSource, load_source
@@ -132,7 +133,8 @@ def output_file(folder: str | Path, output_format: str) -> Path:
     for name in RECORD_FILES:
         if name != path.name and (path.parent / name).exists():
             raise ValueError(
-                f"{path.parent / name} is there already, and would be mixed up with {path.name}; remove it or give another output_dir."
+                f"{path.parent / name} is there already, and would be mixed up with {path.name}; remove it or give "
+                "another output_dir."
             )
     return path
 
@@ -252,7 +254,8 @@ def off_policy_candidates(row: Mapping[str, Any], columns: Sequence[str]) -> lis
 
     Args:
         row: the row.
-        columns: each holds a response or a list of responses. A response is a string, a conversation (its last turn, the
+        columns: each holds a response or a list of responses. A response is a string, a conversation (its last turn,
+            the
             assistant's, counts), or a mapping with its text under text, response, content or output, its writer under
             source or model, and numbers, which become scores.
 
@@ -310,3 +313,34 @@ def join_candidates(record: Record, candidates: Sequence[Candidate]) -> Record:
     """`record` with `candidates` after its own; a table of scores would no longer fit and is refused."""
     assert not record["tables"], "join before ranking"
     return {**record, "candidates": [*record["candidates"], *candidates]}
+
+
+def score_name(records: Sequence[Record], wanted: str | None) -> str | None:
+    """The name of the scores to use; None where the records have none.
+
+    Raises:
+        ValueError: there are several and none is chosen, or none of that name.
+    """
+    names = sorted(
+        {name for record in records for candidate in record["candidates"] for name in candidate["scores"]}
+        | {name for record in records for name in record["tables"]}
+    )
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"The records have no scores named {wanted!r}; they have {names}.")
+    if wanted is None and len(names) > 1:
+        raise ValueError(f"The records have several kinds of scores, {names}; choose one with `score`.")
+    return wanted or (names[0] if names else None)
+
+
+def scores_of(record: Record, name: str) -> list[float]:
+    """One score a candidate; a table of logits is aggregated.
+
+    Raises:
+        ValueError: a candidate without the score.
+    """
+    if name in record["tables"]:
+        return [float(score) for score in aggregate_scores(record["tables"][name])]
+    scores: list[Any] = [candidate["scores"].get(name) for candidate in record["candidates"]]
+    if None in scores:
+        raise ValueError(f"Record {record['prompt_id']!r}: candidate {scores.index(None)} has no score {name!r}.")
+    return scores

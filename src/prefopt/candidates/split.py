@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.candidates.records import file_of
-from prefopt.data.faults import BadRow
-from prefopt.data.messages import as_messages, without_none
+from prefopt.data.messages import BadRow, as_messages, without_none
 from prefopt.data.rows import Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import content_hash, read_jsonl, write_json, write_jsonl

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from prefopt.candidates.shard_plan import ShardFailed, ShardPlan
+from prefopt.candidates.shards import ShardFailed, ShardPlan
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -1,13 +1,17 @@
 """Rows, sources and token ids: everything between a recipe's data keys and the batches."""
 
-from prefopt.data.encoding import prepare_tokenizer, tokenizer_fingerprint
-from prefopt.data.faults import BadRow
-from prefopt.data.loading import DataArguments, hold_out, load_datasets
-from prefopt.data.normalise import normalise_rows
-from prefopt.data.report import LengthSummary, TokenizationReport, describe_sample
+from prefopt.data.encoding import Truncation, prepare_tokenizer, tokenizer_fingerprint
+from prefopt.data.loading import DataArguments, hold_out, load_datasets, normalise_rows
+from prefopt.data.messages import BadRow
 from prefopt.data.sources import DataSource
-from prefopt.data.tokenization import tokenize_comparisons, tokenize_pairs, tokenize_prompts
-from prefopt.data.truncation import Truncation
+from prefopt.data.tokenization import (
+    LengthSummary,
+    TokenizationReport,
+    describe_sample,
+    tokenize_comparisons,
+    tokenize_pairs,
+    tokenize_prompts,
+)
 
 __all__ = [
     "BadRow",

@@ -1,6 +1,7 @@
 """From texts and messages to token ids: prompt and prompt + completion are rendered whole, then split.
 
-Pairs, comparisons and bare prompts (for generation) all go through `encode_groups`, so that a prompt has the same ids everywhere.
+Pairs, comparisons and bare prompts (for generation) all go through `encode_groups`, so that a prompt has the same ids
+everywhere.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import transformers
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.faults import EMPTY_PROMPT, REFUSED_BY_TEMPLATE, BadRow
-from prefopt.data.messages import Message, Text
+from prefopt.data.messages import EMPTY_PROMPT, REFUSED_BY_TEMPLATE, TOO_LONG, BadRow, Message, Text
 from prefopt.files import content_hash
 
 # what a chat template raises by itself, and what its filters raise on content that they do not expect
@@ -60,7 +60,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that cannot render messages."""
     if not tokenizer.chat_template:
         raise ValueError(
-            f"The rows are lists of messages, but the tokenizer of {_name(tokenizer)} has no chat template: use that of an "
+            f"The rows are lists of messages, but the tokenizer of {_name(tokenizer)} has no chat template: use that "
+            "of an "
             "instruction-tuned model, set `tokenizer.chat_template`, or give the rows as plain strings."
         )
 
@@ -99,8 +100,10 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode_groups(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[EncodedGroup | BadRow]:
     """Token ids of the prompt and of each completion of every group, uncut; a fault in place of a group that has one.
 
-    Messages: the prompt is rendered with the generation prompt, prompt + completion as one conversation; special tokens
-    are the template's. Strings: prompt and prompt + completion are encoded as one text behind the tokenizer's own leading
+    Messages: the prompt is rendered with the generation prompt, prompt + completion as one conversation; special
+    tokens
+    are the template's. Strings: prompt and prompt + completion are encoded as one text behind the tokenizer's own
+    leading
     tokens, and one end token is added. The completion starts where the sequences part.
     """
     encoded: list[EncodedGroup | BadRow] = [BadRow(EMPTY_PROMPT, "unset")] * len(groups)
@@ -203,3 +206,83 @@ def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     while bos is not None and ids[start : start + 2] == [bos, bos]:
         start += 1
     return ids[start:]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How a prompt and its R >= 1 completions are made to fit `max_length`.
+
+    With `max_prompt_length`: nothing is cut while the prompt and the longest completion fit; otherwise the prompt
+    keeps its last `max_prompt_length` tokens and then each completion its first `max_length - len(prompt)`.
+    Without: "keep_start" keeps the first `max_length` tokens of prompt + completion, so a prompt of `max_length`
+    tokens
+    leaves no room; "keep_end" cuts the prompt's beginning until the longest completion fits, and a completion that is
+    too long by itself keeps its last `max_length - 1` tokens behind one prompt token. A prompt that loses its
+    beginning keeps its BOS, which counts. "drop" cuts nothing: a row that does not fit cannot be used.
+
+    Args:
+        max_length: tokens of prompt and completion together; None cuts nothing.
+        max_prompt_length: tokens of a cut prompt.
+        mode: "keep_start", "keep_end" (both read only without `max_prompt_length`) or "drop".
+    """
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    mode: str = "keep_start"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("keep_start", "keep_end", "drop"):
+            raise ValueError(f'truncation_mode must be "keep_start", "keep_end" or "drop", not {self.mode!r}.')
+        if self.mode == "drop" and self.max_prompt_length is not None:
+            raise ValueError(
+                'max_prompt_length says how to cut a prompt, and truncation_mode "drop" cuts none: set one of them.'
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                f"max_length must be at least 2 (a prompt token and a completion token), not {self.max_length}."
+            )
+        if self.max_prompt_length is None:
+            return
+        if self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be at least 1, not {self.max_prompt_length}.")
+        if self.max_length is None:
+            raise ValueError("max_prompt_length needs max_length: without it nothing is cut. Set both, or neither.")
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length}), "
+                "or no "
+                "room is left for completions."
+            )
+
+    def cut(
+        self, prompt: Sequence[int], completions: Sequence[Sequence[int]], bos_token_id: int | None
+    ) -> tuple[list[int], list[list[int]]]:
+        """The kept ids of the prompt and of each completion; a completion may come out empty ("keep_start" only).
+
+        Raises:
+            BadRow: the row does not fit and must not be cut.
+        """
+        longest = max((len(completion) for completion in completions), default=0)
+        if self.max_length is None or len(prompt) + longest <= self.max_length:
+            return list(prompt), [list(completion) for completion in completions]
+        if self.mode == "drop":
+            raise BadRow(TOO_LONG, f"{len(prompt) + longest} tokens, max_length {self.max_length}")
+        if self.max_prompt_length is None and self.mode == "keep_end":
+            room = self.max_length - 1
+            completions = [completion[max(len(completion) - room, 0) :] for completion in completions]
+            kept = keep_last(prompt, self.max_length - min(longest, room), bos_token_id)
+            return kept, [list(completion) for completion in completions]
+        limit = len(prompt) if self.max_prompt_length is None else self.max_prompt_length
+        kept = keep_last(prompt, limit, bos_token_id)
+        room = max(self.max_length - len(kept), 0)
+        return kept, [list(completion[:room]) for completion in completions]
+
+
+def keep_last(ids: Sequence[int], limit: int, bos_token_id: int | None) -> list[int]:
+    """The last `limit` ids; a BOS in first place stays there and counts."""
+    assert limit >= 1
+    if len(ids) <= limit:
+        return list(ids)
+    if bos_token_id is not None and ids[0] == bos_token_id:
+        return [ids[0], *ids[len(ids) - (limit - 1) :]]
+    return list(ids[len(ids) - limit :])

@@ -30,7 +30,8 @@ class DataSource:
 
     path: str = field(
         metadata={
-            "help": "Hub name, local file (json, jsonl, parquet, csv, arrow; .gz), save_to_disk folder, or folder with <split>.jsonl."
+            "help": "Hub name, local file (json, jsonl, parquet, csv, arrow; .gz), save_to_disk folder, or folder "
+            "with <split>.jsonl."
         }
     )
     name: str | None = field(default=None, metadata={"help": "Configuration (subset) of a hub dataset."})
@@ -187,7 +188,8 @@ def _readable_errors(source: DataSource) -> Iterator[None]:
         yield
     except DatasetNotFoundError as error:
         raise ValueError(
-            f"Dataset {source.path!r} is neither a local file or folder nor a dataset that the hub shows ({_first_line(error)})."
+            f"Dataset {source.path!r} is neither a local file or folder nor a dataset that the hub shows "
+            f"({_first_line(error)})."
         ) from error
     except DatasetGenerationError as error:
         cause = error.__cause__ or error

@@ -3,24 +3,290 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch.distributed
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.builders import PARTS, columns_of, fit, output_features, parts_of, placeholder, read_row
-from prefopt.data.encoding import EncodedGroup, Group, check_chat_template, encode_groups, tokenizer_fingerprint
-from prefopt.data.faults import NOT_A_PREFIX, BadRow, OnBadRow, check_on_bad_row
-from prefopt.data.report import LengthSummary, TokenizationReport
-from prefopt.data.rows import Kind, Row, check_columns
-from prefopt.data.truncation import Truncation
+from prefopt.data.encoding import (
+    EncodedGroup,
+    Group,
+    Truncation,
+    check_chat_template,
+    encode_groups,
+    tokenizer_fingerprint,
+)
+from prefopt.data.messages import (
+    EMPTY_COMPLETION,
+    IDENTICAL_AFTER_CUT,
+    IDENTICAL_COMPLETIONS,
+    MISSING_FIELD,
+    NO_ROOM,
+    NOT_A_PREFIX,
+    PROMPT_TOO_LONG,
+    BadRow,
+    OnBadRow,
+    as_messages,
+    check_on_bad_row,
+)
+from prefopt.data.rows import (
+    COLUMN_ALIASES,
+    METHOD_COLUMNS,
+    REFERENCE_COLUMNS,
+    Kind,
+    Row,
+    check_columns,
+    check_scores,
+    is_tokenised,
+    method_values,
+    normalise_comparison,
+    normalise_pair,
+    normalise_prompt,
+    number,
+    raise_recorded_fault,
+    row_id,
+)
 from prefopt.files import content_hash
+
+IDS = List(Value("int32"))
+# the names under which lengths and cuts of a group's parts are reported
+PARTS: dict[str, tuple[str, ...]] = {
+    "pairs": ("prompt", "chosen", "rejected"),
+    "comparisons": ("prompt", "responses"),
+    "prompts": ("prompt",),
+}
+
+
+def read_row(
+    row: Mapping[str, Any], kind: Kind, *, template_strings: bool = False
+) -> tuple[Row, Group | EncodedGroup]:
+    """The columns that a row keeps, and its prompt and completions as texts, or as ids where it is tokenised already."""
+    raise_recorded_fault(row)
+    if is_tokenised(row, kind):
+        return _read_ids(row, kind)
+    if kind == "pairs":
+        clean = normalise_pair(row)
+        completions = [clean.pop("chosen"), clean.pop("rejected")]
+    elif kind == "comparisons":
+        clean = normalise_comparison(row)
+        completions = clean.pop("responses")
+    else:
+        clean, completions = normalise_prompt(row), []
+    prompt = clean.pop("prompt")
+    if template_strings:
+        prompt = as_messages(prompt)
+    group = Group(prompt, completions, clean.pop("tools", None), clean.pop("chat_template_kwargs", None))
+    return clean, group
+
+
+def _read_ids(row: Mapping[str, Any], kind: Kind) -> tuple[Row, EncodedGroup]:
+    names = ("prompt_ids", "chosen_ids", "rejected_ids") if kind == "pairs" else ("prompt_ids", "response_ids")
+    for name in names:
+        if row[name] is None:
+            raise BadRow(MISSING_FIELD, f"`{name}` is missing")
+    prompt = list(row["prompt_ids"])
+    if not prompt:
+        raise BadRow(MISSING_FIELD, "`prompt_ids` is empty")
+    if kind == "pairs":
+        completions = [list(row["chosen_ids"]), list(row["rejected_ids"])]
+        kept = {"row_id": row.get("row_id") or row_id(prompt, completions, {}), **method_values(row)}  # type: ignore[arg-type]
+    else:
+        completions = [list(ids) for ids in row["response_ids"]]
+        scores = check_scores(row["scores"], len(completions))
+        identity = row.get("row_id") or row_id(prompt, completions, {"scores": scores})  # type: ignore[arg-type]
+        kept = {"row_id": identity, "scores": scores, "is_adversarial": bool(row.get("is_adversarial"))}
+        if row.get("margin") is not None:
+            kept["margin"] = number(row["margin"], "margin")
+    return kept, EncodedGroup(prompt, completions)
+
+
+def fit(encoded: EncodedGroup, truncation: Truncation, bos_token_id: int | None) -> tuple[EncodedGroup, list[int]]:
+    """The group as it is trained on, and the places of the parts that were cut (0 is the prompt).
+
+    Raises:
+        BadRow: nothing is left to tell the completions apart.
+    """
+    if not encoded.completion_ids:
+        limit = truncation.max_length
+        if limit is not None and len(encoded.prompt_ids) > limit:
+            raise BadRow(PROMPT_TOO_LONG, f"{len(encoded.prompt_ids)} tokens, max_length {limit}")
+        return encoded, []
+    if not all(encoded.completion_ids):
+        raise BadRow(EMPTY_COMPLETION, "a completion has no token of its own")
+    if _all_same(encoded.completion_ids):
+        raise BadRow(IDENTICAL_COMPLETIONS, "all completions have the same tokens")
+    prompt, completions = truncation.cut(encoded.prompt_ids, encoded.completion_ids, bos_token_id)
+    if not all(completions):
+        raise BadRow(NO_ROOM, f"{len(encoded.prompt_ids)} prompt tokens, max_length {truncation.max_length}")
+    if _all_same(completions):
+        raise BadRow(IDENTICAL_AFTER_CUT, f"the kept {len(completions[0])} tokens of all completions are the same")
+    before, after = [encoded.prompt_ids, *encoded.completion_ids], [prompt, *completions]
+    cut = [place for place, (whole, kept) in enumerate(zip(before, after)) if len(kept) < len(whole)]
+    return EncodedGroup(prompt, completions, encoded.prompt_is_prefix), cut
+
+
+def _all_same(completions: Sequence[Sequence[int]]) -> bool:
+    return len(completions) > 1 and all(list(ids) == list(completions[0]) for ids in completions[1:])
+
+
+def columns_of(
+    groups: Sequence[EncodedGroup | None], kind: Kind, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Any]]:
+    """The id columns of a batch; a faulty row (None) gets empty ones."""
+    columns: dict[str, list[Any]] = {"prompt_ids": [group.prompt_ids if group else [] for group in groups]}
+    if kind == "pairs":
+        for place, name in enumerate(("chosen", "rejected")):
+            ids = [group.completion_ids[place] if group else [] for group in groups]
+            columns[f"{name}_ids"] = ids
+            columns[f"{name}_bytes"] = [len(text.encode("utf-8")) for text in scored_texts(ids, tokenizer)]
+    elif kind == "comparisons":
+        columns["response_ids"] = [group.completion_ids if group else [] for group in groups]
+    return columns
+
+
+def scored_texts(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each list of ids, special tokens left out."""
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def output_features(features: Mapping[str, Any], kind: Kind) -> Features:
+    """The columns of a tokenised data set, given those of its rows."""
+    out: dict[str, Any] = {"row_id": Value("string"), "prompt_ids": IDS}
+    names = {COLUMN_ALIASES.get(name, name) for name in features}
+    if kind == "pairs":
+        out |= {
+            "chosen_ids": IDS,
+            "rejected_ids": IDS,
+            "chosen_bytes": Value("int64"),
+            "rejected_bytes": Value("int64"),
+        }
+        out |= {name: Value("float64") for name in METHOD_COLUMNS if name in names}
+        out |= {name: features[name] for name in REFERENCE_COLUMNS if name in names}
+    elif kind == "comparisons":
+        out |= {"response_ids": List(IDS), "scores": List(Value("float64")), "is_adversarial": Value("bool")}
+        out |= {"margin": Value("float64")} if "margin" in names else {}
+    else:
+        out = {**features, **out}
+    return Features(out)
+
+
+def placeholder(name: str) -> Any:
+    """What a faulty row holds in a kept column until it is dropped."""
+    return {"row_id": "", "scores": [], "is_adversarial": False}.get(name)
+
+
+def parts_of(cut: Iterable[int], kind: Kind) -> str:
+    """The reported names of cut parts, joined by commas."""
+    names = PARTS[kind]
+    return ",".join(dict.fromkeys(names[min(place, len(names) - 1)] for place in cut))
+
+
+@dataclass(frozen=True)
+class LengthSummary:
+    """Lengths in tokens over the kept rows, after cutting."""
+
+    mean: float
+    p50: float
+    p95: float
+    max: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int] | np.ndarray) -> LengthSummary:
+        """Summary of at least one length."""
+        values = np.asarray(lengths)
+        return cls(
+            float(values.mean()), float(np.percentile(values, 50)), float(np.percentile(values, 95)), int(values.max())
+        )
+
+
+@dataclass
+class TokenizationReport:
+    """Counts of one data set.
+
+    Args:
+        name: which set ("train", "eval", ...).
+        rows_in: rows before anything was dropped.
+        rows_kept: rows that are used.
+        dropped: rows left out, for each reason.
+        examples: for each reason, the first such row (counted from 0) and what was found there.
+        cut: kept rows in which this part was cut ("prompt", "chosen", "rejected", "responses").
+        rows_cut: kept rows in which anything was cut.
+        not_prefix: kept rows whose prompt alone is not a token prefix of prompt + completion.
+        lengths: tokens of each part.
+    """
+
+    name: str
+    rows_in: int
+    rows_kept: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, tuple[int, str]] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    rows_cut: int = 0
+    not_prefix: int = 0
+    lengths: dict[str, LengthSummary] = field(default_factory=dict)
+
+    @property
+    def rows_dropped(self) -> int:
+        """Rows left out for any reason."""
+        return sum(self.dropped.values())
+
+    def table(self) -> str:
+        """The counts as lines of text."""
+        lines = [
+            f"{self.name}: {self.rows_in} rows read, {self.rows_kept} kept, {self.rows_dropped} dropped, "
+            f"{self.rows_cut} cut"
+        ]
+        for reason, count in sorted(self.dropped.items(), key=lambda item: (-item[1], item[0])):
+            row, detail = self.examples[reason]
+            lines.append(f"  dropped  {count:>8}  {reason} (first: row {row}, {detail})")
+        for part, count in self.cut.items():
+            if count:
+                lines.append(f"  cut      {count:>8}  {part}")
+        if self.not_prefix:
+            lines.append(
+                f"  note     {self.not_prefix:>8}  prompts are not a token prefix of prompt + completion; split where "
+                "they part"
+            )
+        if self.lengths:
+            lines.append(f"  {'tokens':<10}{'mean':>10}{'p50':>8}{'p95':>8}{'max':>8}")
+            for part, summary in self.lengths.items():
+                lines.append(
+                    f"  {part:<10}{summary.mean:>10.1f}{summary.p50:>8.0f}{summary.p95:>8.0f}{summary.max:>8}"
+                )
+        return "\n".join(lines)
+
+
+def describe_sample(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> str:
+    """One tokenised row as text, special tokens shown and the scored tokens between ⟦ and ⟧.
+
+    Args:
+        tokenizer: the tokenizer that made the ids.
+        row: a row of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) or comparisons (`response_ids`).
+    """
+    prompt = list(row["prompt_ids"])
+    if "response_ids" in row:
+        parts = {
+            f"response {number} (score {score:g})": ids
+            for number, (ids, score) in enumerate(zip(row["response_ids"], row["scores"]))
+        }
+    else:
+        parts = {"chosen": row["chosen_ids"], "rejected": row["rejected_ids"]}
+    lines = [f"row {row['row_id']}: {len(prompt)} prompt tokens, then the scored tokens between ⟦ and ⟧"]
+    context = str(tokenizer.decode(prompt))
+    lines.append(f"prompt\n{context}")
+    for name, ids in parts.items():
+        whole = str(tokenizer.decode([*prompt, *ids]))
+        text = whole[len(context) :] if whole.startswith(context) else tokenizer.decode(list(ids))
+        lines.append(f"{name}, {len(ids)} tokens\n⟦{text}⟧")
+    return "\n".join(lines)
+
 
 # part of the cache key: raise it whenever the same input would give other ids
 VERSION = 1
@@ -60,12 +326,14 @@ def tokenize_pairs(
         max_prompt_length: tokens of a prompt that has to be cut; None follows `truncation_mode`.
         truncation_mode: "keep_start" or "keep_end"; see `Truncation`.
         on_bad_row: "drop" counts and leaves out a row that cannot be used, "raise" stops at the first.
-        strict_prefix: treat a row whose prompt is not a token prefix of prompt + completion as one that cannot be used.
+        strict_prefix: treat a row whose prompt is not a token prefix of prompt + completion as one that cannot be
+            used.
         num_proc: processes.
         name: what the report calls this set.
 
     Returns:
-        A data set with `row_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_bytes`, `rejected_bytes` (UTF-8 bytes
+        A data set with `row_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_bytes`, `rejected_bytes` (UTF-8
+        bytes
         of the scored text without special tokens) and the method columns that it had; and the report.
 
     Raises:
@@ -89,7 +357,8 @@ def tokenize_comparisons(
     """Comparison rows (a prompt and R >= 2 scored responses, or pairs) as token ids; the rest as in `tokenize_pairs`.
 
     Returns:
-        A data set with `row_id`, `prompt_ids`, `response_ids` (a list for each response), `scores`, `is_adversarial`, and
+        A data set with `row_id`, `prompt_ids`, `response_ids` (a list for each response), `scores`, `is_adversarial`,
+        and
         `margin` where it had one; and the report.
     """
     job = _Job("comparisons", Truncation(max_length, max_prompt_length, truncation_mode))
@@ -138,7 +407,8 @@ def _tokenize(
     _check_template(dataset, tokenizer, job)
     dataset = dataset.with_format(None)
     columns = output_features(dataset.features, job.kind)
-    # a fingerprint of our own: what the function closes over (settings, a tokenizer that has been used) must not enter it
+    # a fingerprint of our own: what the function closes over (settings, a tokenizer that has been used) must not enter
+    # it
     fingerprint = content_hash(dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(job), VERSION)[:32]
     with main_process_first():
         mapped = dataset.map(

@@ -12,7 +12,8 @@ from prefopt.candidates.records import Record
 from prefopt.data.messages import as_messages
 from prefopt.files import write_json, write_text
 
-# sampling of the published SPPO and GPO entries: Mistral and Gemma-2 as in the SPPO repository, Llama-3 as in alpaca_eval's model configs
+# sampling of the published SPPO and GPO entries: Mistral and Gemma-2 as in the SPPO repository, Llama-3 as in
+# alpaca_eval's model configs
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"max_new_tokens": 2048, "temperature": 0.7, "top_p": 0.9, "batch_size": 900},
     "gemma2": {"max_new_tokens": 2048, "temperature": 0.7, "top_p": 0.9, "batch_size": 900},

@@ -44,14 +44,16 @@ def calibration_errors(probabilities: Any, outcomes: Any, *, num_bins: int = 10)
         num_bins: K.
 
     Raises:
-        ValueError: no predictions, lengths that differ, a probability outside [0, 1] or not a number, an outcome other than 0 or 1.
+        ValueError: no predictions, lengths that differ, a probability outside [0, 1] or not a number, an outcome other
+            than 0 or 1.
 
     Reference: arXiv 1706.04599 (ECE, MCE); bins and ACE as in the released code of arXiv 2311.08045.
     """
     p, y = _as_array(probabilities), _as_array(outcomes).astype(np.float64)
     if p.shape != y.shape or p.ndim != 1 or p.size == 0:
         raise ValueError(
-            f"probabilities and outcomes must be two lists of the same length (M,), M > 0; got {p.shape} and {y.shape}."
+            f"probabilities and outcomes must be two lists of the same length (M,), M > 0; got {p.shape} and "
+            f"{y.shape}."
         )
     if not np.all((p >= 0) & (p <= 1)):
         raise ValueError("probabilities must lie in [0, 1].")

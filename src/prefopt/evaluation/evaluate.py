@@ -9,14 +9,14 @@ from statistics import fmean
 from typing import Any
 
 from prefopt.candidates import rank
-from prefopt.candidates.processes import current_processes
-from prefopt.candidates.rank_arguments import RankArguments
+from prefopt.candidates.rank import RankArguments
 from prefopt.candidates.records import Record, read_records, write_records
+from prefopt.candidates.shards import current_processes
 from prefopt.data import DataArguments, DataSource, load_datasets
 from prefopt.data.messages import as_messages
 from prefopt.evaluation.alpaca_eval import FAMILIES, export
 from prefopt.evaluation.preference import preference_accuracy
-from prefopt.evaluation.study_report import report_study
+from prefopt.evaluation.study import report_study
 from prefopt.evaluation.win_rate import join_answers, length_statistics, win_rate
 from prefopt.files import write_json
 from prefopt.launch import tell
@@ -129,7 +129,8 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
     """Evaluate and write `evaluation.json`.
 
     Returns:
-        Its content; of a study the lines of its verdict. `win_rates` by opponent, `scores` (means) and `lengths` by policy, `preference`, `samples`, `stop` (a reason, or None).
+        Its content; of a study the lines of its verdict. `win_rates` by opponent, `scores` (means) and `lengths` by
+        policy, `preference`, `samples`, `stop` (a reason, or None).
 
     Raises:
         ValueError: answers that cannot be compared, a ranker or pairs that cannot be used.
@@ -237,7 +238,8 @@ def stop_reason(result: dict[str, Any], *, min_win_rate: float | None, max_lengt
 def summary(result: dict[str, Any]) -> str:
     """The figures in a few lines."""
     lines = [
-        f"evaluate: win rate against {name}: {found['win_rate']:.3f} [{found['low']:.3f}, {found['high']:.3f}] ({found['interval']}), "
+        f"evaluate: win rate against {name}: {found['win_rate']:.3f} [{found['low']:.3f}, {found['high']:.3f}] "
+        f"({found['interval']}), "
         f"{found['wins']} won, {found['ties']} tied, {found['losses']} lost on {found['prompts']} prompts"
         for name, found in result["win_rates"].items()
     ]

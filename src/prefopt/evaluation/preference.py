@@ -12,8 +12,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from prefopt.data import tokenize_pairs
-from prefopt.references.filling import choose_layout, group_scorer, plan_batches
-from prefopt.references.models import ReferenceModel, load_tokenizer, prepare_model
+from prefopt.references.filling import (
+    ReferenceModel,
+    choose_layout,
+    group_scorer,
+    load_tokenizer,
+    plan_batches,
+    prepare_model,
+)
 from prefopt.scoring.layouts import Group
 
 GPU_TOKENS, CPU_TOKENS = 16384, 1024  # of one forward
@@ -26,7 +32,8 @@ class PreferenceResult:
     Attributes:
         accuracy: share of pairs with log pi(chosen) > log pi(rejected), summed over tokens.
         margin: mean of log pi(chosen) - log pi(rejected), nats.
-        accuracy_per_token, margin_per_token: the same of means over each answer's tokens, which length does not favour.
+        accuracy_per_token, margin_per_token: the same of means over each answer's tokens, which length does not
+            favour.
         pairs: how many could be used.
     """
 

@@ -27,7 +27,8 @@ class RowPrediction:
         lengths: (R,) tokens of the responses.
         logits: (R, R) antisymmetric; sigmoid(logits[i, j]) is the model's probability that i beats j.
         rewards: (R,) where the model has one score per response, else None.
-        vectors: what a model that compares by vectors has of the responses, for comparisons across rows; the trainer's own.
+        vectors: what a model that compares by vectors has of the responses, for comparisons across rows; the trainer's
+            own.
     """
 
     row_id: str
@@ -49,8 +50,10 @@ def preference_metrics(
 ) -> tuple[dict[str, float], dict[int, CalibrationErrors]]:
     """Metrics over all ranked pairs of all rows.
 
-    `accuracy` is the share of ranked pairs with a logit above 0 (an equal score is wrong; 0 where nothing is ranked). `mean_reward` is over
-    all responses that are there; `score_length_correlation` is Pearson's over the same. `ece_bin<K>`, `ace_bin<K>` and `mce_bin<K>` take
+    `accuracy` is the share of ranked pairs with a logit above 0 (an equal score is wrong; 0 where nothing is ranked).
+    `mean_reward` is over
+    all responses that are there; `score_length_correlation` is Pearson's over the same. `ece_bin<K>`, `ace_bin<K>` and
+    `mce_bin<K>` take
     each ranked pair from both sides: probability sigmoid(l) with outcome 1, and sigmoid(-l) with outcome 0.
 
     Args:
@@ -87,7 +90,8 @@ def transitivity(tables: Iterable[np.ndarray]) -> dict[str, float]:
     - `cyclic_triads`: share of all triples of responses of which each beats one of the others (a > b > c > a).
     - `condorcet_winners`: share of tables in which one response beats every other.
     - `intransitive_share`: the part of the logits that no score per response can express,
-      sum_ij (T_ij - (t_i - t_j))^2 / sum_ij T_ij^2 with t_i the mean of row i (the best scores in the least squares sense);
+      sum_ij (T_ij - (t_i - t_j))^2 / sum_ij T_ij^2 with t_i the mean of row i (the best scores in the least squares
+      sense);
       0 for every Bradley-Terry model, 1 for a pure cycle.
 
     Args:

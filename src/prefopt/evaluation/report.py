@@ -118,7 +118,8 @@ def best(iterations: Sequence[Iteration]) -> Iteration:
     return max(iterations, key=lambda i: ((i.rate(opponent) or {"win_rate": 0.0})["win_rate"], -i.number))
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------------------
+# ---- the page
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def page(name: str, iterations: Sequence[Iteration], *, picture: str | None) -> str:
@@ -204,7 +205,8 @@ def section(item: Iteration) -> list[str]:
     if item.pairs:
         characters = item.pairs["characters"]
         lines += [
-            f"{item.pairs['pairs']} pairs from {item.pairs['prompts_with_pairs']} of {item.pairs['prompts']} prompts; chosen answers have "
+            f"{item.pairs['pairs']} pairs from {item.pairs['prompts_with_pairs']} of {item.pairs['prompts']} prompts; "
+            "chosen answers have "
             f"{characters['chosen']['mean']:.0f} characters, rejected ones {characters['rejected']['mean']:.0f}.",
             "",
         ]
@@ -256,7 +258,8 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-# ---- plots ---------------------------------------------------------------------------------------------------------------------
+# ---- plots
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw(path: Path, iterations: Sequence[Iteration]) -> bool:

@@ -66,7 +66,8 @@ def load_reward_bench(
     """The pairs of a RewardBench file, one data set per subset, ready to be a trainer's `eval_dataset`.
 
     Args:
-        path: local file (json, jsonl, parquet, csv) or hub name, with `prompt`, `chosen`, `rejected` (strings) and `subset`.
+        path: local file (json, jsonl, parquet, csv) or hub name, with `prompt`, `chosen`, `rejected` (strings) and
+            `subset`.
         split: of a hub data set.
         as_messages: read prompt and answers as a user's and an assistant's turn, for models with a chat template.
 
@@ -91,7 +92,8 @@ def load_reward_bench(
 def reward_bench_table(metrics: Mapping[str, float], subsets: list[str], *, prefix: str = "eval") -> RewardBenchTable:
     """The table of a model from what `trainer.evaluate(load_reward_bench(path))` returned.
 
-    A section's accuracy is over its pairs, except that "math-prm" weighs as much as all the code subsets together, as the benchmark has it.
+    A section's accuracy is over its pairs, except that "math-prm" weighs as much as all the code subsets together, as
+    the benchmark has it.
 
     Args:
         metrics: with `<prefix>_<subset>_accuracy` and `<prefix>_<subset>_ranked_pairs`.

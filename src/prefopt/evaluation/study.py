@@ -2,24 +2,188 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefopt.evaluation.verdict import (
-    HELPS,
-    Difference,
-    Influence,
-    chosen_on_validation,
-    influence,
-    paired_difference,
-    sentence,
-)
-from prefopt.files import read_json
-from prefopt.references.health import HealthCard
+from prefopt.files import atomic_path, read_json, write_json, write_text
+from prefopt.launch import tell
+from prefopt.references.health import HealthCard, cards_table
+
+HELPS, NO_EVIDENCE, HURTS = "helps", "no evidence", "hurts"
+MANY_SEEDS = 30  # from here on the interval is a bootstrap's, which assumes no shape
+RESAMPLES = 10_000
+SAME = 1e-9  # differences closer than this are one: what rounding leaves of equal ones
+INFLUENCE_METRICS = ("references/spread", "references/effective_number", "references/harmonic_dominance")
+WEIGHT_METRIC = "references/weight/"
+Result = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One result minus another, over the seeds that both have.
+
+    Attributes:
+        mean: of the differences, in the unit of the metric.
+        low, high: ends of its interval; infinite where the seeds say nothing about the spread.
+        interval: "t", "bootstrap", or "none" (one seed, or the same difference in every one: accuracies are multiples
+            of one pair, so two
+            or three seeds may well agree by chance, and an interval without width would call that evidence).
+        seeds: S.
+    """
+
+    mean: float
+    low: float
+    high: float
+    interval: str
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """ "helps" where the whole interval is above 0, "hurts" where it is below, else "no evidence"."""
+        return HELPS if self.low > 0 else HURTS if self.high < 0 else NO_EVIDENCE
+
+    def __str__(self) -> str:
+        reach = "no interval" if self.interval == "none" else f"[{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f} {reach}"
+
+
+def paired_difference(mine: Result, theirs: Result, *, confidence: float = 0.95, seed: int = 0) -> Difference:
+    """Mean of d_s = mine_s - theirs_s with an interval.
+
+    S < 30: mean -+ t_{S-1} sd(d) / sqrt(S); S >= 30: percentiles of the mean under resampling of the seeds.
+
+    Args:
+        mine, theirs: seed -> metric.
+        confidence: of the interval, between 0 and 1.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no seed in common, or a metric that is not finite.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}.")
+    common = sorted(set(mine) & set(theirs))
+    if not common:
+        raise ValueError(f"no seed in common: {sorted(mine)} and {sorted(theirs)}.")
+    values = np.array([mine[s] - theirs[s] for s in common], dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"a metric of the seeds {common} is not finite.")
+    mean, count = float(values.mean()), len(values)
+    if np.ptp(values) < SAME:
+        return Difference(mean, -math.inf, math.inf, "none", count)
+    if count >= MANY_SEEDS:
+        drawn = np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
+        low, high = np.quantile(values[drawn].mean(axis=1), (0.5 - confidence / 2, 0.5 + confidence / 2))
+        return Difference(mean, float(low), float(high), "bootstrap", count)
+    reach = student_quantile(0.5 + confidence / 2, count - 1) * float(values.std(ddof=1)) / math.sqrt(count)
+    return Difference(mean, mean - reach, mean + reach, "t", count)
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """The number that Student's t with so many degrees of freedom stays below with this probability (at least one half).
+
+    Bisection on the distribution function, which is elementary for whole degrees.
+
+    Reference: Abramowitz & Stegun 26.7.3 and 26.7.4.
+    """
+    assert 0.5 <= probability < 1 and degrees >= 1
+    low, high = 0.0, 1.0
+    while _student_below(high, degrees) < probability:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_below(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _student_below(t: float, degrees: int) -> float:
+    """P(T < t) for t >= 0: 1/2 + A/2, with A the probability of (-t, t)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    term = total = math.cos(angle) if degrees % 2 else 1.0
+    for k in range(3 if degrees % 2 else 2, degrees, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    if degrees == 1:
+        inside = 2 * angle / math.pi
+    elif degrees % 2:
+        inside = 2 / math.pi * (angle + math.sin(angle) * total)
+    else:
+        inside = math.sin(angle) * total
+    return 0.5 + inside / 2
+
+
+def chosen_on_validation(
+    validation: Mapping[str, Result], test: Mapping[str, Result]
+) -> tuple[dict[int, float], dict[int, str]]:
+    """For each seed the candidate with the best validation metric, and what it reaches on test.
+
+    The choice is made within a seed, because other seeds' validation rows may be this seed's test rows. The first of
+    equals wins.
+
+    Args:
+        validation: candidate -> seed -> metric.
+        test: the same on test rows.
+
+    Returns:
+        Seed -> test metric of the chosen candidate, and seed -> its name; only seeds that all candidates have
+        finished.
+
+    Raises:
+        ValueError: no candidate, or no seed that all of them have.
+    """
+    if not validation:
+        raise ValueError("there is no run to choose from.")
+    seeds = set.intersection(*(set(validation[name]) & set(test.get(name, {})) for name in validation))
+    if not seeds:
+        raise ValueError(f"no seed was finished by all of {', '.join(validation)}.")
+    names = {s: max(validation, key=lambda name, s=s: validation[name][s]) for s in sorted(seeds)}
+    return {s: test[name][s] for s, name in names.items()}, names
+
+
+def sentence(against: str, difference: Difference, *, confidence: float = 0.95) -> str:
+    """The verdict as one line: "multi-reference minus best single: +0.0120 [+0.0010, +0.0230] (95 % t over 5 seeds): helps"."""
+    basis = f"{confidence:.0%} {difference.interval} over {difference.seeds} seeds"
+    if difference.interval == "none":
+        basis = "1 seed" if difference.seeds == 1 else f"the same in {difference.seeds} seeds"
+    return f"multi-reference minus {against}: {difference} ({basis}): {difference.verdict}"
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How much the references acted in a run, means over its logged steps.
+
+    Attributes:
+        spread: standard deviation over references of beta times the margin, nats; near 0 nobody can tell which
+            reference was used.
+        effective_number: exp of the weights' entropy, 1 to K.
+        harmonic_dominance: share of completions of which one reference makes up more than 99 % of the harmonic mean.
+        weights: reference -> mean weight.
+    """
+
+    spread: float
+    effective_number: float
+    harmonic_dominance: float
+    weights: Mapping[str, float]
+
+
+def influence(log: Sequence[Mapping[str, float]]) -> Influence | None:
+    """The influence of the references from a trainer's log entries; None where none was logged."""
+    entries = [entry for entry in log if INFLUENCE_METRICS[0] in entry]
+    if not entries:
+        return None
+    names = [key for key in entries[0] if key.startswith(WEIGHT_METRIC)]
+    means = {key: float(np.mean([entry[key] for entry in entries])) for key in (*INFLUENCE_METRICS, *names)}
+    return Influence(
+        *(means[key] for key in INFLUENCE_METRICS), {name.removeprefix(WEIGHT_METRIC): means[name] for name in names}
+    )
+
 
 STUDY_FILE, HEALTH_FILE, RESULT_FILE = "study.json", "health.json", "eval_results.json"
 METRIC = "accuracies/reference_free"
@@ -36,7 +200,8 @@ class StudyRun:
         reference: of a single one, else None.
         test, validation: seed -> share of pairs whose chosen answer the policy finds likelier per token.
         own_init: seed -> share of test pairs whose margin has grown beyond the initial model's.
-        chosen_logps: seed -> mean log-prob of the chosen test answers, in the unit of `normalize`: far below the baselines', the policy is
+        chosen_logps: seed -> mean log-prob of the chosen test answers, in the unit of `normalize`: far below the
+            baselines', the policy is
             damaged, whatever its accuracies.
         influences: of each seed's training.
     """
@@ -177,3 +342,165 @@ def _advice(minus_single: Difference | None, names: Mapping[int, str], settings:
         else ""
     )
     return f"Recommendation: a single reference, {favourite}; nothing here says that several are worth their scoring{tried}."
+
+
+TABLE_FILE, ROWS_FILE, VERDICT_FILE, PICTURE = "table.md", "table.csv", "verdict.json", "study.png"
+
+
+def report_study(run_dir: Path, *, plots: bool = True) -> Verdict:
+    """Print the verdict and write table.md, table.csv, verdict.json and study.png beside the runs.
+
+    Raises:
+        ValueError: see `read_study`.
+    """
+    study = read_study(run_dir)
+    verdict = conclude(study)
+    drawn = plots and draw(run_dir / PICTURE, study, verdict)
+    page = study_page(study, verdict, picture=PICTURE if drawn else None)
+    write_text(run_dir / TABLE_FILE, page)
+    write_text(run_dir / ROWS_FILE, rows_csv(study))
+    write_json(run_dir / VERDICT_FILE, _plain(verdict))
+    print(cards_table(study.health))
+    print(
+        "\n".join(["", *runs_table(study, verdict), "", *verdict.lines, f"study: {run_dir / TABLE_FILE}"]), flush=True
+    )
+    return verdict
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    def difference(found: Difference | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        ends = {} if found.interval != "none" else {"low": None, "high": None}  # JSON has no infinity
+        return {**asdict(found), **ends, "verdict": found.verdict}
+
+    pair = ("minus_best_single", "minus_own_initialisation")
+    return {
+        "verdict": verdict.lines,
+        **dict(zip(pair, map(difference, (verdict.minus_single, verdict.minus_own)))),
+        "runs": {name: dict(zip(pair, map(difference, found))) for name, found in verdict.per_run.items()},
+        "chosen_on_validation": verdict.chosen,
+    }
+
+
+def study_page(study: Study, verdict: Verdict, *, picture: str | None) -> str:
+    """The study as Markdown."""
+    lines = ["# Multi-reference study", "", *(f"**{line}**\n" for line in verdict.lines)]
+    lines += [f"![The study in pictures]({picture})", ""] if picture is not None else []
+    lines += ["## The references before training", "", "```", cards_table(study.health), "```", "", "## Runs", ""]
+    lines += [*runs_table(study, verdict), ""]
+    lines += [
+        "Accuracy: test pairs whose chosen answer the policy finds likelier per token, without a reference; mean over "
+        "seeds. Differences are "
+        'paired within seeds, with 95 % intervals; "best single" and the run in the verdict are chosen within each seed on its validation rows. '
+        "Own-init accuracy: test pairs whose margin has grown beyond the initial model's. Chosen log-prob: "
+        "mean over the chosen test answers, in the unit of `normalize`; far below the others, the policy is damaged. "
+        "Spread: standard deviation over references of beta "
+        "times the margin, nats.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def runs_table(study: Study, verdict: Verdict) -> list[str]:
+    """One row a run: multi-reference runs with their differences, then singles."""
+    head = [
+        "run",
+        "seeds",
+        "accuracy",
+        "validation",
+        "own-init",
+        "chosen log-prob",
+        "minus best single",
+        "minus own init",
+        "spread",
+        "effective number",
+        "dominance",
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for run in [*study.multi, *study.single]:
+        differences = verdict.per_run.get(run.name, (None, None))
+        told = [f"{found}: {found.verdict}" if found is not None else "" for found in differences]
+        measures = [run.mean_influence(name) for name in ("spread", "effective_number", "harmonic_dominance")]
+        accuracies = [
+            f"{np.mean(list(found.values())):.4f}" if found else ""
+            for found in (run.test, run.validation, run.own_init)
+        ]
+        logps = f"{np.mean(list(run.chosen_logps.values())):.4g}" if run.chosen_logps else ""
+        done = f"{len(run.test)}/{len(study.seeds)}"
+        lines.append(_row([run.name, done, *accuracies, logps, *told, *(f"{m:.3g}" for m in measures)]))
+    missing = [run.name for run in study.runs if not run.test]
+    return lines + ([f"\nNot done, or failed: {', '.join(missing)}."] if missing else [])
+
+
+def rows_csv(study: Study) -> str:
+    """One line a run and seed."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(
+        ["run", "reference", "seed", "test_accuracy", "validation_accuracy", "own_init_accuracy", "chosen_logps"]
+    )
+    for run in study.runs:
+        for seed, value in run.test.items():
+            writer.writerow(
+                [
+                    run.name,
+                    run.reference or "",
+                    seed,
+                    value,
+                    run.validation[seed],
+                    run.own_init.get(seed, ""),
+                    run.chosen_logps.get(seed, ""),
+                ]
+            )
+    return file.getvalue()
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(path: Path, study: Study, verdict: Verdict) -> bool:
+    """The references' accuracies, the runs' differences and the influence; whether matplotlib is there to draw them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        tell("no plots, as matplotlib is missing (pip install prefopt[plots]).")
+        return False
+    figure = Figure(figsize=(16, 2.5 + 0.3 * max(len(study.multi), len(study.health))), layout="constrained")
+    health, differences, acted = figure.subplots(1, 3)
+    places = range(len(study.health))
+    spread = [
+        [c.accuracy - c.accuracy_low for c in study.health],
+        [c.accuracy_high - c.accuracy for c in study.health],
+    ]
+    health.errorbar([c.accuracy for c in study.health], places, xerr=spread, fmt="o", capsize=3)
+    names = [f"{Path(c.name).name}{' (quarantined)' if c.quarantine else ''}" for c in study.health]
+    health.set(yticks=list(places), yticklabels=names, title="References: accuracy", xlabel="before training")
+    health.axvline(0.5, color="grey", linewidth=0.8)
+    for row, (_, found) in enumerate(verdict.per_run.items()):
+        for number, (difference, colour) in enumerate(zip(found, ("tab:blue", "tab:orange"))):
+            if difference is not None:
+                reach = 0 if difference.interval == "none" else difference.high - difference.mean
+                label = ("minus best single", "minus own init")[number] if row == 0 else None
+                differences.errorbar(
+                    difference.mean, row + 0.2 * number, xerr=reach, fmt="o", capsize=3, color=colour, label=label
+                )
+    differences.axvline(0, color="grey", linewidth=0.8)
+    differences.set(
+        yticks=range(len(verdict.per_run)),
+        yticklabels=list(verdict.per_run),
+        title="Test accuracy",
+        xlabel="difference",
+    )
+    if any(found != (None, None) for found in verdict.per_run.values()):
+        differences.legend()
+    names = ("effective_number", "spread", "harmonic_dominance")
+    for number, name in enumerate(names):
+        places = [row + 0.25 * (number - 1) for row in range(len(study.multi))]
+        acted.barh(places, [run.mean_influence(name) for run in study.multi], 0.25, label=name.replace("_", " "))
+    acted.set(yticks=range(len(study.multi)), yticklabels=[""] * len(study.multi), title="Influence during training")
+    acted.set(xlabel="references, nats, share")
+    acted.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return True

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.candidates.build_pairs import wilson_lower
 from prefopt.candidates.pairs import TIE_DECIMALS, score_differences, sigmoid
-from prefopt.candidates.pairs_report import wilson_lower
 from prefopt.candidates.records import Record
 
 RESAMPLES = 2000
@@ -26,7 +26,8 @@ class WinRate:
     Attributes:
         win_rate: mean over prompts of the share of comparisons won, a tie counting one half.
         low, high: ends of its interval.
-        interval: "wilson" where each prompt is one comparison won or lost, else "bootstrap" (percentiles over resampled prompts).
+        interval: "wilson" where each prompt is one comparison won or lost, else "bootstrap" (percentiles over
+            resampled prompts).
         win_prob: mean probability, under the ranker, that mine beats theirs.
         wins, ties, losses: comparisons, over all prompts.
         prompts: N.

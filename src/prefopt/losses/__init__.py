@@ -4,19 +4,24 @@ Data is positional, hyperparameters are keywords, and results are unreduced, (B,
 Half-precision inputs are computed in float32; float64 stays float64.
 """
 
-from .absolute import anchored_down_loss, anchored_zero_loss, bco_pair_loss, nca_pair_loss
-from .multi_reference import clip_to_anchor, forward_kl_loss, mixture_logps, multi_dpo_loss
-from .pairwise import (
+from prefopt.losses.multi_reference import clip_to_anchor, forward_kl_loss, mixture_logps, multi_dpo_loss
+from prefopt.losses.pairwise import (
+    anchored_down_loss,
+    anchored_zero_loss,
+    aot_loss,
+    aot_unpaired_loss,
+    bco_pair_loss,
     discopop_loss,
     dpo_loss,
     exo_pair_loss,
     hinge_loss,
     ipo_loss,
+    nca_pair_loss,
     robust_dpo_loss,
     sigmoid_norm_loss,
     simpo_loss,
 )
-from .reward import (
+from prefopt.losses.reward import (
     adversarial_reward_loss,
     bradley_terry_loss,
     general_preference_loss,
@@ -24,9 +29,8 @@ from .reward import (
     ranking_loss,
     rrhf_loss,
 )
-from .self_play import gpo_loss, sppo_hard_loss, sppo_loss, sppo_single_loss
-from .transport import aot_loss, aot_unpaired_loss
-from .weighting import wpo_pair_weights
+from prefopt.losses.self_play import gpo_loss, sppo_hard_loss, sppo_loss, sppo_single_loss
+from prefopt.losses.weighting import wpo_pair_weights
 
 __all__ = [
     "adversarial_reward_loss",

@@ -1,7 +1,9 @@
 """Several reference models: mixtures of references, losses over references, and the trust region of MRPO.
 
-Letters: K references, B pairs. Weights are (K,) for the whole set or (K, B) per example, at least 0, with sum 1 over the
-references; they never carry a gradient. Log-probabilities are sums over a completion in nats, or nats per token or byte
+Letters: K references, B pairs. Weights are (K,) for the whole set or (K, B) per example, at least 0, with sum 1 over
+the
+references; they never carry a gradient. Log-probabilities are sums over a completion in nats, or nats per token or
+byte
 where the caller normalises; all of one call in the same unit.
 """
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_choice, check_positive, check_shapes, in_float
+from prefopt.losses._checks import check_choice, check_positive, check_shapes, in_float
 
 _MODES = ("harmonic", "geometric", "arithmetic")
 _LARGEST_EXPONENT = 80.0  # exp of it still leaves room for beta in float32, whose exp overflows at 88.7
@@ -105,7 +107,8 @@ def forward_kl_loss(
         r(y) = -beta exp(min(l_mix(y) - l(y), max_exponent)) + const,   l_mix = logsumexp_k(log a_k + l_k)
         loss = -log sigmoid(r(chosen) - r(rejected))
 
-    The optimum of E r - beta sum_k a_k KL(pi_k || pi) is pi = beta pi_mix / (lambda - r). The exponent overflows on sums
+    The optimum of E r - beta sum_k a_k KL(pi_k || pi) is pi = beta pi_mix / (lambda - r). The exponent overflows on
+    sums
     over long completions, so it is capped; a completion beyond the cap gets no gradient. Prefer scores per token.
 
     Args:

@@ -1,7 +1,9 @@
 """Losses of the margin between chosen and rejected: the DPO family.
 
-Letters: B pairs. A log-ratio is log pi(y|x) - log pi_ref(y|x) summed over completion tokens, in nats; a *mean* log-ratio
-is that divided by the number of completion tokens. h = chosen - rejected. Nothing is reduced: each function returns (B,).
+Letters: B pairs. A log-ratio is log pi(y|x) - log pi_ref(y|x) summed over completion tokens, in nats; a *mean*
+log-ratio
+is that divided by the number of completion tokens. h = chosen - rejected. Nothing is reduced: each function returns
+(B,).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_not_negative, check_positive, per_pair
+from prefopt.losses._checks import check_not_negative, check_positive, per_pair
 
 
 def dpo_loss(
@@ -79,7 +81,8 @@ def robust_dpo_loss(
 
         [ -(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h) ] / (1 - 2 eps)
 
-    Its expectation over flipped labels is the clean DPO loss; single values may be negative. eps = 0.5 is a division by
+    Its expectation over flipped labels is the clean DPO loss; single values may be negative. eps = 0.5 is a division
+    by
     zero and above it the sign turns: TRL only warns there, we refuse.
 
     Args:
@@ -245,3 +248,152 @@ def simpo_loss(
     chosen, rejected = per_pair(chosen_mean_logps=chosen_mean_logps, rejected_mean_logps=rejected_mean_logps)
     check_not_negative(gamma_beta_ratio=gamma_beta_ratio)
     return dpo_loss(chosen - gamma_beta_ratio, rejected, beta=beta)
+
+
+def nca_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+    """Noise contrastive alignment of a pair: tell each completion apart from samples of the reference.
+
+        -log sigmoid(c) - 1/2 log sigmoid(-c) - 1/2 log sigmoid(-r)
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta not above 0.
+
+    Reference: arXiv 2402.05369.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    noise = 0.5 * (F.logsigmoid(-beta * chosen) + F.logsigmoid(-beta * rejected))
+    return -F.logsigmoid(beta * chosen) - noise
+
+
+def bco_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+    """Binary classifier optimization of a pair: chosen completions are 1, rejected are 0.
+
+        -log sigmoid(c) - log sigmoid(-r)
+
+    The reward shift delta of the paper is 0 here, as in TRL's `bco_pair`.
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+
+    Returns:
+        (B,) losses.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta not above 0.
+
+    Reference: arXiv 2404.04656.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+
+
+def anchored_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+    """Anchored preference optimization for chosen completions that are better than the model's own.
+
+        1 - sigmoid(c) + sigmoid(r)
+
+    Raises the chosen and lowers the rejected completion. TRL calls it `apo_zero`.
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+
+    Returns:
+        (B,) losses in (0, 2).
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta not above 0.
+
+    Reference: arXiv 2408.06266, Eq. 7.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def anchored_down_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+    """Anchored preference optimization for chosen completions that are worse than the model's own.
+
+        sigmoid(c) + 1 - sigmoid(c - r)
+
+    Lowers both completions, the rejected one more. TRL calls it `apo_down`.
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+
+    Returns:
+        (B,) losses in (0, 2).
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta not above 0.
+
+    Reference: arXiv 2408.06266, Eq. 8.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_positive(beta=beta)
+    return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
+
+
+def aot_loss(policy_margins: Tensor, ref_margins: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Make the policy's margins dominate the reference's, quantile by quantile.
+
+        d = sort(log pi(chosen) - log pi(rejected)) - sort(log pi_ref(chosen) - log pi_ref(rejected))
+        -(1 - eps) log sigmoid(beta d) - eps log sigmoid(-beta d)
+
+    Args:
+        policy_margins: (B,) nats, chosen minus rejected log-probability of the policy.
+        ref_margins: (B,) nats, the same of the reference.
+        beta: strength of the pull to the reference, above 0.
+        label_smoothing: eps in [0, 0.5].
+
+    Returns:
+        (B,) losses in sorted order.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta or label_smoothing out of range.
+
+    Reference: arXiv 2406.05882 (paired); TRL's `aot`.
+    """
+    policy, reference = per_pair(policy_margins=policy_margins, ref_margins=ref_margins)
+    return dpo_loss(policy.sort().values, reference.sort().values, beta=beta, label_smoothing=label_smoothing)
+
+
+def aot_unpaired_loss(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """Make the rewards of chosen completions dominate those of rejected ones, whichever prompt they answer.
+
+        d = sort(chosen log-ratios) - sort(rejected log-ratios)
+        -(1 - eps) log sigmoid(beta d) - eps log sigmoid(-beta d)
+
+    Args:
+        chosen_logratios: (B,) nats.
+        rejected_logratios: (B,) nats.
+        beta: strength of the pull to the reference, above 0.
+        label_smoothing: eps in [0, 0.5].
+
+    Returns:
+        (B,) losses in sorted order.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); beta or label_smoothing out of range.
+
+    Reference: arXiv 2406.05882 (unpaired); TRL's `aot_unpaired`.
+    """
+    chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    return dpo_loss(chosen.sort().values, rejected.sort().values, beta=beta, label_smoothing=label_smoothing)

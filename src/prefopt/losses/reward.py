@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_choice, check_not_negative, check_positive, check_shapes, in_float, per_pair
+from prefopt.losses._checks import check_choice, check_not_negative, check_positive, check_shapes, in_float, per_pair
 
 _KINDS = ("logistic", "difference")
 
@@ -48,7 +48,8 @@ def ranking_loss(
         logistic:    -(1 / |V|) sum over (b, i, j) in V of c_b log sigmoid(reward_bi - reward_bj)
         difference:  -(1 / |V|) sum over (b, i, j) in V of c_b (reward_bi - reward_bj), unbounded below
 
-    V holds the pairs with score_bi > score_bj, both real. |V| counts the whole batch, and coefficients do not enter it.
+    V holds the pairs with score_bi > score_bj, both real. |V| counts the whole batch, and coefficients do not enter
+    it.
 
     Args:
         rewards: (B, R) outputs of the reward model.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_positive, per_pair
+from prefopt.losses._checks import check_positive, per_pair
 
 
 def sppo_loss(

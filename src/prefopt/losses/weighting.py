@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_positive, per_pair
+from prefopt.losses._checks import check_positive, per_pair
 
 
 def wpo_pair_weights(
@@ -14,7 +14,8 @@ def wpo_pair_weights(
 
         w = min(exp(omega_chosen + omega_rejected), max_weight), without gradient
 
-    With sampled alignment omega = mean_t [log p_t(y_t) - log sum_v p_t(v)^2], which is about 0 for text that the policy
+    With sampled alignment omega = mean_t [log p_t(y_t) - log sum_v p_t(v)^2], which is about 0 for text that the
+    policy
     would sample itself, so that on-policy pairs weigh about 1. The weighted loss is still divided by the number of
     pairs, not by the sum of weights.
 

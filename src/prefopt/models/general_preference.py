@@ -17,8 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput, cached_file, logging
 
 from prefopt.losses.reward import general_preference_score
-from prefopt.models.heads import RECORD, HeadedModel
-from prefopt.models.pooling import Float32Linear
+from prefopt.models.heads import RECORD, Float32Linear, HeadedModel
 from prefopt.scoring.logprobs import token_logps
 
 logger = logging.get_logger(__name__)
@@ -51,7 +50,8 @@ def preference_table(
 
     Args:
         embeddings: (R, d) of the responses.
-        scales: (d/2,) of their prompt, or (R, d/2) with one row per response, in which case row i scales line i (the rows of one prompt
+        scales: (d/2,) of their prompt, or (R, d/2) with one row per response, in which case row i scales line i (the
+            rows of one prompt
             are equal, as they are read before the response begins); None for a model without prompt head.
         temperature: tau of the trained model (`GeneralPreferenceModel.temperature`).
 
@@ -77,13 +77,16 @@ class GeneralPreferenceModel(HeadedModel):
 
     - `dim`: d, even.
     - `normalize`: whether v is divided by its Euclidean norm.
-    - `scale_gate`: None for no prompt head; "softmax": softmax(z); "scaled_softmax": (d/2) softmax(z / sqrt(H)), of mean one.
+    - `scale_gate`: None for no prompt head; "softmax": softmax(z); "scaled_softmax": (d/2) softmax(z / sqrt(H)), of
+    mean one.
     - `temperature`: tau; P = sigmoid(s / tau).
     - `pooling`: as in `RewardModel`; the released models read the closing EOS ("eos").
     - `lm_head`: whether the language model head is kept, for a supervised term beside the preference loss.
 
-    Checkpoints of the released code (`value_head.weight`, `prompt_head.weight`) are read as they are: d and the prompt head follow from
-    the weights. They do not say which variant they are, so `normalize`, `scale_gate` and `temperature` are then those of the authors'
+    Checkpoints of the released code (`value_head.weight`, `prompt_head.weight`) are read as they are: d and the prompt
+    head follow from
+    the weights. They do not say which variant they are, so `normalize`, `scale_gate` and `temperature` are then those
+    of the authors'
     usage example (True, "softmax", 0.1) unless given.
 
     Reference: arXiv 2410.02197 and its released code, which holds three inconsistent variants.
@@ -107,7 +110,8 @@ class GeneralPreferenceModel(HeadedModel):
         dim = record["dim"]
         if not isinstance(dim, int) or dim < 2 or dim % 2:
             raise ValueError(
-                f"The embedding width `dim` must be a positive even number, got {dim!r}; for one scalar use a RewardModel."
+                f"The embedding width `dim` must be a positive even number, got {dim!r}; for one scalar use a "
+                "RewardModel."
             )
         if record["scale_gate"] not in (None, *SCALE_GATES):
             raise ValueError(
@@ -157,7 +161,8 @@ class GeneralPreferenceModel(HeadedModel):
         )
         if gated != (merged["scale_gate"] is not None):
             raise ValueError(
-                f"{path} has {'a' if gated else 'no'} prompt head, which scale_gate={merged['scale_gate']!r} contradicts."
+                f"{path} has {'a' if gated else 'no'} prompt head, which scale_gate={merged['scale_gate']!r} "
+                "contradicts."
             )
         return merged
 
@@ -176,8 +181,10 @@ class GeneralPreferenceModel(HeadedModel):
 
         Args:
             input_ids, attention_mask, position_ids, last_index: as in `RewardModel.forward`.
-            prompt_index: (C,) flattened position of the last prompt token of each row or completion; needed with a prompt head.
-            sft_index, sft_targets, sft_completions: (S,) where the tokens of the supervised term are predicted, which they are,
+            prompt_index: (C,) flattened position of the last prompt token of each row or completion; needed with a
+                prompt head.
+            sft_index, sft_targets, sft_completions: (S,) where the tokens of the supervised term are predicted, which
+                they are,
                 and to which row or completion they belong; needs the LM head.
         """
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)

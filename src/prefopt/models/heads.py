@@ -1,7 +1,9 @@
 """What the scalar reward model and the general preference model share: a causal LM's backbone, a pooled token, and a record in the config.
 
-The classes here are mixins. The class of a model in memory is made once per architecture, as (our mixin, the architecture's own
-`PreTrainedModel` base), so that weight names, weight conversion, attention implementations, gradient checkpointing, quantization and
+The classes here are mixins. The class of a model in memory is made once per architecture, as (our mixin, the
+architecture's own
+`PreTrainedModel` base), so that weight names, weight conversion, attention implementations, gradient checkpointing,
+quantization and
 sharded loading are the architecture's own. `config.json` keeps one record of ours, `prefopt_head`.
 
 Letters: N rows, T tokens of a row, C completions, H hidden width.
@@ -17,11 +19,79 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from prefopt.files import read_json, write_json
-from prefopt.models.pooling import POOLINGS, closes, pool_rows, pooled_columns
+
+POOLINGS = ("last", "eos", "mean", "max")
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer without bias whose product is taken in float32 whatever the autocast or the weights' dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., out), float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.float(), self.weight.float())
+
+
+def pooled_columns(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, *, pooling: str, eos_token_ids: tuple[int, ...]
+) -> torch.Tensor:
+    """The column at which each row is read: its last real token ("eos"), or the one before a closing EOS ("last").
+
+    Real tokens are those of the attention mask, on either padding side; a pad token that is also the EOS does not
+    matter.
+
+    Args:
+        input_ids, attention_mask: (N, T); the mask is 0 at padding.
+        pooling: "eos" or "last".
+        eos_token_ids: what counts as EOS; a row that ends otherwise (cut, say) is read at its last real token.
+
+    Returns:
+        (N,) long.
+    """
+    mask = attention_mask.long()
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    end = (columns * mask).argmax(-1)
+    if pooling == "eos":
+        return end
+    return end - closes(input_ids.gather(1, end[:, None])[:, 0], eos_token_ids) * (mask.sum(-1) > 1)
+
+
+def closes(tokens: torch.Tensor, eos_token_ids: tuple[int, ...]) -> torch.Tensor:
+    """1 where a token is an EOS, else 0, long."""
+    return torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)).long()
+
+
+def pool_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """Mean (float32) or maximum over the real tokens of each row.
+
+    Args:
+        hidden: (N, T, H).
+        attention_mask: (N, T), 0 at padding; None for no padding.
+        pooling: "mean" or "max".
+
+    Returns:
+        (N, H).
+
+    Raises:
+        ValueError: the mask is that of packed rows.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden.shape[:2], device=hidden.device)
+    if attention_mask.ndim != 2:
+        raise ValueError(f"Pooling {pooling!r} needs one sequence a row; set `batch_layout: padded`.")
+    real = attention_mask.bool()[..., None]
+    if pooling == "mean":
+        return hidden.float().masked_fill(~real, 0.0).sum(1) / real.sum(1)
+    return hidden.masked_fill(~real, float("-inf")).amax(1)
+
 
 RECORD = "prefopt_head"
 """Name of our record in config.json: what kind of head the model has, and with which settings."""
@@ -63,7 +133,8 @@ class HeadedModel:
         ids = self.config.get_text_config().eos_token_id
         return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
 
-    # --- making and loading ---------------------------------------------------------------------------------------------
+    # --- making and loading
+    # ---------------------------------------------------------------------------------------------
 
     @classmethod
     def check_record(cls, record: dict[str, Any]) -> None:
@@ -88,10 +159,13 @@ class HeadedModel:
         """Load a model of ours, of others in the same weight layout, or (`new_head=True`) a causal LM that gets a fresh head.
 
         Args:
-            path: local folder or hub name. A folder with a LoRA adapter that a trainer of ours saved is loaded onto its base and merged.
+            path: local folder or hub name. A folder with a LoRA adapter that a trainer of ours saved is loaded onto
+                its base and merged.
             new_head: allow a checkpoint without the head's weights; otherwise such a checkpoint is an error.
-            settings: settings of the head (see `defaults`), which must agree with the checkpoint's record where it has one; all other
-                keywords are those of transformers' `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `revision`, ...).
+            settings: settings of the head (see `defaults`), which must agree with the checkpoint's record where it has
+                one; all other
+                keywords are those of transformers' `from_pretrained` (`dtype`, `device_map`, `attn_implementation`,
+                `revision`, ...).
 
         Raises:
             ValueError: no trained head, settings that contradict the checkpoint, weights of the backbone missing.
@@ -203,7 +277,8 @@ class HeadedModel:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base:
             raise ValueError(
-                f"{path} does not say which model its adapter belongs to (it was trained on one in memory): load that model, put the "
+                f"{path} does not say which model its adapter belongs to (it was trained on one in memory): load that "
+                "model, put the "
                 "adapter on it with peft's `PeftModel.from_pretrained(model, path)`, and `merge_and_unload()`."
             )
         model = cls.from_pretrained(base, new_head=True, **record, **settings)
@@ -212,7 +287,8 @@ class HeadedModel:
         merged.name_or_path = merged.config._name_or_path = str(path)
         return merged
 
-    # --- saving ---------------------------------------------------------------------------------------------------------
+    # --- saving
+    # ---------------------------------------------------------------------------------------------------------
 
     def saved_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """config.json as it is written, from transformers' own; a subclass says which other loaders may read it."""
@@ -227,7 +303,8 @@ class HeadedModel:
         if is_main_process and path.is_file():
             write_json(path, self.saved_config(json.loads(path.read_text(encoding="utf-8"))))
 
-    # --- forward --------------------------------------------------------------------------------------------------------
+    # --- forward
+    # --------------------------------------------------------------------------------------------------------
 
     def hidden_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
@@ -254,7 +331,8 @@ class HeadedModel:
         Args:
             hidden: (N, T, H).
             input_ids: (N, T).
-            attention_mask: (N, T), or None for no padding; not read with `last_index` unless pooling is "mean" or "max".
+            attention_mask: (N, T), or None for no padding; not read with `last_index` unless pooling is "mean" or
+                "max".
             last_index: (C,) flattened positions of each completion's last token, as a batch layout gives them.
 
         Returns:

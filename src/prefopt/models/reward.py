@@ -10,8 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
-from prefopt.models.heads import RECORD, HeadedModel
-from prefopt.models.pooling import Float32Linear
+from prefopt.models.heads import RECORD, Float32Linear, HeadedModel
 
 logger = logging.get_logger(__name__)
 
@@ -31,15 +30,19 @@ AutoConfig.register(OWN_MODEL_TYPE, _OwnConfig, exist_ok=True)
 class RewardModel(HeadedModel):
     """r(x, y) = w . h, where h is the pooled last hidden state of prompt x and response y; no bias, as in a ranking it would cancel.
 
-    Pooling reads the attention mask, never the pad token's id, and takes either padding side: "eos" the last real token, "last" the token
+    Pooling reads the attention mask, never the pad token's id, and takes either padding side: "eos" the last real
+    token, "last" the token
     before a closing EOS, "mean" and "max" over all real tokens of prompt and response.
 
     Saved in the layout of transformers' `...ForSequenceClassification` (`score.weight`, one label), which
-    `AutoModelForSequenceClassification` loads. It reads the last token that is not the pad token: the same score for "eos"
-    where the pad token is not the EOS, and for "last" where it is the EOS or where the text ends without one. Models with "mean" and
+    `AutoModelForSequenceClassification` loads. It reads the last token that is not the pad token: the same score for
+    "eos"
+    where the pad token is not the EOS, and for "last" where it is the EOS or where the text ends without one. Models
+    with "mean" and
     "max" pooling are saved under a model type of their own, so that a loader that would score otherwise refuses them.
 
-    Reference: arXiv 2311.08045 and its released code (head without bias, pooling names; there padding enters "max", here it does not).
+    Reference: arXiv 2311.08045 and its released code (head without bias, pooling names; there padding enters "max",
+    here it does not).
     """
 
     kind: ClassVar[str] = "reward"
@@ -66,12 +69,14 @@ class RewardModel(HeadedModel):
             return {**config, "model_type": OWN_MODEL_TYPE, RECORD: record}
         if pooling == "eos" and config.get("pad_token_id") in self.eos_token_ids:
             logger.warning_once(
-                "The pad token is the EOS token: loaders that find the last token by the pad id (AutoModelForSequenceClassification) "
+                "The pad token is the EOS token: loaders that find the last token by the pad id "
+                "(AutoModelForSequenceClassification) "
                 "will read this model one token too early. Use a pad token of its own, or pooling 'last'."
             )
         if pooling == "last" and config.get("pad_token_id") not in self.eos_token_ids:
             logger.warning_once(
-                "The pad token is not the EOS token: AutoModelForSequenceClassification will read a closing EOS where this model (pooling "
+                "The pad token is not the EOS token: AutoModelForSequenceClassification will read a closing EOS where "
+                "this model (pooling "
                 "'last') reads the token before it. Give it texts without their EOS, or set the pad token to the EOS."
             )
         return {**config, "architectures": [known or config["architectures"][0]]}

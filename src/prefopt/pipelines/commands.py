@@ -19,8 +19,7 @@ from prefopt.pipelines.stages import Stage
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import Recipe, build, collect, plain
 from prefopt.recipes.source import Setting, read_settings
-from prefopt.run_folder import FREE_TO_CHANGE
-from prefopt.run_settings import batch_sizes, config_values
+from prefopt.run import FREE_TO_CHANGE, batch_sizes, config_values
 
 # settings of a command that do not decide its result, so that changing them makes nothing again
 _MACHINE = frozenset(
@@ -46,7 +45,8 @@ class Commands:
 
     Args:
         run_dir: the run's folder.
-        launchers: last part of a stage's name -> what is typed instead of `prefopt`, for instance another environment's
+        launchers: last part of a stage's name -> what is typed instead of `prefopt`, for instance another
+            environment's
             `.venv-vllm/bin/python -m prefopt`, or `srun ... python -m prefopt`.
     """
 

@@ -1,6 +1,7 @@
 """`prefopt pipeline RECIPE`: plan a loop, show it, write it as a script, or run it.
 
-Keys of every loop: pipeline (self-play, adversarial), run_dir, launchers. A recipe's nested settings may be given one by one with a dot,
+Keys of every loop: pipeline (self-play, adversarial), run_dir, launchers. A recipe's nested settings may be given one
+by one with a dot,
 `--training.beta 0.01`, in the recipe (`training.beta: 0.01`) and on the command line.
 
   --dry_run            show the stages, their commands, and which of them would run
@@ -39,7 +40,7 @@ class Loop(NamedTuple):
 
 
 LOOPS = {
-    "self-play": Loop("prefopt.pipelines.sppo", "SelfPlayLoop", stop_after="stop_after"),
+    "self-play": Loop("prefopt.pipelines.self_play", "SelfPlayLoop", stop_after="stop_after"),
     "adversarial": Loop("prefopt.pipelines.adversarial", "AdversarialLoop", check="check_data"),
 }
 ALIASES = {"from": "first", "until": "last"}
@@ -123,7 +124,8 @@ def read_pipeline(name: str | None, settings: list[Setting]) -> tuple[PipelineAr
     launching = [setting for setting in settings if setting.key in LAUNCH_KEYS]
     if launching:
         raise ValueError(
-            f"{launching[0].place}: {launching[0].key} belongs to one kind of stage: write training.{launching[0].key}."
+            f"{launching[0].place}: {launching[0].key} belongs to one kind of stage: write "
+            f"training.{launching[0].key}."
         )
     entry = LOOPS[str(kinds[-1].value)]
     keys = getattr(importlib.import_module(entry.module), entry.keys)

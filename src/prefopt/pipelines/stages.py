@@ -1,6 +1,7 @@
 """A resumable run of stages: each a command of its own, done once, done again exactly where what decides its result has changed.
 
-A loop (`prefopt.pipelines.sppo`, ...) is a list of `Stage`; `Runner` plans and runs any such list. Nothing here knows what a stage computes.
+A loop (`prefopt.pipelines.self_play`, ...) is a list of `Stage`; `Runner` plans and runs any such list. Nothing here
+knows what a stage computes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from prefopt.pipelines.process import ended_by_signals, last_lines, run_logged
 from prefopt.pipelines.state import (
     DONE,
     FAILED,
@@ -27,6 +27,9 @@ from prefopt.pipelines.state import (
     StageRecord,
     describe_files,
     digest_of,
+    ended_by_signals,
+    last_lines,
+    run_logged,
 )
 
 FORCED = "asked for with --from"
@@ -40,11 +43,14 @@ class Stage:
     Attributes:
         name: unique, such as "iteration-1/rank".
         command: the words that are run, as a person could type them.
-        settings: everything in it that decides the result (JSON values; paths within the run relative to it). A stage whose settings have
+        settings: everything in it that decides the result (JSON values; paths within the run relative to it). A stage
+            whose settings have
             changed is done again; what is only in `command` (numbers of processes, ports) may change freely.
-        folder: where it writes, relative to the run's folder; its own alone. It is emptied before the stage is done again, and kept where the
+        folder: where it writes, relative to the run's folder; its own alone. It is emptied before the stage is done
+            again, and kept where the
             same stage continues, which its command must be able to do.
-        outputs: patterns relative to the run's folder, of the files that other stages read; each must match when the stage has ended.
+        outputs: patterns relative to the run's folder, of the files that other stages read; each must match when the
+            stage has ended.
         needs: names of the earlier stages whose outputs it reads.
         inputs: files and folders outside the run that it reads.
         at_end: whether it is also done after a rule has ended the run early, if what it needs was done before.
@@ -85,7 +91,8 @@ class Runner:
     Args:
         stages: each after all that it needs.
         run_dir: the folder of the run: state, logs, and the stages' folders.
-        stop_after: called with each stage that is done; a sentence ends the run there, for that reason, but for stages with `at_end`.
+        stop_after: called with each stage that is done; a sentence ends the run there, for that reason, but for stages
+            with `at_end`.
         begin: called when a run may start: nobody else is at work there, and it is planned.
         programs: first word of a command -> the words that really start it.
         console: where everything is shown; default: standard output.
@@ -111,13 +118,15 @@ class Runner:
         folders = [stage.folder for stage in self.stages if stage.folder is not None]
         assert len(folders) == len(set(folders)), "two stages share a folder"
 
-    # ---- what there is to do ---------------------------------------------------------------------------------------------------
+    # ---- what there is to do
+    # ---------------------------------------------------------------------------------------------------
 
     def plan(self, first: str | None = None, last: str | None = None) -> list[Planned]:
         """What a run would do now; writes nothing.
 
         Args:
-            first: stages from this one on are done again; those before must be done. A name, or its beginning ("iteration-2").
+            first: stages from this one on are done again; those before must be done. A name, or its beginning
+                ("iteration-2").
             last: the run ends after this one.
 
         Raises:
@@ -163,7 +172,8 @@ class Runner:
         if record is None:
             if stage.folder is not None and _holds_anything(self.run_dir / stage.folder):
                 raise ValueError(
-                    f"{self.run_dir / stage.folder} holds something, but this run has not made it: move it away, or give another run_dir."
+                    f"{self.run_dir / stage.folder} holds something, but this run has not made it: move it away, or "
+                    "give another run_dir."
                 )
             return Planned(stage, "run", "not done yet")
         changed = _differences(record.settings, stage.settings)
@@ -191,7 +201,8 @@ class Runner:
             return Planned(stage, "maybe", f"if the outcome of {', '.join(waiting)} changes")
         return Planned(stage, "done")
 
-    # ---- doing it --------------------------------------------------------------------------------------------------------------
+    # ---- doing it
+    # --------------------------------------------------------------------------------------------------------------
 
     def run(self, first: str | None = None, last: str | None = None) -> str | None:
         """Do what is to be done, stage after stage.
@@ -200,7 +211,8 @@ class Runner:
             Why it ended early by `stop_after`, or None.
 
         Raises:
-            ValueError: another runner is at work, a damaged state, or a stage that failed; the message ends with its log's last lines.
+            ValueError: another runner is at work, a damaged state, or a stage that failed; the message ends with its
+                log's last lines.
             SystemExit: ended by Ctrl-C, SIGTERM or SIGHUP; the stage at work is ended with it.
         """
         with RunLock(self.run_dir).held() as lock, ended_by_signals():
@@ -262,7 +274,8 @@ class Runner:
             self._say(f"\npipeline: the end of {log}:\n{tail}")
             last = next(iter(last_lines(log, 1)), "its log is empty")
             raise ValueError(
-                f"the stage {stage.name} {fault} after {seconds:.0f} s: {last} (the whole log is {log}; once the cause is mended, the same command, "
+                f"the stage {stage.name} {fault} after {seconds:.0f} s: {last} (the whole log is {log}; once the "
+                "cause is mended, the same command, "
                 "without any --from, continues here.)"
             )
 

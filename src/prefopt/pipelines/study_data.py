@@ -2,7 +2,8 @@
 
 All seeds share the pool, so it is scored once, and they are not independent: compare runs within a seed.
 
-Reference: the released notebooks of arXiv 2512.10040 (length filter, 7,000 rows drawn with seed 858, 5,000/1,000/1,000 by a permutation per
+Reference: the released notebooks of arXiv 2512.10040 (length filter, 7,000 rows drawn with seed 858, 5,000/1,000/1,000
+by a permutation per
 seed). There rows are permuted; here prompts are, so that no prompt is in two parts.
 """
 
@@ -15,14 +16,112 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import DataArguments, DataSource, load_datasets
-from prefopt.data.loading import prompt_key
+from prefopt.data.loading import normalise_rows, prompt_key
 from prefopt.data.rows import CONTEXT_COLUMNS
+from prefopt.data.tokenization import tokenize_pairs
 from prefopt.files import content_hash, read_json, read_jsonl, write_json, write_jsonl
 from prefopt.pipelines.state import InputHashes
-from prefopt.references.length_filter import filter_by_length
-from prefopt.references.models import load_tokenizer
+from prefopt.references.filling import load_tokenizer
+
+
+@dataclass(frozen=True)
+class LengthFilterReport:
+    """Rows left out at each stage, and the thresholds (in tokens) that were used."""
+
+    rows_in: int
+    unusable: int
+    short_prompts: int
+    short_replies: int
+    too_long: int
+    prompt_threshold: float
+    chosen_threshold: float
+    rejected_threshold: float
+
+    @property
+    def rows_kept(self) -> int:
+        """Rows that are left."""
+        return self.rows_in - self.unusable - self.short_prompts - self.short_replies - self.too_long
+
+
+def filter_by_length(
+    rows: Dataset,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    *,
+    max_length: int,
+    percentile: float = 2.5,
+    num_proc: int | None = None,
+) -> tuple[Dataset, LengthFilterReport]:
+    """Rows that pass three filters, one after the other.
+
+    With p, c, r the largest counts over the tokenizers of prompt, prompt + chosen and prompt + rejected: first p above
+    its
+    `percentile`; then c - p and r - p, each above its own percentile among the rows that are left; then c and r at
+    most
+    `max_length`. A row that some tokenizer cannot take counts as infinitely long.
+
+    Args:
+        rows: preference rows in any form.
+        tokenizers: M tokenizers with their chat templates.
+        max_length: in tokens.
+        percentile: 0 to 100, inclusive: a row at the percentile goes; 0 removes the shortest rows only.
+        num_proc: processes that tokenise.
+
+    Returns:
+        The rows that are left, normalised, and what was left out.
+
+    Raises:
+        ValueError: no row is left, or a tokenizer has no chat template.
+
+    Reference: the released notebooks of arXiv 2512.10040 (percentile 2.5, max_length 1024, seven tokenizers).
+    """
+    rows = normalise_rows(rows, "pairs", num_proc=num_proc)
+    lengths = _longest(rows, tokenizers, num_proc)
+    prompt, chosen, rejected = lengths
+    keep = np.isfinite(lengths).all(axis=0)
+    counts = [int((~keep).sum())]
+    thresholds = [_percentile(prompt[keep], percentile)]
+    keep, dropped = _narrow(keep, prompt > thresholds[0])
+    counts.append(dropped)
+    with np.errstate(invalid="ignore"):  # infinite rows are out already
+        replies = chosen - prompt, rejected - prompt
+    thresholds += [_percentile(reply[keep], percentile) for reply in replies]
+    keep, dropped = _narrow(keep, (replies[0] > thresholds[1]) & (replies[1] > thresholds[2]))
+    counts.append(dropped)
+    keep, dropped = _narrow(keep, np.maximum(chosen, rejected) <= max_length)
+    counts.append(dropped)
+    report = LengthFilterReport(len(rows), *counts, *thresholds)
+    if not keep.any():
+        raise ValueError(f"No row passes the length filter ({report}): raise `max_length` or lower the percentile.")
+    return rows.select(np.flatnonzero(keep)), report
+
+
+def _longest(rows: Dataset, tokenizers: Sequence[PreTrainedTokenizerBase], num_proc: int | None) -> np.ndarray:
+    """(3, N) largest counts over the tokenizers: prompt, prompt + chosen, prompt + rejected."""
+    longest = np.zeros((3, len(rows)))
+    for tokenizer in tokenizers:
+        tokenised, _ = tokenize_pairs(rows, tokenizer, max_length=None, num_proc=num_proc, name="rows")
+        found = {
+            row_id: (len(prompt), len(prompt) + len(chosen), len(prompt) + len(rejected))
+            for row_id, prompt, chosen, rejected in zip(
+                tokenised["row_id"], tokenised["prompt_ids"], tokenised["chosen_ids"], tokenised["rejected_ids"]
+            )
+        }
+        counts = [found.get(row_id, (np.inf,) * 3) for row_id in rows["row_id"]]
+        longest = np.maximum(longest, np.array(counts).T)
+    return longest
+
+
+def _percentile(values: np.ndarray, percentile: float) -> float:
+    return float(np.percentile(values, percentile)) if len(values) else float("nan")
+
+
+def _narrow(keep: np.ndarray, condition: np.ndarray) -> tuple[np.ndarray, int]:
+    narrowed = keep & condition
+    return narrowed, int(keep.sum() - narrowed.sum())
+
 
 POOL_FILE, REPORT_FILE = "pool.jsonl", "pool.json"
 PARTS = ("train", "validation", "test")
@@ -72,7 +171,8 @@ def make_pool(pool: Pool, folder: Path) -> dict[str, Any]:
     rows, left_out = filter_by_length(rows, tokenizers, max_length=int(limit), percentile=pool.percentile)
     if len(rows) < pool.rows:
         raise ValueError(
-            f"pool_rows is {pool.rows}, but only {len(rows)} of the {rows_in} rows of {pool.source} can be used: ask for fewer."
+            f"pool_rows is {pool.rows}, but only {len(rows)} of the {rows_in} rows of {pool.source} can be used: ask "
+            "for fewer."
         )
     drawn = np.sort(np.random.default_rng(pool.seed).permutation(len(rows))[: pool.rows])
     report_path.unlink(missing_ok=True)  # the rows of another pool

@@ -1,33 +1,207 @@
 """`prefopt sweep RECIPE`: multi-reference DPO over a grid of settings and seeds, and DPO against each reference alone, from one score cache.
 
-Data, scores and health come first; then every run is a stage of its own, the normal training command in a process of its own (so that its GPU
-memory is free for the next one), done once and skipped while its settings stay the same. `prefopt evaluate --study RUN_DIR` compares the runs.
+Data, scores and health come first; then every run is a stage of its own, the normal training command in a process of
+its own (so that its GPU
+memory is free for the next one), done once and skipped while its settings stay the same. `prefopt evaluate --study
+RUN_DIR` compares the runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from prefopt.data import DataArguments, DataSource, load_datasets
-from prefopt.evaluation.study import HEALTH_FILE, RESULT_FILE, STUDY_FILE
-from prefopt.evaluation.study_report import report_study
-from prefopt.files import write_json
+from prefopt.evaluation.study import HEALTH_FILE, RESULT_FILE, STUDY_FILE, report_study
+from prefopt.files import content_hash, write_json
 from prefopt.pipelines.commands import Commands, Place, parse_command
 from prefopt.pipelines.stages import Runner, Stage, table
 from prefopt.pipelines.state import FAILED, RunState
 from prefopt.pipelines.study_data import POOL_FILE, Pool, make_pool, split_pool
-from prefopt.pipelines.sweep_arguments import SweepArguments
-from prefopt.pipelines.sweep_runs import Run, every_run, named_references
 from prefopt.recipes.recipe import Recipe, build, plain
 from prefopt.recipes.source import Setting, read_settings
 from prefopt.references.health import HealthCard, cards_table
-from prefopt.references.score import cards_of, found_scores
+from prefopt.references.text import cards_of, found_scores
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
+from prefopt.trainers.reference_data import short_names
+
+# what the sweep itself decides
+OWN = frozenset(
+    {"seed", "output_dir", "dataset_name", "eval_datasets", "validation_set", "do_eval", "anchor", "accept_outliers"}
+)
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SweepArguments:
+    """What is run: a recipe, a grid and a list of settings over it, seeds; and on which rows."""
+
+    run_dir: str = _setting("", "Folder of the study: data, scores, runs, state, table.")
+    recipe: str | None = _setting(None, "Recipe of multi-reference-dpo that every run starts from.")
+    training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Settings over the recipe, for all runs; num_processes and accelerate_config too."},
+    )
+    grid: dict[str, list[Any]] = field(
+        default_factory=dict,
+        metadata={"help": "Key -> values; every combination is run: {mode: [multi_dpo, harmonic], beta: [0.1, 1]}."},
+    )
+    runs: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Further runs by name, each a mapping of settings."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Each run is done with each seed."}
+    )
+    baselines: bool = _setting(
+        True, "DPO against each reference alone too, with what grid and runs say that is not about combining them."
+    )
+
+    dataset_name: str = _setting("", "Where the rows come from: hub name, file or folder.")
+    dataset_config: str | None = _setting(None, "Configuration of a hub data set.")
+    dataset_split: str = _setting("train", "Split of it.")
+    pool_rows: int = _setting(7000, "Rows drawn from those that pass the length filter.")
+    pool_seed: int = _setting(858, "Seed of the draw.")
+    length_percentile: float = _setting(2.5, "Prompts and replies at or below this percentile of length are left out.")
+    train_rows: int = _setting(5000, "Rows of the pool that a seed trains on.")
+    validation_rows: int = _setting(1000, "Rows for validation weights and for the choice of the best run.")
+    test_rows: int = _setting(1000, "Rows that the verdict is about.")
+
+    keep_models: bool = _setting(False, "Keep the weights of every run; without, its figures and logs only.")
+    dry_run: bool = _setting(False, "Show the runs and which of them would be done; nothing is written.")
+
+    def __post_init__(self) -> None:
+        for name in ("run_dir", "dataset_name"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
+        if not self.grid and not self.runs:
+            raise ValueError("nothing to compare with single references: give a `grid` or `runs`.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds` must name at least one, and each once: {self.seeds}.")
+        sizes = (self.train_rows, self.validation_rows, self.test_rows)
+        if min(sizes) < 1 or sum(sizes) > self.pool_rows:
+            raise ValueError(
+                f"train, validation and test rows are {sizes}: each at least 1, together at most pool_rows "
+                f"{self.pool_rows}."
+            )
+        for place, settings in (
+            ("training", self.training),
+            ("grid", self.grid),
+            *(("runs", run) for run in self.runs.values()),
+        ):
+            if clash := sorted(
+                OWN & set(settings) - ({"anchor", "accept_outliers"} if place == "training" else set())
+            ):
+                raise ValueError(f"`{place}`: {clash[0]} is the sweep's own to set; remove it.")
+        for name in self.runs:
+            if name != slug(name):
+                raise ValueError(f"`runs`: {name!r} names a folder: use letters, digits and . _ + - only.")
+        for key, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"`grid`: {key} needs a list of values, found {values!r}.")
+
+
+def slug(value: Any) -> str:
+    """A value as a part of a file's name."""
+    if isinstance(value, (list, dict)):
+        return f"{len(value)}-{content_hash(value)[:6]}"
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in str(value))
+
+
+# what says how references are combined; a single reference has none of it, so it is swept over the other keys only
+COMBINING = frozenset(
+    {
+        "references", "mode", "weighting", "reference_weights", "clip_to_anchor", "max_exponent", "accuracy_temperature", "window",
+        "window_reduce", "sampling_prior", "sampling_subset", "sampling_metric", "sampling_ties", "sampling_discount",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting, to be trained with every seed.
+
+    Attributes:
+        name: of its folder, unique.
+        kind: "multi" or "single".
+        settings: over the recipe.
+        reference: of a single one.
+    """
+
+    name: str
+    kind: str
+    settings: Mapping[str, Any]
+    reference: str | None = None
+
+
+def every_run(args: SweepArguments, usable: list[str]) -> list[Run]:
+    """Singles first (the baselines), then the grid, then the list; of the references only the usable ones.
+
+    Raises:
+        ValueError: two runs of one name, or one with fewer than two references.
+    """
+    runs = list(_singles(args, usable)) if args.baselines else []
+    combined = _combinations(args.grid) if args.grid else []
+    for name, settings in [*((_name(s), s) for s in combined), *args.runs.items()]:
+        named = settings.get("references", usable)
+        if len(named) < 2:
+            raise ValueError(f"{name} has one reference: the baselines are DPO against each one, a run needs several.")
+        chosen = [reference for reference in named if reference in usable]
+        runs.append(Run(name, "multi", {**settings, "references": chosen}))
+    names = [item.name for item in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two runs are called {twice[0]!r}: name them differently.")
+    return runs
+
+
+def _singles(args: SweepArguments, usable: list[str]) -> Iterator[Run]:
+    """DPO against each reference: all weight on it, so that rows and metrics are those of the other runs.
+
+    With every setting of the grid and of the list that a single reference has too: a run whose beta only it has would
+    be compared with
+    another beta, not with another number of references.
+    """
+    others = _combinations({key: values for key, values in args.grid.items() if key not in COMBINING})
+    for run in args.runs.values():
+        own = {key: value for key, value in run.items() if key not in COMBINING}
+        if own and own not in others:
+            others.append(own)
+    for settings in others:
+        for k, (reference, short) in enumerate(zip(usable, short_names(usable))):
+            one_hot = [1.0 if place == k else 0.0 for place in range(len(usable))]
+            fixed = {"mode": "multi_dpo", "weighting": "fixed", "reference_weights": one_hot, "references": usable}
+            fixed["clip_to_anchor"] = None  # which would change what the reference says
+            name = ",".join([f"single={slug(short)}", *([_name(settings)] if settings else [])])
+            yield Run(name, "single", {**settings, **fixed}, reference)
+
+
+def named_references(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Every reference that a grid or a list of runs names."""
+    lists = (
+        settings.get("references", [])
+        if "references" in settings
+        else [run.get("references", []) for run in settings.values() if isinstance(run, dict)]
+    )
+    for names in lists:
+        if not isinstance(names, list):
+            raise ValueError(f"references must be lists of names, found {names!r}.")
+        yield from map(str, names)
+
+
+def _combinations(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    return ",".join(f"{key}={slug(value)}" for key, value in settings.items())
+
 
 METHOD = "multi-reference-dpo"
 SCORING = "score-references"
@@ -40,7 +214,8 @@ def run(args: SweepArguments) -> int:
     """Do what is left to do, and write the table.
 
     Raises:
-        ValueError: a mistake in the recipe, no reference that can be used, or runs that failed (after all others are done).
+        ValueError: a mistake in the recipe, no reference that can be used, or runs that failed (after all others are
+            done).
     """
     Sweep(args).run()
     return 0
@@ -70,7 +245,8 @@ class Sweep:
         self.anchor = values.get("anchor") or (self.policy if self.policy in self.references else None)
         if self.anchor not in self.references:
             raise ValueError(
-                f"the policy's own initial model {self.anchor or self.policy} must be among the references {self.references}: DPO against it is a baseline."
+                f"the policy's own initial model {self.anchor or self.policy} must be among the references "
+                f"{self.references}: DPO against it is a baseline."
             )
         self.accepts_outliers = bool(values.get("accept_outliers"))
         self.dtype = str(values.get("reference_dtype") or "bfloat16")
@@ -102,7 +278,8 @@ class Sweep:
                 f"{len(failed)} of {len(stages)} runs failed, the others are done; the first: {failed[0]}"
             )
 
-    # ---- what comes first ------------------------------------------------------------------------------------------------------
+    # ---- what comes first
+    # ------------------------------------------------------------------------------------------------------
 
     @property
     def data(self) -> Path:
@@ -117,7 +294,8 @@ class Sweep:
         pool = Pool(source, names, args.pool_rows, args.pool_seed, self.max_length, args.length_percentile)
         report = make_pool(pool, self.data)
         print(
-            f"sweep: a pool of {report['rows']} rows from {report['rows_kept']} of {report['rows_in']} that pass the length filter."
+            f"sweep: a pool of {report['rows']} rows from {report['rows_kept']} of {report['rows_in']} that pass the "
+            "length filter."
         )
         for seed in args.seeds:
             split_pool(self.data, seed, (args.train_rows, args.validation_rows, args.test_rows))
@@ -184,7 +362,8 @@ class Sweep:
             )
         return usable
 
-    # ---- the runs --------------------------------------------------------------------------------------------------------------
+    # ---- the runs
+    # --------------------------------------------------------------------------------------------------------------
 
     def check_run(self, item: Run) -> None:
         """Refuse settings that training would refuse, before anything is scored."""
@@ -288,7 +467,6 @@ class Sweep:
 
 def _settings(recipe: str | None, values: Mapping[str, Any]) -> list[Any]:
     """The recipe's settings with these above them."""
-
     read = [setting for setting in read_settings(recipe, []) if setting.key != "env"]
     top = max((setting.level for setting in read), default=-1) + 1
     return [*read, *(Setting(key, value, "the sweep", top) for key, value in values.items())]

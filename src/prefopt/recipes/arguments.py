@@ -47,7 +47,8 @@ class DatasetArguments:
     eval_datasets: dict[str, DataSource | str] | None = field(
         default=None,
         metadata={
-            "help": "Several evaluation sets by name: each a path (its `test` split, or a whole file), or a mapping as in `datasets`."
+            "help": "Several evaluation sets by name: each a path (its `test` split, or a whole file), or a mapping "
+            "as in `datasets`."
         },
     )
     test_split_size: float | int | None = field(
@@ -94,7 +95,8 @@ class DatasetArguments:
         """The sources in the one form that `prefopt.data` reads.
 
         Args:
-            evaluates: whether the run evaluates; without, only splits that the recipe names outright are evaluation data.
+            evaluates: whether the run evaluates; without, only splits that the recipe names outright are evaluation
+                data.
             seed: of sampling and of the hold-out, where the keys give none.
 
         Raises:
@@ -175,7 +177,8 @@ class RunArguments:
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from their number."
+            "help": "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from their "
+            "number."
         },
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from .convert import TRUE, Text, convert
-from .source import Setting
+from prefopt.recipes.convert import TRUE, Text, convert
+from prefopt.recipes.source import Setting
 
 RENAMED = {
     "torch_dtype": "dtype",

@@ -11,9 +11,9 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from .convert import convert, is_required, unknown_key
-from .legacy import LEGACY_KEYS, translate
-from .source import BASE_KEY, Setting, read_settings, split_recipe
+from prefopt.recipes.convert import convert, is_required, unknown_key
+from prefopt.recipes.legacy import LEGACY_KEYS, translate
+from prefopt.recipes.source import BASE_KEY, Setting, read_settings, split_recipe
 
 # Keys that say the same thing in different ways, each with the keys that belong to it. One way may be used at a time;
 # a later source (the command line over the recipe, the recipe over its base) replaces another way of an earlier one.

@@ -50,7 +50,8 @@ class Scorer:
     Attributes:
         name: for people; not part of the key, so a moved folder keeps its scores.
         weights: fingerprint of config and weights (`fingerprints`).
-        tokenizer: fingerprint of vocabulary, merges, special tokens and chat template; "" where rows come as token ids.
+        tokenizer: fingerprint of vocabulary, merges, special tokens and chat template; "" where rows come as token
+            ids.
         dtype: of the weights and of the computation, such as "bfloat16".
         quantization: "" or a description such as "bnb-nf4".
         settings: anything else that alters a score (JSON).
@@ -79,7 +80,8 @@ class Scores:
         logps: float32, summed log-probs in nats.
         tokens: scored tokens, in the scorer's own vocabulary.
         bytes: UTF-8 bytes of the completion's text.
-        length: tokens of prompt and completion together (`UNSCORABLE`: beyond the scorer's context, or its template refuses it).
+        length: tokens of prompt and completion together (`UNSCORABLE`: beyond the scorer's context, or its template
+            refuses it).
         truncated: the scorer would have had to cut the text, and did not score it (`logps` is NaN).
         ids: 64-bit digest of the token ids that were scored.
     """
@@ -157,7 +159,8 @@ class ScoreCache:
 
     def refresh(self) -> None:
         """Read the chunks that other processes have written since the last look."""
-        # sorted, and the first record of a row wins: where two writers scored it, every fresh reader takes the same one
+        # sorted, and the first record of a row wins: where two writers scored it, every fresh reader takes the same
+        # one
         for name in sorted(path.name for path in self.folder.glob("*.npz")):
             if name not in self._chunks:
                 self._read_chunk(self.folder / name)

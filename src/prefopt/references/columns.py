@@ -193,7 +193,8 @@ def _scores_of(dataset: Dataset, scorer: Scorer, root: str | Path, name: str) ->
     if missing.any():
         first = row_ids[int(missing.argmax())]
         raise ValueError(
-            f"The reference {scorer.name} has no scores for {int(missing.sum())} of {len(dataset)} rows of the {name} set "
+            f"The reference {scorer.name} has no scores for {int(missing.sum())} of {len(dataset)} rows of the {name} "
+            "set "
             f"(the first: row_id {first}). Run `prefopt score-references` with this recipe, which scores only those."
         )
     return sides
@@ -203,6 +204,7 @@ def _refuse_stale_notes(scorer: Scorer, scores: Scores, limit: float, name: str)
     stale = scores.truncated & (scores.length <= limit) & (scores.length < UNSCORABLE)
     if stale.any():
         raise ValueError(
-            f"{int(stale.sum())} completions of the {name} set were too long for the limit under which {scorer.name} was "
+            f"{int(stale.sum())} completions of the {name} set were too long for the limit under which {scorer.name} "
+            "was "
             "scored, and fit now. Run `prefopt score-references` with this recipe, which scores only those."
         )

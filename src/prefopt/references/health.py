@@ -1,9 +1,11 @@
 """A health card for each reference, before anything is trained against it: is it any good, and were its scores made right?
 
-K references, N pairs. Accuracy at chance is reported and no more: such a reference is useless, not broken. A reference is
+K references, N pairs. Accuracy at chance is reported and no more: such a reference is useless, not broken. A reference
+is
 *quarantined* where its scores cannot be right:
 
-- its median nats per byte is at least twice its peers' and more than five robust standard deviations (1.4826 MAD of log
+- its median nats per byte is at least twice its peers' and more than five robust standard deviations (1.4826 MAD of
+log
   nats per byte) above their median, with three references or more: text that fluent models find likely is not that
   surprising to another fluent model, so weights, tokenizer, template or dtype are wrong;
 - half of its pairs or more tie: different answers do not get equal scores;
@@ -20,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.intervals import wilson_interval
+
 MIN_PEERS = 2
 OUTLIER_RATIO = 2.0
 OUTLIER_DEVIATIONS = 5.0
@@ -35,7 +39,8 @@ class HealthCard:
     Attributes:
         name: the reference.
         rows: N.
-        accuracy, accuracy_low, accuracy_high: share of pairs whose chosen completion has the higher log-prob per token, with
+        accuracy, accuracy_low, accuracy_high: share of pairs whose chosen completion has the higher log-prob per
+            token, with
             its 95 % Wilson interval; a tie is wrong.
         ties: share of pairs with equal log-probs per token.
         confidence_mean, confidence_median, confidence_p99: of |m(chosen) - m(rejected)|, nats per token.
@@ -61,23 +66,6 @@ class HealthCard:
     batched_vs_single: float | None
     remarks: tuple[str, ...] = ()
     quarantine: str = ""
-
-
-def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Confidence interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
-
-    Args:
-        successes: 0 to `trials`.
-        trials: at least 1.
-        z: normal quantile; the default gives 95 %.
-
-    Reference: E. B. Wilson, JASA 22 (1927).
-    """
-    assert 0 <= successes <= trials and trials > 0
-    share, ratio = successes / trials, z * z / trials
-    centre = (share + ratio / 2) / (1 + ratio)
-    reach = z / (1 + ratio) * math.sqrt(share * (1 - share) / trials + ratio / (4 * trials))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
 def health_cards(

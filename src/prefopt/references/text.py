@@ -1,6 +1,7 @@
 """Score the *text* of preference rows under any model, with that model's own tokenizer and chat template.
 
-The text is tokenised jointly and the completion starts where prompt and whole part (`prefopt.data`), so nothing is sliced
+The text is tokenised jointly and the completion starts where prompt and whole part (`prefopt.data`), so nothing is
+sliced
 by counting, and a row that the model would have to cut is noted and not scored.
 """
 
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from prefopt.data.encoding import prepare_tokenizer, tokenizer_fingerprint
-from prefopt.data.normalise import normalise_rows
+from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.files import read_json, write_json
 from prefopt.references.cache import (
@@ -31,13 +32,25 @@ from prefopt.references.cache import (
     UNSCORABLE,
     ScoreCache,
     Scorer,
+    Scores,
     describe_scorers,
     ids_digest,
     text_key,
 )
-from prefopt.references.filling import Job, ScoreGroups, choose_layout, fill, group_scorer, read_all, shared_lookup
+from prefopt.references.filling import (
+    Job,
+    ReferenceModel,
+    ScoreGroups,
+    choose_layout,
+    fill,
+    group_scorer,
+    load_tokenizer,
+    prepare_model,
+    read_all,
+    shared_lookup,
+)
 from prefopt.references.fingerprints import adapted_model, files_fingerprint, model_folder, module_fingerprint
-from prefopt.references.models import ReferenceModel, load_tokenizer, prepare_model
+from prefopt.references.health import HealthCard, health_cards
 from prefopt.scoring.layouts import Group
 
 logger = logging.getLogger(__name__)
@@ -119,7 +132,8 @@ def text_scorer(
         known = [s for s in describe_scorers(root) if (s.name, s.dtype) == (reference, dtype)]
         if len(known) != 1:
             raise ValueError(
-                f"The reference {reference} is not on this machine, and {root} has the scores of {len(known)} models of that "
+                f"The reference {reference} is not on this machine, and {root} has the scores of {len(known)} models "
+                "of that "
                 f"name in {dtype} (one is needed): {error}"
             ) from error
         logger.warning("The files of %s are not on this machine: its scores are taken by name, unchecked.", reference)
@@ -219,7 +233,8 @@ def _plan(
                 wanted.append(side)
             elif int(known[side].ids[row]) != digests[side]:
                 raise ValueError(
-                    f"{cache.scorer.name} splits row {row_id} into other tokens than when it was scored, although its tokenizer "
+                    f"{cache.scorer.name} splits row {row_id} into other tokens than when it was scored, although its "
+                    "tokenizer "
                     f"looks the same (does its template write today's date?). Delete {cache.folder} to score it again."
                 )
         report.found += 2 - len(wanted)
@@ -279,3 +294,39 @@ def read_checks(root: Path, scorer: Scorer) -> dict[str, Any]:
     """What scoring noted beside the scores: `rows`, `not_prefix`, `batched_vs_single`; empty where there is nothing."""
     path = root / scorer.key / CHECKS_FILE
     return dict(read_json(path)) if path.exists() else {}
+
+
+def found_scores(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[tuple[Scorer, list[Scores]]]:
+    """For each reference, who scores and what the cache holds of the rows' chosen and rejected completions."""
+    row_ids = normalise_rows(rows, "pairs")["row_id"]
+    found = []
+    for reference in references:
+        scorer = text_scorer(reference, root, dtype=dtype)[0]
+        cache = ScoreCache(root, scorer)
+        found.append((scorer, [cache.lookup([text_key(row_id, side) for row_id in row_ids]) for side in SIDES]))
+    return found
+
+
+def cards_of(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[HealthCard]:
+    """Health cards of references from the cache, over the rows that all of them have scored.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    scorers, found = zip(*found_scores(rows, references, root, dtype=dtype))
+    usable = np.all([side.found & ~side.truncated for sides in found for side in sides], axis=0)
+    if not usable.any():
+        raise ValueError("No row was scored whole by all references: raise `max_length`.")
+
+    def table(column: str) -> tuple[np.ndarray, np.ndarray]:
+        chosen, rejected = (np.stack([getattr(sides[i], column)[usable] for sides in found]) for i in (0, 1))
+        return chosen, rejected
+
+    checks = [read_checks(root, scorer) for scorer in scorers]
+    return health_cards(
+        [scorer.name for scorer in scorers],
+        logps=table("logps"),
+        tokens=table("tokens"),
+        num_bytes=table("bytes"),
+        checks=checks,
+    )

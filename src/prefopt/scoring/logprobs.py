@@ -1,8 +1,11 @@
 """From hidden states to completion scores, inside the model's own forward.
 
-`install_scoring` gives a causal LM a second way through its forward: called with `score_index` and `score_targets`, it runs the backbone,
-gathers the positions that predict a scored token, and folds the LM head over them in tiles. Whole-sequence logits never exist, for
-policy or reference. Because the path lies inside `model.forward`, wrappers (PEFT, DDP, DeepSpeed, FSDP2) see one ordinary forward and
+`install_scoring` gives a causal LM a second way through its forward: called with `score_index` and `score_targets`, it
+runs the backbone,
+gathers the positions that predict a scored token, and folds the LM head over them in tiles. Whole-sequence logits
+never exist, for
+policy or reference. Because the path lies inside `model.forward`, wrappers (PEFT, DDP, DeepSpeed, FSDP2) see one
+ordinary forward and
 synchronise gradients as usual.
 
 Letters: C completions, S scored tokens, H hidden width, V vocabulary, E experts.
@@ -15,12 +18,14 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate.utils import has_compiled_regions
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from prefopt._trl import (
@@ -29,9 +34,103 @@ from prefopt._trl import (
     ChunkedLogProbFunction,
     maybe_gather_lm_head_ctx,
 )
-from prefopt.scoring.attention import packed_attention_mask
-from prefopt.scoring.logits import check_logits, logit_transform, logits_of
-from prefopt.scoring.packed_sdpa import PackedMask, by_parts
+from prefopt.scoring.attention import PackedMask, by_parts, packed_attention_mask
+
+_TOLERANCE = 0.03  # of the largest logit; bf16 rounds to 0.004
+
+
+def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
+    """How a model turns LM-head outputs into logits: (soft cap or None, factor), the factor applied first."""
+    text = config.get_text_config()
+
+    def first(*names: str) -> float | None:
+        return next((float(v) for name in names if (v := getattr(text, name, None)) is not None), None)
+
+    softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    factor = first("logit_scale", "output_multiplier", "lm_head_multiplier")
+    if factor is not None:
+        return softcap, factor
+    scaling = first("logits_scaling")
+    if scaling is not None:
+        return softcap, scaling if text.model_type == "hyperclovax" else 1 / scaling
+    return softcap, 1.0
+
+
+def logits_of(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, scale: float
+) -> torch.Tensor:
+    """The logits (S, V), float32, of hidden states (S, H) under an LM head (V, H) and the transform of `logit_transform`."""
+    bias = None if bias is None else bias.to(hidden.dtype)
+    logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float() * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def check_logits(model: PreTrainedModel) -> None:
+    """Make sure that the model's own forward makes of a hidden state the logits that the scoring path makes of it.
+
+    Weights that are sharded, or not there yet, are not looked at.
+
+    Raises:
+        ValueError: it makes others (a further layer before the head, a scale of its own), or it has no backbone to
+            call.
+    """
+    backbone, head = model.base_model, model.get_output_embeddings()
+    if backbone is model or head is None:
+        raise ValueError(f"{type(model).__name__} has no backbone with an LM head of its own, so it cannot be scored.")
+    weight = head.weight
+    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or weight.device.type == "meta":
+        return
+    draw = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden = draw.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        # large logits, so that a soft cap shows
+        hidden = hidden * (20 / nn.functional.linear(hidden, weight).float().abs().max().clamp_min(1e-6)).to(
+            weight.dtype
+        )
+        theirs = _own_logits(model, backbone, hidden)
+        if theirs is None:
+            return
+        ours = logits_of(hidden, weight, head.bias, *logit_transform(model.config))
+    gap = ((theirs - ours).abs().max() / ours.abs().max()).item()
+    if not gap <= _TOLERANCE:
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than the scoring path knows (they differ by {gap:.0%}), "
+            "so its log-probs would "
+            "be wrong."
+        )
+
+
+def _own_logits(model: PreTrainedModel, backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor | None:
+    """What `model.forward` makes of a hidden state (1, H), (1, V) float32; None where it goes another way than through its backbone's forward."""
+    kept, calls = backbone.__dict__.get("forward"), []
+
+    def forward(*args: Any, **kwargs: Any) -> _Outputs:
+        calls.append(args)
+        return _Outputs(last_hidden_state=hidden[None])
+
+    backbone.forward = forward
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        return logits if calls else None
+    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError):
+        return None
+    finally:
+        if kept is None:
+            del backbone.forward
+        else:
+            backbone.forward = kept
+
+
+class _Outputs(SimpleNamespace):
+    """A backbone's outputs: the hidden state, and None for whatever else is asked of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.last_hidden_state
+
 
 ALIGNMENTS = ("sampled", "greedy", "none")
 VOCAB_STATISTICS = ("entropy", "mean_logits", "is_top1")
@@ -43,10 +142,13 @@ class CompletionScores(ModelOutput):
     """What one forward says of each completion; every field is float32.
 
     Attributes:
-        logps: (C,) log-probability summed over the scored tokens (weighted by `score_weights` where the batch has them), in nats.
+        logps: (C,) log-probability summed over the scored tokens (weighted by `score_weights` where the batch has
+            them), in nats.
         counts: (C,) number of scored tokens.
-        mean_aligned_logps: (C,) WPO's log-weight of the completion, mean over tokens, without gradient; None unless asked for.
-        entropy, mean_logits, top1: (C,) sums over tokens of the predictive entropy (nats), of the mean logit over the vocabulary,
+        mean_aligned_logps: (C,) WPO's log-weight of the completion, mean over tokens, without gradient; None unless
+            asked for.
+        entropy, mean_logits, top1: (C,) sums over tokens of the predictive entropy (nats), of the mean logit over the
+            vocabulary,
             and of whether the token was the model's first choice; None unless asked for. Without gradient.
         aux_loss: () MoE load-balancing loss of the batch; None for dense models.
     """
@@ -85,7 +187,8 @@ def _scoring_forward(model_class: type[PreTrainedModel]) -> Callable[..., object
         given = {name: value for name, value in kwargs.items() if value is not None}
         return _score(self, score_index=score_index, **given)
 
-    # generate() validates its arguments against the signature; accelerate would unwrap `__wrapped__` down to the plain forward
+    # generate() validates its arguments against the signature; accelerate would unwrap `__wrapped__` down to the plain
+    # forward
     forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
     return forward
@@ -121,8 +224,10 @@ def score_completions(
 
     Args:
         model: a model that `install_scoring` has prepared, or a wrapper around one.
-        batch: what a layout made (`scoring.layouts.Layout.collate`), on the model's device; optionally `score_weights` (S,), the weight
-            of each scored token in `logps`. The packed attention mask is built once and kept in the batch, for the reference's sake.
+        batch: what a layout made (`scoring.layouts.Layout.collate`), on the model's device; optionally `score_weights`
+            (S,), the weight
+            of each scored token in `logps`. The packed attention mask is built once and kept in the batch, for the
+            reference's sake.
         attn_implementation: the model's attention implementation; chooses the form of the packed mask.
         dtype: the model's dtype (the additive mask of "eager" needs it).
         alignment: WPO's alignment, one of `ALIGNMENTS`, or None for no weights.
@@ -242,7 +347,7 @@ def _tile_width(hidden: torch.Tensor) -> int:
 def _largest_logps(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, scale: float
 ) -> torch.Tensor:
-    """log max_v p(v) of each position, (S,) float32, in chunks of positions."""
+    """Log max_v p(v) of each position, (S,) float32, in chunks of positions."""
     largest = []
     for chunk in hidden.split(_GREEDY_CHUNK):
         logits = logits_of(chunk, weight, bias, softcap, scale)
@@ -259,11 +364,13 @@ def load_balancing_loss(
 ) -> torch.Tensor:
     """Load-balancing loss of a mixture of experts over the real tokens of a batch.
 
-    E * sum_{k, e} f_{k,e} * p_e, where f_{k,e} is the share of tokens whose k-th choice is expert e, and p_e the mean router probability.
+    E * sum_{k, e} f_{k,e} * p_e, where f_{k,e} is the share of tokens whose k-th choice is expert e, and p_e the mean
+    router probability.
 
     Args:
         router_logits: for each MoE layer, (N*T, E).
-        token_weights: (N*T,) in how many sequences each token stands, 0 for padding; a shared prompt counts once per completion, so
+        token_weights: (N*T,) in how many sequences each token stands, 0 for padding; a shared prompt counts once per
+            completion, so
             that packed and padded batches give the same loss.
         top_k: experts per token.
 

@@ -1,9 +1,13 @@
 """Which pairs go into which micro-batch of which rank: a pure function of (seed, epoch, step).
 
-Every optimizer step holds the same number of groups (`groups_per_step`), except the last of an epoch, and every rank runs exactly
-`micro_batches` micro-batches in it. Within a step, groups are dealt to micro-batches so that ranks and micro-batches carry nearly the same
-number of tokens. A micro-batch that gets no group in the last step runs one group at weight zero, so that each group counts exactly once
-and no rank waits for another. Nothing here needs communication: every rank computes the whole plan and takes its own part.
+Every optimizer step holds the same number of groups (`groups_per_step`), except the last of an epoch, and every rank
+runs exactly
+`micro_batches` micro-batches in it. Within a step, groups are dealt to micro-batches so that ranks and micro-batches
+carry nearly the same
+number of tokens. A micro-batch that gets no group in the last step runs one group at weight zero, so that each group
+counts exactly once
+and no rank waits for another. Nothing here needs communication: every rank computes the whole plan and takes its own
+part.
 """
 
 from __future__ import annotations
@@ -67,7 +71,8 @@ class BatchPlan(torch.utils.data.Sampler):
         seed: seed of the shuffles; ignored without `shuffle`.
         max_tokens_per_row: packed rows hold at most this many tokens; None plans for the padded layout.
         epochs: how many epochs the row lengths are chosen for.
-        few_row_lengths: pad rows to one of a few lengths, for kernels that are compiled per length; False: to the longest row.
+        few_row_lengths: pad rows to one of a few lengths, for kernels that are compiled per length; False: to the
+            longest row.
         shuffle: draw a new order each epoch.
         drop_last: leave out the last, smaller step of an epoch.
 
@@ -94,7 +99,8 @@ class BatchPlan(torch.utils.data.Sampler):
             raise ValueError("There are no rows to make batches of.")
         if max_tokens_per_row is not None and (longest := max(group.packed for group in lengths)) > max_tokens_per_row:
             raise ValueError(
-                f"A pair has {longest} tokens, more than `max_tokens_per_row` = {max_tokens_per_row}; raise it to at least {longest}, "
+                f"A pair has {longest} tokens, more than `max_tokens_per_row` = {max_tokens_per_row}; raise it to at "
+                f"least {longest}, "
                 "or lower `max_length`."
             )
         self.lengths = lengths

@@ -1,38 +1,146 @@
 """What every trainer of this library shares: planned batches, exact normalisation, device-side metrics, evaluation, checkpoints.
 
-A method trainer says what the loss of one micro-batch is (`step_loss`); everything here is about running it: over micro-batches and ranks so
-that the gradient is that of the mean over the whole optimizer step, with each example used once an epoch, and with metrics that are those of
+A method trainer says what the loss of one micro-batch is (`step_loss`); everything here is about running it: over
+micro-batches and ranks so
+that the gradient is that of the mean over the whole optimizer step, with each example used once an epoch, and with
+metrics that are those of
 the whole step.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PretrainedConfig, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from prefopt import files
-from prefopt.scoring.layouts import Layout
-from prefopt.scoring.packed_sdpa import by_parts
+from prefopt.scoring.attention import by_parts, why_not_packed
+from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.plan import BatchPlan, GroupLengths
-from prefopt.trainers.batching import PlannedLoader, choose_layout, row_capacity
-from prefopt.trainers.checkpointing import use_selective_checkpointing
+from prefopt.trainers.checkpoints import check_saved_shapes, last_checkpoint
 from prefopt.trainers.collators import PlannedBatches, only
-from prefopt.trainers.compilation import compiled_so_far
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
 from prefopt.trainers.policy import base_model_of
-from prefopt.trainers.saving import check_saved_shapes, last_checkpoint
+
+CPU_ROW_TOKENS = 1024
+"""Capacity of a packed row on a CPU where its mask is dense: it costs the square of the row."""
+
+
+def choose_layout(
+    wanted: str,
+    config: PretrainedConfig,
+    *,
+    pad_token_id: int,
+    pad_to_multiple_of: int,
+    share_prompt: bool,
+    longest_sequence: int,
+    against_packing: str | None,
+) -> tuple[Layout, str | None]:
+    """The layout of a run, and why it is padded where packing would have been tried.
+
+    Args:
+        wanted: "auto", "packed" or "padded".
+        config: the model's config, with its attention implementation.
+        pad_token_id, pad_to_multiple_of: of the padded layout.
+        share_prompt: of the packed layout.
+        longest_sequence: longest prompt + completion of the data, in tokens.
+        against_packing: a reason that the caller knows.
+
+    Raises:
+        ValueError: "packed" was demanded and cannot be exact.
+    """
+    padded = PaddedLayout(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+    if wanted == "padded":
+        return padded, None
+    reason = against_packing or why_not_packed(
+        config, implementation=config._attn_implementation, longest_sequence=longest_sequence
+    )
+    if reason is None:
+        return PackedLayout(pad_token_id, share_prompt=share_prompt), None
+    if wanted == "packed":
+        raise ValueError(
+            f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
+        )
+    return padded, reason
+
+
+def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int, dense: bool) -> int:
+    """Tokens of a packed row where the recipe sets none.
+
+    Args:
+        lengths: of all groups.
+        groups_per_row: groups that one micro-batch holds on average.
+        dense: the mask is, so rows are short; otherwise one row a micro-batch, in which attention skips what other
+            pairs own.
+    """
+    longest = max(group.packed for group in lengths)
+    if dense:
+        return max(longest, CPU_ROW_TOKENS)
+    mean = sum(group.packed for group in lengths) / len(lengths)
+    return math.ceil(max(longest, 1.5 * mean * groups_per_row + longest / 2) / 1024) * 1024
+
+
+class PlannedLoader(DataLoader):
+    """A data loader that passes its epoch on to its plan."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the plan draw the order of `epoch`."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+def compiled_so_far() -> dict[str, float]:
+    """`perf/compiled_graphs` and `perf/compile_seconds` of this process; empty where nothing was compiled.
+
+    A count that still grows after the first steps means that shapes keep changing.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")  # imported by the first compilation
+    if utils is None or not (graphs := utils.counters["stats"]["unique_graphs"]):
+        return {}
+    seconds = sum((metrics.duration_us or 0) for metrics in utils.get_compilation_metrics()) / 1e6
+    return {"perf/compiled_graphs": float(graphs), "perf/compile_seconds": seconds}
+
+
+_aten = torch.ops.aten
+KEPT = (
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+)
+"""Operations whose results are kept: matrix products and attention, nearly all of a layer's arithmetic."""
+
+
+def selective_contexts():
+    """Contexts of the forward and of the recomputation, for `torch.utils.checkpoint`'s `context_fn`."""
+    return create_selective_checkpoint_contexts(list(KEPT))
+
+
+def use_selective_checkpointing(model) -> None:
+    """Have a model that checkpoints its layers keep matrix products and attention, and recompute norms and activations only.
+
+    Args:
+        model: a transformers model, or a wrapper that passes `gradient_checkpointing_enable` on to it.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": selective_contexts})
+
 
 STATE_FILE = "method_state.json"
 _TOTALS = ("num_tokens", "perf/tokens")
@@ -97,7 +205,8 @@ class BaseTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process. Start the run with `accelerate launch` (or `prefopt ... --num_processes "
+                f"{args.n_gpu} GPUs are visible to one process. Start the run with `accelerate launch` (or `prefopt "
+                "... --num_processes "
                 f"{args.n_gpu}`), or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
         self.collate = collate
@@ -122,7 +231,8 @@ class BaseTrainer(Trainer):
         parallel = self.accelerator.parallelism_config
         if parallel is not None and parallel.non_data_parallel_size > 1:
             raise ValueError(
-                "Tensor, context and sequence parallelism are not supported: each process takes pairs of its own. Use ZeRO-3 or FSDP."
+                "Tensor, context and sequence parallelism are not supported: each process takes pairs of its own. Use "
+                "ZeRO-3 or FSDP."
             )
         self.layout = self._choose_layout()
         self.callback_handler.callbacks.insert(
@@ -130,7 +240,8 @@ class BaseTrainer(Trainer):
         )  # after the flow callback that decides what a step does
         self.model.add_model_tags(list(self._tag_names))
 
-    # ---- what a method defines -------------------------------------------------------------------------------------------------
+    # ---- what a method defines
+    # -------------------------------------------------------------------------------------------------
 
     @classmethod
     def check_settings(cls, args) -> None:
@@ -150,7 +261,8 @@ class BaseTrainer(Trainer):
             sums: where metrics are added.
 
         Returns:
-            - () loss, scaled with `self.reduce` so that its mean over ranks, summed over micro-batches, is that of the optimizer step;
+            - () loss, scaled with `self.reduce` so that its mean over ranks, summed over micro-batches, is that of the
+            optimizer step;
             - (B, ...) predictions of each example, for `compute_metrics`.
         """
 
@@ -167,12 +279,16 @@ class BaseTrainer(Trainer):
 
     def describe_run(self) -> str:
         """One line on processes, wrapping and batches."""
-        line = f"Training on {self.args.world_size} process(es) as {describe_wrapping(self.model_wrapped)}; batches: {self.layout.name}"
+        line = (
+            f"Training on {self.args.world_size} process(es) as {describe_wrapping(self.model_wrapped)}; batches: "
+            f"{self.layout.name}"
+        )
         if lengths := self._row_lengths:
             line += f", rows of {', '.join(str(length) for length in lengths)} tokens"
         return line + "."
 
-    # ---- batches ---------------------------------------------------------------------------------------------------------------
+    # ---- batches
+    # ---------------------------------------------------------------------------------------------------------------
 
     def _datasets(self) -> list[Dataset]:
         evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -264,7 +380,8 @@ class BaseTrainer(Trainer):
             raise ValueError("Evaluation needs an `eval_dataset`.")
         return self._loader(dataset, training=False)
 
-    # ---- training --------------------------------------------------------------------------------------------------------------
+    # ---- training
+    # --------------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; see `transformers.Trainer.train`. Resuming takes up the method's own state as well."""
@@ -341,7 +458,8 @@ class BaseTrainer(Trainer):
             self.restart_clock()
         super().log(logs, start_time)
 
-    # ---- evaluation ------------------------------------------------------------------------------------------------------------
+    # ---- evaluation
+    # ------------------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -375,10 +493,12 @@ class BaseTrainer(Trainer):
     def predict(self, *args, **kwargs):
         """Not supported: these models answer no labels."""
         raise ValueError(
-            "`predict` is not supported. `evaluate(dataset)` gives the metrics, and `compute_metrics` gets each row's rewards."
+            "`predict` is not supported. `evaluate(dataset)` gives the metrics, and `compute_metrics` gets each row's "
+            "rewards."
         )
 
-    # ---- saving ----------------------------------------------------------------------------------------------------------------
+    # ---- saving
+    # ----------------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and make sure that every tensor arrived whole (ZeRO-3 can write empty ones)."""

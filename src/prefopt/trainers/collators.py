@@ -29,9 +29,12 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_count
 class PairCollator:
     """Pairs to tensors: what the layout makes of chosen and rejected, and the columns that losses need.
 
-    Beside the layout's keys a batch has `row_ids` (list of str), `real` (B,) bool (False: fills a micro-batch, weighs zero),
-    `step_groups` and `step_first_tokens` (of the whole optimizer step), each of `PAIR_COLUMNS` that the data set has as (B,) float32, and
-    each of `REFERENCE_COLUMNS` that it has as (K, B) float32. With `ld_alpha`, `score_weights` (S,) weighs the tokens of a completion
+    Beside the layout's keys a batch has `row_ids` (list of str), `real` (B,) bool (False: fills a micro-batch, weighs
+    zero),
+    `step_groups` and `step_first_tokens` (of the whole optimizer step), each of `PAIR_COLUMNS` that the data set has
+    as (B,) float32, and
+    each of `REFERENCE_COLUMNS` that it has as (K, B) float32. With `ld_alpha`, `score_weights` (S,) weighs the tokens
+    of a completion
     beyond the shorter one's length.
     """
 

@@ -14,14 +14,14 @@ from datasets import Dataset
 from torch import Tensor
 from trl import RewardConfig as TRLRewardConfig
 
-from prefopt.data.report import TokenizationReport
-from prefopt.data.tokenization import tokenize_comparisons
+from prefopt.data.tokenization import TokenizationReport, tokenize_comparisons
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 from prefopt.trainers.collators import in_rows, step_columns
 from prefopt.trainers.config import BatchConfig, refuse_set
 
-# TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do instead)
+# TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do
+# instead)
 _REFUSED = (
     ("center_rewards_coefficient", None, "Rewards are not centred here."),
     ("activation_offloading", False, "Use `gradient_checkpointing` to save activation memory."),
@@ -35,7 +35,8 @@ _REFUSED = (
 class ComparisonConfig(BatchConfig, TRLRewardConfig):
     """Settings that all trainers on scored responses share: TRL's `RewardConfig`, and how batches are laid out.
 
-    `center_rewards_coefficient`, `activation_offloading`, `chat_template_path`, `eos_token` and `pad_token` are refused when set.
+    `center_rewards_coefficient`, `activation_offloading`, `chat_template_path`, `eos_token` and `pad_token` are
+    refused when set.
     """
 
     truncation_mode: str = field(
@@ -58,10 +59,14 @@ class ComparisonConfig(BatchConfig, TRLRewardConfig):
 class ComparisonCollator:
     """Comparison rows to tensors: what the layout makes of prompt and responses, and how the responses of each row rank.
 
-    Beside the layout's keys and those of `step_columns`, a batch has `ranks` (B, R) long (0 for the lowest score of a row, equal for equal
-    scores), `mask` (B, R) bool (a response is there), `slots` (C,) long (place of each response in the flattened (B, R) table), `better`,
-    `worse`, `pair_rows` (P,) long (for each ranked pair, the two responses and their row), `best` (B,) long (each row's best response,
-    the first of equals), `lengths` (B, R) long (tokens of each response), `is_adversarial` (B,) bool, and `margin` (B,) float32 where the data has it.
+    Beside the layout's keys and those of `step_columns`, a batch has `ranks` (B, R) long (0 for the lowest score of a
+    row, equal for equal
+    scores), `mask` (B, R) bool (a response is there), `slots` (C,) long (place of each response in the flattened (B,
+    R) table), `better`,
+    `worse`, `pair_rows` (P,) long (for each ranked pair, the two responses and their row), `best` (B,) long (each
+    row's best response,
+    the first of equals), `lengths` (B, R) long (tokens of each response), `is_adversarial` (B,) bool, and `margin`
+    (B,) float32 where the data has it.
     """
 
     def lengths(self, dataset: Dataset, *, share_prompt: bool) -> list[GroupLengths]:

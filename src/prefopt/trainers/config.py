@@ -14,7 +14,8 @@ from prefopt.scoring.logprobs import ALIGNMENTS
 
 BATCH_LAYOUTS = ("auto", "packed", "padded")
 
-# TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do instead)
+# TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do
+# instead)
 _REFUSED = (
     ("sync_ref_model", False, "The reference of these trainers stays fixed."),
     ("f_divergence_type", "reverse_kl", "Only the reverse KL is implemented."),
@@ -41,7 +42,8 @@ class BatchConfig:
     max_prompt_length: int | None = field(
         default=None,
         metadata={
-            "help": "Where prompt and longest completion do not fit in `max_length`, keep the last `max_prompt_length` prompt tokens. "
+            "help": "Where prompt and longest completion do not fit in `max_length`, keep the last "
+            "`max_prompt_length` prompt tokens. "
             "None cuts as TRL's `truncation_mode` says."
         },
     )
@@ -59,14 +61,16 @@ class BatchConfig:
     max_tokens_per_row: int | None = field(
         default=None,
         metadata={
-            "help": "Capacity of a packed row in tokens. None: one row a micro-batch (short rows where the mask is dense: eager attention on a CPU)."
+            "help": "Capacity of a packed row in tokens. None: one row a micro-batch (short rows where the mask is "
+            "dense: eager attention on a CPU)."
         },
     )
 
     selective_checkpointing: bool = field(
         default=False,
         metadata={
-            "help": "With `gradient_checkpointing`: keep the results of matrix products and attention and recompute only the rest; "
+            "help": "With `gradient_checkpointing`: keep the results of matrix products and attention and recompute "
+            "only the rest; "
             "more memory, less time."
         },
     )
@@ -79,7 +83,8 @@ class BatchConfig:
     schedule_epochs: float | None = field(
         default=None,
         metadata={
-            "help": "Epochs that the learning-rate schedule (warm-up included) is laid out for, where training stops earlier, after "
+            "help": "Epochs that the learning-rate schedule (warm-up included) is laid out for, where training stops "
+            "earlier, after "
             "`num_train_epochs`; None: the same."
         },
     )
@@ -89,7 +94,8 @@ class BatchConfig:
         refuse_set(self, _PASSED_BY)
         if self.train_sampling_strategy == "group_by_length":
             raise ValueError(
-                "`train_sampling_strategy: group_by_length` is not supported: micro-batches are balanced by length already."
+                "`train_sampling_strategy: group_by_length` is not supported: micro-batches are balanced by length "
+                "already."
             )
         if self.accelerator_config.split_batches:
             raise ValueError(
@@ -106,11 +112,13 @@ class BatchConfig:
             raise ValueError(f"`learning_rate` must be a number from 0 up, not {self.learning_rate}.")
         if self.auto_find_batch_size:
             raise ValueError(
-                "`auto_find_batch_size` would change the batch that the recipe asks for; set `per_device_train_batch_size`."
+                "`auto_find_batch_size` would change the batch that the recipe asks for; set "
+                "`per_device_train_batch_size`."
             )
         if self.schedule_epochs is not None and (self.max_steps > 0 or self.schedule_epochs < self.num_train_epochs):
             raise ValueError(
-                f"`schedule_epochs` ({self.schedule_epochs}) must be at least `num_train_epochs` ({self.num_train_epochs}), without `max_steps`."
+                f"`schedule_epochs` ({self.schedule_epochs}) must be at least `num_train_epochs` "
+                f"({self.num_train_epochs}), without `max_steps`."
             )
         if self.selective_checkpointing:
             if not self.gradient_checkpointing:
@@ -148,13 +156,15 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
     """Settings of all pair methods: TRL's `DPOConfig`, how batches are laid out, and WPO's weights.
 
     TRL fields without a counterpart here (`sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`,
-    `precompute_ref_batch_size`, `neftune_noise_alpha`) are refused when set; `padding_free` is read as `batch_layout: packed`.
+    `precompute_ref_batch_size`, `neftune_noise_alpha`) are refused when set; `padding_free` is read as `batch_layout:
+    packed`.
     """
 
     vocab_metrics: bool = field(
         default=True,
         metadata={
-            "help": "Log `entropy`, `logits/*` and `mean_token_accuracy`, from the pass that the log-probs need anyway."
+            "help": "Log `entropy`, `logits/*` and `mean_token_accuracy`, from the pass that the log-probs need "
+            "anyway."
         },
     )
     max_weight: float | None = field(

@@ -17,7 +17,6 @@ class DPOTrainer(PreferenceTrainer):
     """Direct preference optimization, and every loss of `loss_type`; takes the place of TRL's `DPOTrainer`.
 
     Example:
-
     ```python
     trainer = DPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=DPOConfig("out", beta=0.1), train_dataset=dataset)
     trainer.train()

@@ -18,8 +18,8 @@ from prefopt.models.reward import RewardModel
 from prefopt.scoring.layouts import Layout
 from prefopt.scoring.plan import MicroBatch
 from prefopt.trainers.comparison import ComparisonCollator, as_table
-from prefopt.trainers.head import HeadConfig, HeadTrainer, best_and_worst
 from prefopt.trainers.metrics import MetricSums
+from prefopt.trainers.reward import HeadConfig, HeadTrainer, best_and_worst
 
 _HEAD_FIELDS = ("dim", "normalize", "scale_gate", "temperature")
 
@@ -95,15 +95,19 @@ class _SequenceCollator(ComparisonCollator):
 class GeneralPreferenceTrainer(HeadTrainer):
     """General preference model: -log sigmoid((s(better > worse) - m) / tau), the mean over all ranked pairs of the optimizer step.
 
-    s is a skew-symmetric product of two embeddings (`models.general_preference`), so preferences may be cyclic; m is the row's `margin`
-    where the data has one. With `sft_coeff` c, the loss is (1 - c) * preference + c * supervised, where the supervised term of a row is
-    -log sigmoid(sft_beta * log pi(prompt and best response)), the mean over rows; the LM head is then kept and trained.
+    s is a skew-symmetric product of two embeddings (`models.general_preference`), so preferences may be cyclic; m is
+    the row's `margin`
+    where the data has one. With `sft_coeff` c, the loss is (1 - c) * preference + c * supervised, where the supervised
+    term of a row is
+    -log sigmoid(sft_beta * log pi(prompt and best response)), the mean over rows; the LM head is then kept and
+    trained.
 
-    Evaluation reports the accuracy by the sign of s and calibration as the reward trainers do, and, where the rows of a set compare at
-    least three responses of one prompt, how far the model's preferences are from a ranking (`evaluation.preference_metrics.transitivity`).
+    Evaluation reports the accuracy by the sign of s and calibration as the reward trainers do, and, where the rows of
+    a set compare at
+    least three responses of one prompt, how far the model's preferences are from a ranking
+    (`evaluation.preference_metrics.transitivity`).
 
     Example:
-
     ```python
     args = GeneralPreferenceConfig("out", dim=6, temperature=0.1)
     trainer = GeneralPreferenceTrainer("google/gemma-2b-it", args=args, train_dataset=pairs)
@@ -138,7 +142,7 @@ class GeneralPreferenceTrainer(HeadTrainer):
 
     @property
     def temperature(self) -> float:
-        """tau."""
+        """Tau."""
         if self.args.loss_type == "bradley_terry":
             return self.args.temperature or 1.0
         return self.headed.temperature
@@ -186,7 +190,8 @@ class GeneralPreferenceTrainer(HeadTrainer):
         logits = self._scores(values, None if scales is None else scales.detach(), best, worst) / self.temperature
         return torch.stack([logits, torch.zeros_like(logits)], dim=1)
 
-    # ---- evaluation ------------------------------------------------------------------------------------------------------------
+    # ---- evaluation
+    # ------------------------------------------------------------------------------------------------------------
 
     def _keep(self, values: Tensor, scales: Tensor | None, batch: dict[str, Any]) -> None:
         """Keep each row's table of logits, and the vectors that other rows of its prompt can be compared with."""

@@ -134,6 +134,7 @@ class FiniteWatch:
         rows = [row for ids, bad in seen for row, is_bad in zip(ids, bad.tolist()) if is_bad]
         rows = sorted(set(gather_object(rows)))
         raise FloatingPointError(
-            f"The loss is not finite by step {step}, in row(s) {', '.join(rows[:8])}{' and others' if len(rows) > 8 else ''} (row_id). "
+            f"The loss is not finite by step {step}, in row(s) "
+            f"{', '.join(rows[:8])}{' and others' if len(rows) > 8 else ''} (row_id). "
             "Look at these rows, lower `learning_rate`, or use bf16 instead of fp16."
         )

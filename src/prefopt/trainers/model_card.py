@@ -63,7 +63,8 @@ def _body(trainer: Any, model_name: str, base_model: str) -> str:
     lines = [
         f"# {model_name}",
         "",
-        f"Trained from `{base_model}` with **{trainer._name}**{source}, by [prefopt](https://pypi.org/project/prefopt/).",
+        f"Trained from `{base_model}` with **{trainer._name}**{source}, by "
+        "[prefopt](https://pypi.org/project/prefopt/).",
         "",
         "## Settings",
         "",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
@@ -15,16 +16,68 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from prefopt import losses as pure
 from prefopt.references.columns import JoinReport
-from prefopt.scoring.logprobs import CompletionScores
+from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.scoring.plan import BatchPlan
+from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.multi_reference_config import VALIDATED, MultiReferenceDPOConfig
 from prefopt.trainers.pair_losses import PAIR_LOSSES, PairScores
-from prefopt.trainers.policy_measure import measure_policy
 from prefopt.trainers.preference import PreferenceTrainer, ReferenceScores
 from prefopt.trainers.reference_data import advise, hold_out_by_prompt, short_names, with_scores
 from prefopt.trainers.reference_weighting import Weighting, make_weighting
 from prefopt.trainers.sppo import SELF_PLAY_LOSSES, check_self_play_columns
+
+
+def measure_policy(trainer: MultiReferenceDPOTrainer, dataset: Dataset, *, metric: str) -> float:
+    """The mean metric over `dataset`, the same on every rank; all ranks call it and share the work.
+
+    Args:
+        trainer: training; its step's model is scored, in evaluation mode and without gradient.
+        dataset: tokenised pairs with the references' scores.
+        metric: "accuracy": whether log pi per token of the chosen completion is higher; "loss": minus the DPO loss
+            against all
+            references alike. More is better.
+    """
+    lengths = trainer.collate.lengths(dataset, share_prompt=trainer.args.share_prompt)
+    size = trainer.args.per_device_eval_batch_size
+    plan = BatchPlan(
+        lengths,
+        groups_per_micro_batch=size,
+        world_size=trainer.args.world_size,
+        rank=trainer.args.process_index,
+        max_tokens_per_row=trainer._row_capacity(lengths, size),
+        shuffle=False,
+    )
+    batches, model = PlannedBatches(dataset, trainer.collate, trainer.layout), trainer.step_model
+    total = torch.zeros((), dtype=torch.float64, device=trainer.args.device)
+    training = model.training
+    model.eval()
+    for (micro_batch,) in plan:
+        batch = trainer._prepare_inputs(batches[micro_batch])
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            scores = score_completions(
+                model, batch, attn_implementation=trainer.attn_implementation, dtype=trainer.model.dtype
+            )
+            merit = _accuracy(scores) if metric == "accuracy" else _minus_loss(trainer, scores, batch)
+        total += torch.where(batch["real"], merit, 0.0).sum()
+    model.train(training)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item() / len(dataset)
+
+
+def _accuracy(scores: CompletionScores) -> torch.Tensor:
+    means = scores.logps / scores.counts
+    return (means[0::2] > means[1::2]).float()
+
+
+def _minus_loss(trainer: MultiReferenceDPOTrainer, scores: CompletionScores, batch: dict[str, Any]) -> torch.Tensor:
+    reference = trainer.reference_scores(batch)
+    pair = trainer.pair_scores(scores, reference, batch)
+    margins = pair.chosen_logps - pair.rejected_logps
+    margins = margins - (reference.chosen_logps - reference.rejected_logps).mean(dim=0)
+    return torch.nn.functional.logsigmoid(trainer.args.beta * margins)
+
 
 __all__ = ["MultiReferenceDPOConfig", "MultiReferenceDPOTrainer"]
 
@@ -47,11 +100,11 @@ class _AfterStep(TrainerCallback):
 class MultiReferenceDPOTrainer(PreferenceTrainer):
     """DPO with K references: a mixture of them (`mode`) or the weighted mean of the K losses, weighed by `weighting`.
 
-    The references never enter memory: `prefopt score-references` has scored the text of every completion under each, with its
+    The references never enter memory: `prefopt score-references` has scored the text of every completion under each,
+    with its
     own tokenizer. Constructor arguments are those of `PreferenceTrainer`; `ref_model` stays None.
 
     Example:
-
     ```python
     args = MultiReferenceDPOConfig("out", references=[a, b, c], ref_logps_dir="scores", mode="multi_dpo")
     trainer = MultiReferenceDPOTrainer(a, args=args, train_dataset=dataset)
@@ -132,7 +185,8 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             for advice in advise(self.train_dataset, args, has_anchor=self.anchor is not None):
                 logger.warning(advice)
 
-    # ---- the spine -------------------------------------------------------------------------------------------------------------
+    # ---- the spine
+    # -------------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `BaseTrainer.compute_loss`; online weights are brought up to date before a step's first micro-batch."""
@@ -281,7 +335,8 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             self._plan = loader.batch_sampler
         return loader
 
-    # ---- weights ---------------------------------------------------------------------------------------------------------------
+    # ---- weights
+    # ---------------------------------------------------------------------------------------------------------------
 
     def _find_anchor(self) -> int | None:
         if self._anchor_name is None:

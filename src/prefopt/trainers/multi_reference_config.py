@@ -23,7 +23,8 @@ class MultiReferenceDPOConfig(PreferenceConfig):
     references: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Hub names or folders of the references, in order; their scores come from `ref_logps_dir`. The policy's own initial "
+            "help": "Hub names or folders of the references, in order; their scores come from `ref_logps_dir`. The "
+            "policy's own initial "
             "model should be one of them. None: the data holds `ref_chosen_logps` and `ref_rejected_logps` already."
         },
     )
@@ -34,14 +35,16 @@ class MultiReferenceDPOConfig(PreferenceConfig):
     mode: str = field(
         default="multi_dpo",
         metadata={
-            "help": "'multi_dpo' (weighted mean of the losses), or one loss against a mixture: 'geometric' (exact for reverse KL), "
+            "help": "'multi_dpo' (weighted mean of the losses), or one loss against a mixture: 'geometric' (exact for "
+            "reverse KL), "
             "'harmonic' (MRPO), 'arithmetic' (heuristic), 'forward_kl' (experimental)."
         },
     )
     weighting: str = field(
         default="uniform",
         metadata={
-            "help": "'uniform', 'fixed', 'arwc', 'arwc_normalized', 'vdw' (offline_1), 'vaw' (offline_2), 'swcw' (online_1), "
+            "help": "'uniform', 'fixed', 'arwc', 'arwc_normalized', 'vdw' (offline_1), 'vaw' (offline_2), 'swcw' "
+            "(online_1), "
             "'swcw_one_hot' or 'tsw'."
         },
     )
@@ -51,7 +54,8 @@ class MultiReferenceDPOConfig(PreferenceConfig):
     normalize: str = field(
         default="none",
         metadata={
-            "help": "Unit of log-probs in the loss, policy's and references': 'none' (sums), 'token' (each model's own) or 'byte'. "
+            "help": "Unit of log-probs in the loss, policy's and references': 'none' (sums), 'token' (each model's "
+            "own) or 'byte'. "
             "Per token or byte, `beta` must be larger by about the length."
         },
     )
@@ -170,6 +174,7 @@ class MultiReferenceDPOConfig(PreferenceConfig):
         per_pair = self.weighting.startswith("arwc")
         if self.mode == "multi_dpo" and per_pair and (clash := [name for name in losses if name.startswith("aot")]):
             raise ValueError(
-                f"`loss_type: {clash[0]}` sorts the batch, so `weighting: {self.weighting}` cannot weigh its pairs in multi_dpo; use a "
+                f"`loss_type: {clash[0]}` sorts the batch, so `weighting: {self.weighting}` cannot weigh its pairs in "
+                "multi_dpo; use a "
                 "mixture, or weights of the whole set."
             )

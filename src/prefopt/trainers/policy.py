@@ -92,7 +92,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """
     if is_deepspeed_zero3_enabled() and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
-            "The model's weights are already sharded by ZeRO-3 and cannot be copied. Give `model` as a name or folder, or pass `ref_model`."
+            "The model's weights are already sharded by ZeRO-3 and cannot be copied. Give `model` as a name or "
+            "folder, or pass `ref_model`."
         )
     reference = copy.deepcopy(model)
     install_scoring(reference)
@@ -103,10 +104,12 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
     """Put the scoring path into the base model, then the adapter around it.
 
     Returns:
-        The policy: `model` itself, or a `PeftModel`. One that was given with a trained adapter gets a frozen copy of it as adapter "ref".
+        The policy: `model` itself, or a `PeftModel`. One that was given with a trained adapter gets a frozen copy of
+            it as adapter "ref".
 
     Raises:
-        ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens; nothing that trains.
+        ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens; nothing
+            that trains.
     """
     install_scoring(base_model_of(model))
     if peft_config is not None:
@@ -116,13 +119,15 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
     if isinstance(model, PeftModel):
         if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
             raise ValueError(
-                "An adapter on `lm_head` would be ignored: log-probs are computed from `lm_head.weight`. Remove `lm_head` from "
+                "An adapter on `lm_head` would be ignored: log-probs are computed from `lm_head.weight`. Remove "
+                "`lm_head` from "
                 "`target_modules`, or name it in `modules_to_save`."
             )
         _choose_checkpointing(args)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            "No parameter of the model is trainable (`requires_grad`). Load a trained adapter with `is_trainable=True`."
+            "No parameter of the model is trainable (`requires_grad`). Load a trained adapter with "
+            "`is_trainable=True`."
         )
     if args.disable_dropout:
         disable_dropout_in_model(model)
@@ -137,7 +142,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Peft
     """
     if isinstance(model, PeftModel):
         raise ValueError(
-            "The model already has an adapter and `peft_config` asks for another: merge the first, or drop `peft_config`."
+            "The model already has an adapter and `peft_config` asks for another: merge the first, or drop "
+            "`peft_config`."
         )
     if peft_config.is_prompt_learning:
         raise ValueError(
@@ -174,7 +180,8 @@ def _choose_checkpointing(args: Any) -> None:
     if args.gradient_checkpointing and is_deepspeed_zero3_enabled():
         if args.selective_checkpointing:
             raise ValueError(
-                "ZeRO-3 with an adapter needs re-entrant checkpointing, which cannot be selective: turn `selective_checkpointing` off."
+                "ZeRO-3 with an adapter needs re-entrant checkpointing, which cannot be selective: turn "
+                "`selective_checkpointing` off."
             )
         kwargs = dict(args.gradient_checkpointing_kwargs or {})
         if not kwargs.get("use_reentrant"):

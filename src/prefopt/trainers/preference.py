@@ -21,20 +21,65 @@ from prefopt.trainers.collators import REFERENCE_COLUMNS, CustomCollator, PairCo
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import PAIR_LOSSES, REFERENCE_FREE_LOSSES, SFT, SORTING_LOSSES, PairLoss, PairScores
-from prefopt.trainers.pair_metrics import effective_pairs, record_pairs, record_weights
 from prefopt.trainers.policy import (
     load_model,
     load_tokenizer,
     with_adapter,
     with_pad_token,
 )
-from prefopt.trainers.reference import (
-    Reference,
-    check_given_scores,
-    check_initial_margin,
-    reference_module,
-    with_reference_scores,
-)
+from prefopt.trainers.reference import Reference, check_given_scores, reference_module, with_reference_scores
+
+SIDES = ("chosen", "rejected")
+
+
+def record_pairs(
+    sums: MetricSums, pair: PairScores, scores: CompletionScores, real: torch.Tensor, *, beta: float
+) -> None:
+    """Rewards, log-probs, lengths, and the vocabulary statistics where the scores have them.
+
+    Args:
+        sums: where the metrics are added.
+        pair: (B,) scores of the pairs.
+        scores: (2B,) scores of their completions, chosen and rejected in turn.
+        real: (B,) False for a pair that only fills a micro-batch.
+        beta: what turns log-ratios into rewards.
+    """
+    rewards = dict(zip(SIDES, (beta * pair.chosen_logratios, beta * pair.rejected_logratios)))
+    logps = dict(zip(SIDES, (pair.chosen_logps, pair.rejected_logps)))
+    counts = dict(zip(SIDES, (pair.chosen_counts, pair.rejected_counts)))
+    sums.add_mean("rewards/margins", rewards["chosen"] - rewards["rejected"], real)
+    sums.add_mean("rewards/accuracies", (rewards["chosen"] > rewards["rejected"]).float(), real)
+    for offset, side in enumerate(SIDES):
+        sums.add_mean(f"rewards/{side}", rewards[side], real)
+        sums.add_mean(f"logps/{side}", logps[side], real)
+        sums.add_mean(f"lengths/{side}", counts[side], real)
+        if scores.entropy is not None:
+            tokens = counts[side] * real
+            sums.add_mean(f"logits/{side}", scores.mean_logits[offset::2] / counts[side], tokens)
+            sums.add_mean("entropy", scores.entropy[offset::2] / counts[side], tokens)
+    if scores.top1 is not None:
+        sums.add_mean("mean_token_accuracy", scores.top1[0::2] / counts["chosen"], counts["chosen"] * real)
+
+
+def record_weights(
+    sums: MetricSums, weights: torch.Tensor, pair: PairScores, real: torch.Tensor, *, max_weight: float | None
+) -> None:
+    """Statistics of WPO's weights (B,); `effective_pairs` follows from the sums once they are reduced over ranks."""
+    sums.add_mean("wpo/weight_mean", weights, real)
+    sums.add_min("wpo/weight_min", weights, real)
+    sums.add_max("wpo/weight_max", weights, real)
+    kept = torch.where(real, weights, 0.0)
+    sums.add_total("wpo/_sum", kept)
+    sums.add_total("wpo/_sum_of_squares", kept.square())
+    unclamped = (pair.chosen_mean_aligned_logps + pair.rejected_mean_aligned_logps).exp()
+    clamped = unclamped > max_weight if max_weight is not None else torch.zeros_like(unclamped)
+    sums.add_mean("wpo/clamped_fraction", clamped.float(), real)
+
+
+def effective_pairs(values: dict[str, torch.Tensor]) -> None:
+    """Replace the sums of weights by (sum of weights)^2 / sum of squared weights of the whole step."""
+    if "wpo/_sum" in values:
+        values["wpo/effective_pairs"] = values.pop("wpo/_sum").square() / values.pop("wpo/_sum_of_squares")
 
 
 @dataclass(frozen=True)
@@ -50,7 +95,8 @@ def check_arguments(trainer_class: type[PreferenceTrainer], model, ref_model, ar
     if not isinstance(args, trainer_class.config_class):
         needed, given = trainer_class.config_class.__name__, type(args)
         raise ValueError(
-            f"{trainer_class.__name__} needs a prefopt.{needed}, which has all fields of TRL's, not a {given.__module__}.{given.__name__}."
+            f"{trainer_class.__name__} needs a prefopt.{needed}, which has all fields of TRL's, not a "
+            f"{given.__module__}.{given.__name__}."
         )
     if isinstance(ref_model, str):
         raise ValueError(
@@ -73,11 +119,13 @@ class PreferenceTrainer(BaseTrainer):
 
     Args:
         model: hub name or folder, a causal LM in memory, or a `PeftModel`.
-        ref_model: the reference; None: the model's present weights (for a fresh adapter the model without it, for a trained adapter a
+        ref_model: the reference; None: the model's present weights (for a fresh adapter the model without it, for a
+            trained adapter a
             frozen copy of it).
         args: the method's config; default: its defaults.
         data_collator: a collator in TRL's form, instead of the planned layouts; batches are then padded.
-        train_dataset, eval_dataset: preference rows in any form that `prefopt.data` reads, or tokenised pairs; `eval_dataset` may be a
+        train_dataset, eval_dataset: preference rows in any form that `prefopt.data` reads, or tokenised pairs;
+            `eval_dataset` may be a
             dict of data sets.
         processing_class: the tokenizer; default: the one saved with the model.
         compute_metrics: called after an evaluation; `predictions` is (pairs, 2), the rewards of chosen and rejected.
@@ -159,7 +207,8 @@ class PreferenceTrainer(BaseTrainer):
         """The reference as a module; None where the policy holds it or its scores are cached."""
         return None if self.reference is None else self.reference.module
 
-    # ---- the spine -------------------------------------------------------------------------------------------------------------
+    # ---- the spine
+    # -------------------------------------------------------------------------------------------------------------
 
     def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 2) rewards of chosen and rejected."""
@@ -261,7 +310,8 @@ class PreferenceTrainer(BaseTrainer):
             reference = f"live, {describe_wrapping(self.reference.module)}"
         return f"{super().describe_run()[:-1]}; reference: {reference}."
 
-    # ---- what the spine needs --------------------------------------------------------------------------------------------------
+    # ---- what the spine needs
+    # --------------------------------------------------------------------------------------------------
 
     @classmethod
     def check_settings(cls, args: PreferenceConfig) -> None:
@@ -272,7 +322,8 @@ class PreferenceTrainer(BaseTrainer):
             raise ValueError(f"Unknown loss_type {unknown[0]!r} for {cls.__name__}. Known: {names}.")
         if args.use_weighting and (clash := [n for n in args.loss_type if n in SORTING_LOSSES or n == SFT]):
             raise ValueError(
-                f"WPO's weights belong to pairs, and {clash[0]!r} has no value per pair. Turn `use_weighting` off, or drop that loss."
+                f"WPO's weights belong to pairs, and {clash[0]!r} has no value per pair. Turn `use_weighting` off, or "
+                "drop that loss."
             )
         if "exo_pair" in args.loss_type and not args.label_smoothing > 0:
             raise ValueError("`exo_pair` needs `label_smoothing` above 0; its paper recommends 1e-3.")
@@ -373,7 +424,8 @@ class PreferenceTrainer(BaseTrainer):
         policy_is_reference = self.state.global_step == 0 or isinstance(self.model, PeftModel)
         if not (self.reference_is_initial and policy_is_reference):
             raise ValueError(
-                f"The {name} data has no cached reference scores, and the reference is no longer at hand: give it to the constructor as "
+                f"The {name} data has no cached reference scores, and the reference is no longer at hand: give it to "
+                "the constructor as "
                 "`eval_dataset`, or turn `precompute_ref_log_probs` off."
             )
         return with_reference_scores(self, {name: prepared}, None)[name]
@@ -381,3 +433,28 @@ class PreferenceTrainer(BaseTrainer):
     def why_not_packed(self) -> str | None:
         """A user's collator makes padded batches."""
         return "a `data_collator` was given" if isinstance(self.collate, CustomCollator) else None
+
+
+def check_initial_margin(trainer: PreferenceTrainer, pair: PairScores) -> None:
+    """Before the first step, a reference that is the initial policy must score like it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    args = trainer.args
+    live = trainer.needs_reference and not args.precompute_ref_log_probs
+    if not (trainer.reference_is_initial and live and trainer.state.global_step == 0 and args.disable_dropout):
+        return
+    tolerance = 1e-3 if trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16) else 2e-2
+    for policy, reference in (
+        (pair.chosen_logps, pair.ref_chosen_logps),
+        (pair.rejected_logps, pair.ref_rejected_logps),
+    ):
+        gap = ((policy - reference).abs() / (1 + reference.abs())).max().item()
+        if not gap <= tolerance:
+            raise ValueError(
+                f"Before the first step the reference does not score like the policy (relative difference {gap:.2g}). "
+                "The model "
+                "changed after the trainer was built, or the reference is another model; pass `ref_model` if that is "
+                "meant."
+            )

@@ -19,10 +19,10 @@ from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
 from prefopt.scoring.logprobs import install_scoring, score_completions
-from prefopt.trainers.batching import CPU_ROW_TOKENS
+from prefopt.trainers.base import CPU_ROW_TOKENS
 from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.config import PreferenceConfig
-from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES, PairScores
+from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of, frozen_copy, load_model
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Reference:
 
     Args:
         trainer: whose policy holds the reference where there is no module.
-        module: a frozen model with its scoring path, not yet sharded; None: the policy with its adapter off, or with the frozen copy of
+        module: a frozen model with its scoring path, not yet sharded; None: the policy with its adapter off, or with
+            the frozen copy of
             an adapter that it was given with.
     """
 
@@ -114,29 +115,6 @@ def reference_module(
     return frozen_copy(loaded)
 
 
-def check_initial_margin(trainer: PreferenceTrainer, pair: PairScores) -> None:
-    """Before the first step, a reference that is the initial policy must score like it.
-
-    Raises:
-        ValueError: it does not.
-    """
-    args = trainer.args
-    live = trainer.needs_reference and not args.precompute_ref_log_probs
-    if not (trainer.reference_is_initial and live and trainer.state.global_step == 0 and args.disable_dropout):
-        return
-    tolerance = 1e-3 if trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16) else 2e-2
-    for policy, reference in (
-        (pair.chosen_logps, pair.ref_chosen_logps),
-        (pair.rejected_logps, pair.ref_rejected_logps),
-    ):
-        gap = ((policy - reference).abs() / (1 + reference.abs())).max().item()
-        if not gap <= tolerance:
-            raise ValueError(
-                f"Before the first step the reference does not score like the policy (relative difference {gap:.2g}). The model "
-                "changed after the trainer was built, or the reference is another model; pass `ref_model` if that is meant."
-            )
-
-
 @contextlib.contextmanager
 def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
     """While open, a policy scores as its reference does; a policy without an adapter is its own reference until it trains."""
@@ -163,7 +141,8 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
         name: what messages call it.
 
     Raises:
-        ValueError: a score is missing, is no log-prob, is one of several references', or was taken of another number of tokens.
+        ValueError: a score is missing, is no log-prob, is one of several references', or was taken of another number
+            of tokens.
     """
     for side in ("chosen", "rejected"):
         column, counts = f"ref_{side}_logps", f"ref_{side}_counts"
@@ -173,7 +152,8 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
         for row, (score, count, ids) in enumerate(zip(dataset[column], tokens, dataset[f"{side}_ids"])):
             if isinstance(score, list) and len(score) > 1:
                 raise ValueError(
-                    f"The {name} data has the scores of several references in {column}: keep those of the one that this run starts "
+                    f"The {name} data has the scores of several references in {column}: keep those of the one that "
+                    "this run starts "
                     "from, or use `multi-reference-dpo`, which takes several."
                 )
             score, count = (value[0] if isinstance(value, list) and value else value for value in (score, count))
@@ -183,10 +163,14 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
             elif not -math.inf < score <= LARGEST_LOGP:
                 wrong = f"has {column} {score:g}, which is no sum of log-probs"
             elif count is not None and count != len(ids):
-                wrong = f"has {column} of {count:g} tokens and {len(ids)} tokens to score: these are scores of other data, or of other lengths"
+                wrong = (
+                    f"has {column} of {count:g} tokens and {len(ids)} tokens to score: these are scores of other "
+                    "data, or of other lengths"
+                )
             if wrong:
                 raise ValueError(
-                    f"Row {row} of the {name} data {wrong}. Give every row its scores, or leave the columns out and they are computed."
+                    f"Row {row} of the {name} data {wrong}. Give every row its scores, or leave the columns out and "
+                    "they are computed."
                 )
 
 

@@ -17,7 +17,7 @@ from prefopt.references.text import read_checks, text_scorer
 from prefopt.references.weights import fixed_weights
 from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
-from prefopt.trainers.reference_table import ReferenceTable
+from prefopt.trainers.reference_weighting import ReferenceTable
 
 SMALL_SPREAD = 0.05  # nats; below it sigma(beta * margin) moves by about 1 % from one reference to another
 
@@ -65,7 +65,8 @@ def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> 
     for column in REFERENCE_COLUMNS:
         if column not in dataset.column_names:
             raise ValueError(
-                f"The {name} data has no column {column!r}. Name the `references` and `ref_logps_dir`, or give data with their scores."
+                f"The {name} data has no column {column!r}. Name the `references` and `ref_logps_dir`, or give data "
+                "with their scores."
             )
         values = dataset[column]
         if not isinstance(values[0], list):
@@ -80,8 +81,8 @@ def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> 
             wrong = None if bool(fine.all()) else int((~fine).nonzero()[0])
         if wrong is not None:
             raise ValueError(
-                f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be {count} finite numbers"
-                + (", above 0." if column.endswith("counts") else ".")
+                f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be "
+                f"{count} finite numbers" + (", above 0." if column.endswith("counts") else ".")
             )
     if args.reference_weights is not None:
         fixed_weights(args.reference_weights, count)
@@ -128,7 +129,8 @@ def check_health(dataset: Dataset, args: MultiReferenceDPOConfig, checks: Sequen
     bad = [f"{card.name} ({card.quarantine})" for card in cards if card.quarantine]
     if bad and not args.accept_outliers:
         raise ValueError(
-            f"Quarantined: {'; '.join(bad)}. Take it out of `references` or score it again; `accept_outliers: true` trains with it."
+            f"Quarantined: {'; '.join(bad)}. Take it out of `references` or score it again; `accept_outliers: true` "
+            "trains with it."
         )
 
 
@@ -140,7 +142,8 @@ def advise(dataset: Dataset, args: MultiReferenceDPOConfig, *, has_anchor: bool)
         if spread < SMALL_SPREAD:
             other = " or set `normalize: none`" if args.normalize != "none" else ""
             advice.append(
-                f"The references' margins times beta differ by only {spread:.3g} nats in the mean, so which references are used "
+                f"The references' margins times beta differ by only {spread:.3g} nats in the mean, so which "
+                "references are used "
                 f"will hardly matter; raise `beta`{other}."
             )
     if not has_anchor:

@@ -8,6 +8,7 @@ references, B pairs of a batch, N pairs of a data set.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,19 +16,55 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from prefopt.references.confidence import normalise
 from prefopt.references.weights import (
     SlidingWindowWeights,
     ThompsonSampling,
     discriminative_confidence,
     fixed_weights,
+    normalise,
     uniform_weights,
     validation_accuracy_weights,
     validation_discrimination_weights,
 )
 from prefopt.scoring.plan import BatchPlan
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
-from prefopt.trainers.reference_table import ReferenceTable
+
+
+@dataclass(frozen=True)
+class ReferenceTable:
+    """Scores of K references on N pairs, in host memory.
+
+    Attributes:
+        chosen, rejected: (K, N) summed log-probs, float32, in nats.
+        chosen_lengths, rejected_lengths: (K, N) the units of length that weights are computed per (tokens or bytes).
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+    @classmethod
+    def of(cls, dataset: Dataset, *, unit: str) -> ReferenceTable:
+        """The table of a data set with joined scores; `unit` is "token" or "byte"."""
+        names = ("chosen", "rejected")
+        sums = [torch.tensor(dataset[f"ref_{side}_logps"], dtype=torch.float32).T for side in names]
+        if unit == "byte":
+            sizes = [torch.tensor(dataset[f"{side}_bytes"], dtype=torch.float32) for side in names]
+            lengths = [size.clamp_min(1).expand_as(total) for size, total in zip(sizes, sums)]
+        else:
+            lengths = [torch.tensor(dataset[f"ref_{side}_counts"], dtype=torch.float32).T for side in names]
+        return cls(*sums, *lengths)
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """(K, N) log-probs per unit of length, chosen and rejected."""
+        return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
+
+    @property
+    def confidence(self) -> Tensor:
+        """(K, N) discriminative confidence per unit of length."""
+        return discriminative_confidence(*self.means)
 
 
 class Weighting(Protocol):
@@ -79,7 +116,8 @@ class ConstantWeighting:
         """Refuse a run whose weights were others."""
         if len(state["weights"]) != len(self._weights) or not np.allclose(state["weights"], self._weights, atol=1e-5):
             raise ValueError(
-                f"The checkpoint was trained with the reference weights {state['weights']}, and the settings or scores of this "
+                f"The checkpoint was trained with the reference weights {state['weights']}, and the settings or "
+                "scores of this "
                 f"run give {self._weights.tolist()}."
             )
 

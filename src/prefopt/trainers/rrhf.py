@@ -48,19 +48,21 @@ class RRHFTrainer(BaseTrainer):
 
         L = sum over score_i < score_j of max(0, p_i - p_j) - sft_coeff * log pi(best response),
 
-    the mean over the prompts of the optimizer step; p is the log-probability per completion token, and the best response is the first of
-    those with the highest score. Rows have R >= 2 scored responses; in packed rows each prompt is computed once for all of them.
+    the mean over the prompts of the optimizer step; p is the log-probability per completion token, and the best
+    response is the first of
+    those with the highest score. Rows have R >= 2 scored responses; in packed rows each prompt is computed once for
+    all of them.
 
     Args:
         model: hub name or folder of a causal LM, one in memory, or a `PeftModel`.
         args: `RRHFConfig`; default: its defaults.
-        train_dataset, eval_dataset: comparison rows in any form that `prefopt.data` reads, or tokenised ones; `eval_dataset` may be a dict.
+        train_dataset, eval_dataset: comparison rows in any form that `prefopt.data` reads, or tokenised ones;
+            `eval_dataset` may be a dict.
         processing_class: the tokenizer; default: the one saved with the model.
         compute_metrics: called after an evaluation; `predictions` is (rows, 1), the loss of each row's ranking term.
         callbacks, optimizers, quantization_config, peft_config: as in the other trainers.
 
     Example:
-
     ```python
     trainer = RRHFTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=RRHFConfig("out"), train_dataset=scored_candidates)
     trainer.train()

@@ -11,8 +11,8 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from trl import SFTConfig as TRLSFTConfig
 
 from prefopt.data.sources import DataSource, load_source
+from prefopt.trainers.checkpoints import last_checkpoint
 from prefopt.trainers.config import BatchConfig
-from prefopt.trainers.saving import last_checkpoint
 
 __all__ = ["ModelConfig", "SFTArguments", "SFTConfig", "run"]
 

@@ -29,21 +29,24 @@ class SPPOConfig(PreferenceConfig):
     beta: float = field(
         default=0.001,
         metadata={
-            "help": "1 / eta. Targets are (win probability - 1/2) / beta nats, so a SMALLER beta moves the policy further (0.001 in the papers, for "
+            "help": "1 / eta. Targets are (win probability - 1/2) / beta nats, so a SMALLER beta moves the policy "
+            "further (0.001 in the papers, for "
             "whole answers of 7B models)."
         },
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sppo"],
         metadata={
-            "help": "'sppo' (soft win probabilities), 'sppo_single' (one probability for both sides), 'sppo_hard' (plain pairs), 'gpo' "
+            "help": "'sppo' (soft win probabilities), 'sppo_single' (one probability for both sides), 'sppo_hard' "
+            "(plain pairs), 'gpo' "
             "(scores of a general preference model); 'sft' may be added."
         },
     )
     max_target: float | None = field(
         default=None,
         metadata={
-            "help": "gpo: largest size of a target in nats; null: no bound. Scores of 2 to 8 make targets of thousands of nats at beta 0.001."
+            "help": "gpo: largest size of a target in nats; null: no bound. Scores of 2 to 8 make targets of "
+            "thousands of nats at beta 0.001."
         },
     )
 
@@ -107,13 +110,14 @@ SELF_PLAY_LOSSES: dict[str, SelfPlayLoss] = {
 class SPPOTrainer(PreferenceTrainer):
     """Self-play preference optimization, and GPO: one iteration on pairs of the policy's own samples.
 
-    The reference is the policy at the start of the iteration. The loss is a square of nats, about 1e5 at first with beta 0.001; watch
+    The reference is the policy at the start of the iteration. The loss is a square of nats, about 1e5 at first with
+    beta 0.001; watch
     `loss_normalized` (beta^2 times it, in squared probabilities) instead. `prefopt pipeline` runs whole iterations.
 
     Example:
-
     ```python
-    trainer = SPPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=SPPOConfig("out"), train_dataset=pairs_with_win_probabilities)
+    trainer = SPPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=SPPOConfig("out"),
+    train_dataset=pairs_with_win_probabilities)
     trainer.train()
     ```
 
@@ -148,7 +152,8 @@ class SPPOTrainer(PreferenceTrainer):
         if self._self_play() and self.train_dataset is not None:
             start = self.expected_initial_loss(self.train_dataset)
             tell(
-                f"The loss is in nats squared: it starts near {start:.3g} by design, where policy and reference agree, and its gradient is as "
+                f"The loss is in nats squared: it starts near {start:.3g} by design, where policy and reference "
+                "agree, and its gradient is as "
                 f"large. `loss_normalized` is beta^2 times it, and starts near {start * self.args.beta**2:.3g}."
             )
         return super().train(*arguments, **keywords)
@@ -225,7 +230,8 @@ def check_self_play_columns(dataset: Dataset, losses: Sequence[str], name: str) 
             if column not in dataset.column_names:
                 hint = "--policy gpo" if column in _SCORES else "--policy sppo"
                 raise ValueError(
-                    f"`loss_type: {loss}` reads the column {column!r}, which the {name} data does not have; `prefopt build-pairs {hint}` "
+                    f"`loss_type: {loss}` reads the column {column!r}, which the {name} data does not have; `prefopt "
+                    f"build-pairs {hint}` "
                     "makes it (`sppo_hard` needs none)."
                 )
             _check_values(dataset, column, name)
@@ -239,5 +245,6 @@ def _check_values(dataset: Dataset, column: str, name: str) -> None:
             wrong = f"{value}, which is no probability"
         if wrong is not None:
             raise ValueError(
-                f"The {name} data, row {dataset[row]['row_id']!r} (number {row}): `{column}` is {wrong}. Build the pairs again, or leave the row out."
+                f"The {name} data, row {dataset[row]['row_id']!r} (number {row}): `{column}` is {wrong}. Build the "
+                "pairs again, or leave the row out."
             )

@@ -27,10 +27,10 @@ class WPOConfig(PreferenceConfig):
 class WPOTrainer(PreferenceTrainer):
     """Weighted preference optimization: each pair's loss times exp(omega(chosen) + omega(rejected)), at most `max_weight`.
 
-    The weight comes from the forward pass that the loss needs anyway, and carries no gradient; any loss of `loss_type` can be weighted.
+    The weight comes from the forward pass that the loss needs anyway, and carries no gradient; any loss of `loss_type`
+    can be weighted.
 
     Example:
-
     ```python
     trainer = WPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=WPOConfig("out"), train_dataset=dataset)
     trainer.train()

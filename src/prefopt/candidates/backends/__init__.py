@@ -19,7 +19,8 @@ class Sampling:
         temperature: 0 takes the most likely token.
         top_p: draw from the smallest set of tokens with this total probability; 1 draws from all.
         top_k: draw from the k most likely tokens; 0 draws from all.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that prompt or answer hold; 1 is off.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that prompt or answer hold; 1 is
+            off.
         stop_token_ids: each ends an answer.
     """
 

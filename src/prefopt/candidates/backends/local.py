@@ -116,7 +116,8 @@ class TransformersBackend:
             )
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"Out of memory with batch_size {self.batch_size} and prompts of up to {width} tokens; set a smaller batch_size."
+                f"Out of memory with batch_size {self.batch_size} and prompts of up to {width} tokens; set a smaller "
+                "batch_size."
             ) from error
         return output[:, width:].tolist()
 

@@ -50,7 +50,7 @@ def build_ranker(options: RankerOptions) -> Ranker:
 
 
 def _reward_model(options: RankerOptions) -> Ranker:
-    from prefopt.candidates.rankers.sequence_classification import RewardRanker
+    from prefopt.candidates.rankers.reward import RewardRanker
 
     return RewardRanker(
         options.path,

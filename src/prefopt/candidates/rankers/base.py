@@ -12,10 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.candidates.pairs import Array
-from prefopt.data.encoding import Group, encode_groups, prepare_tokenizer
-from prefopt.data.faults import BadRow
-from prefopt.data.messages import Text, as_messages
-from prefopt.data.truncation import Truncation
+from prefopt.data.encoding import Group, Truncation, encode_groups, prepare_tokenizer
+from prefopt.data.messages import BadRow, Text, as_messages
 
 UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
 
@@ -62,12 +60,14 @@ def check_scores(request: Request, values: Any, *, ranker: str) -> Array:
     count = len(request.candidates)
     if scores.shape not in ((count,), (count, count)):
         raise ValueError(
-            f"Row {request.row!r}: {ranker} returned shape {scores.shape} for {count} candidates; ({count},) or ({count}, {count}) is needed."
+            f"Row {request.row!r}: {ranker} returned shape {scores.shape} for {count} candidates; ({count},) or "
+            f"({count}, {count}) is needed."
         )
     if not np.isfinite(scores).all():
         where = tuple(int(index) for index in np.argwhere(~np.isfinite(scores))[0])
         raise ValueError(
-            f"Row {request.row!r}: {ranker} gave candidate {where[0]} the score {scores[where]}; scores must be finite. "
+            f"Row {request.row!r}: {ranker} gave candidate {where[0]} the score {scores[where]}; scores must be "
+            "finite. "
             "Try --dtype float32, or remove the row."
         )
     return scores
@@ -138,7 +138,8 @@ def encode_answers(
 ) -> list[list[Answer]]:
     """Every answer behind its prompt, under the ranker's own chat template (as plain text where it has none).
 
-    Too long a sequence loses the beginning of its prompt, then the beginning of the answer: rewards are read at the end.
+    Too long a sequence loses the beginning of its prompt, then the beginning of the answer: rewards are read at the
+    end.
 
     Raises:
         ValueError: the chat template refuses a row (a system turn, say).

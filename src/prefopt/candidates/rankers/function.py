@@ -17,7 +17,8 @@ class FunctionRanker:
     """Scores from `function(prompt, candidates)`: R numbers, or R lists of R logits.
 
     Args:
-        name: "module:function" or "path/to/file.py:function". The prompt arrives as the record has it, text or messages.
+        name: "module:function" or "path/to/file.py:function". The prompt arrives as the record has it, text or
+            messages.
     """
 
     def __init__(self, name: str) -> None:

@@ -31,8 +31,10 @@ from prefopt.models.heads import RECORD
 class GeneralPreferenceRanker:
     """Tables (R, R) of s(i beats j) / tau from the embeddings of the answers.
 
-    A checkpoint of the released code reads what it was trained on: the last token of a conversation is replaced by the EOS (Gemma's template
-    ends with a line break), and the prompt head stands at the end of the first user turn, before the header of the assistant's.
+    A checkpoint of the released code reads what it was trained on: the last token of a conversation is replaced by the
+    EOS (Gemma's template
+    ends with a line break), and the prompt head stands at the end of the first user turn, before the header of the
+    assistant's.
 
     Args:
         path: folder, ours or in the published layout.
@@ -84,5 +86,6 @@ class GeneralPreferenceRanker:
 
     def _table(self, row: Tensor) -> Tensor:
         embeddings, scales = row[:, : self.dim], row[:, self.dim :]
-        # a cut prompt may begin elsewhere for a longer answer, but it ends at the same token: one scale for all answers
+        # a cut prompt may begin elsewhere for a longer answer, but it ends at the same token: one scale for all
+        # answers
         return preference_table(embeddings, scales[0] if scales.numel() else None, temperature=self.model.temperature)

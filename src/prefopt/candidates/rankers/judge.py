@@ -43,7 +43,8 @@ _VERDICT = re.compile(r"\[\[(A|B|C)\]\]")
 class JudgeRanker:
     """Tables (R, R) with ln 9 where the judge prefers the first of an ordered pair, -ln 9 where the second, 0 for neither.
 
-    Each pair is judged in both orders: in the win probability sigmoid((c_ij - c_ji) / 2) a verdict that follows the order cancels.
+    Each pair is judged in both orders: in the win probability sigmoid((c_ij - c_ji) / 2) a verdict that follows the
+    order cancels.
     A reply without exactly one verdict counts as "neither" and among the `unreadable verdicts`.
 
     Args:
@@ -64,7 +65,8 @@ class JudgeRanker:
         missing = [name for name in ("prompt", "answer_a", "answer_b") if "{" + name + "}" not in self.template]
         if missing:
             raise ValueError(
-                f"The judge's template {template} has no {{{missing[0]}}}; it needs {{prompt}}, {{answer_a}} and {{answer_b}}."
+                f"The judge's template {template} has no {{{missing[0]}}}; it needs {{prompt}}, {{answer_a}} and "
+                f"{{answer_b}}."
             )
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
@@ -90,7 +92,8 @@ class JudgeRanker:
         unreadable = [reply for reply in replies if verdict(reply) is None]
         if len(unreadable) > LARGEST_UNREADABLE_SHARE * len(replies):
             raise ValueError(
-                f"{len(unreadable)} of {len(replies)} replies of the judge {self.model!r} hold no single verdict [[A]], [[B]] or [[C]]; "
+                f"{len(unreadable)} of {len(replies)} replies of the judge {self.model!r} hold no single verdict "
+                "[[A]], [[B]] or [[C]]; "
                 f"one of them: {unreadable[0][:200]!r}. Change the template, or take another judge."
             )
         for (row, first, second), reply in zip(pairs, replies, strict=True):

@@ -29,7 +29,8 @@ from prefopt.models.reward import RewardModel
 class RewardRanker:
     """Scores (R,) from a reward model that reads prompt and answer under its own chat template.
 
-    The score is the model's `score` output where it has one (ArmoRM: many objectives, one gated score), else its single logit.
+    The score is the model's `score` output where it has one (ArmoRM: many objectives, one gated score), else its
+    single logit.
 
     Args:
         path: folder.
@@ -92,7 +93,8 @@ class RewardRanker:
             return output["score"].reshape(len(answers))
         if output.logits.shape != (len(answers), 1):
             raise ValueError(
-                f"{self.path} gives {output.logits.shape[-1]} outputs per answer and no `score`: it is not a reward model with one score."
+                f"{self.path} gives {output.logits.shape[-1]} outputs per answer and no `score`: it is not a reward "
+                "model with one score."
             )
         return output.logits[:, 0]
 
@@ -111,7 +113,8 @@ def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
-            f"{path} has no trained classification head ({', '.join(missing[:3])} not found): it is not a reward model. "
+            f"{path} has no trained classification head ({', '.join(missing[:3])} not found): it is not a reward "
+            "model. "
             "For PairRM use `ranker: pair-rm`, for a general preference model `ranker: general-preference`."
         )
     return model

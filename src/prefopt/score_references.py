@@ -9,18 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets
 
 from prefopt.data import load_datasets
-from prefopt.data.normalise import normalise_rows
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.launch import launch, split_launch_settings, tell, without_launch_words
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
-from prefopt.references.cache import ScoreCache, Scorer, Scores, default_folder, text_key
-from prefopt.references.health import HealthCard, cards_table, health_cards
-from prefopt.references.text import SIDES, ScoringReport, ScoringSettings, read_checks, score_reference, text_scorer
+from prefopt.references.cache import default_folder
+from prefopt.references.health import cards_table
+from prefopt.references.text import (
+    ScoringReport,
+    ScoringSettings,
+    cards_of,
+    score_reference,
+)
 
 COMMAND = "score-references"
 MULTI_REFERENCE = "multi-reference-dpo"
@@ -54,7 +57,7 @@ def run(words: list[str]) -> int:
 
 def _configs(recipe: Recipe, classes: Any) -> tuple[Any, ...]:
     from prefopt.launch import world_size
-    from prefopt.run_settings import build_configs
+    from prefopt.run import build_configs
 
     return build_configs(recipe, classes, world_size())
 
@@ -115,40 +118,4 @@ def _tell_report(report: ScoringReport) -> None:
         f"{report.name}: {report.scored} completions scored, {report.found} found"
         + (f"; {words}" if words else "")
         + "."
-    )
-
-
-def found_scores(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[tuple[Scorer, list[Scores]]]:
-    """For each reference, who scores and what the cache holds of the rows' chosen and rejected completions."""
-    row_ids = normalise_rows(rows, "pairs")["row_id"]
-    found = []
-    for reference in references:
-        scorer = text_scorer(reference, root, dtype=dtype)[0]
-        cache = ScoreCache(root, scorer)
-        found.append((scorer, [cache.lookup([text_key(row_id, side) for row_id in row_ids]) for side in SIDES]))
-    return found
-
-
-def cards_of(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[HealthCard]:
-    """Health cards of references from the cache, over the rows that all of them have scored.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    scorers, found = zip(*found_scores(rows, references, root, dtype=dtype))
-    usable = np.all([side.found & ~side.truncated for sides in found for side in sides], axis=0)
-    if not usable.any():
-        raise ValueError("No row was scored whole by all references: raise `max_length`.")
-
-    def table(column: str) -> tuple[np.ndarray, np.ndarray]:
-        chosen, rejected = (np.stack([getattr(sides[i], column)[usable] for sides in found]) for i in (0, 1))
-        return chosen, rejected
-
-    checks = [read_checks(root, scorer) for scorer in scorers]
-    return health_cards(
-        [scorer.name for scorer in scorers],
-        logps=table("logps"),
-        tokens=table("tokens"),
-        num_bytes=table("bytes"),
-        checks=checks,
     )

@@ -15,7 +15,8 @@ from prefopt.launch import tell
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in `folder` that was written to its end; newer ones that were not are named on stderr.
 
-    A run that is killed while it saves leaves a checkpoint without its optimizer or its schedule, and transformers would go on from that
+    A run that is killed while it saves leaves a checkpoint without its optimizer or its schedule, and transformers
+    would go on from that
     without a word.
     """
     for checkpoint in reversed(sort_checkpoints(str(folder))):
