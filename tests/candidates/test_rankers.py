@@ -12,7 +12,7 @@ from prefopt.candidates.backends.http import JsonClient, ServerError
 from prefopt.candidates.pairs import win_probabilities
 from prefopt.candidates.rankers import RankerOptions, build_ranker
 from prefopt.candidates.rankers.base import Request, check_scores, encode_answers, length_batches, plain_text
-from prefopt.candidates.rankers.judge import JudgeRanker, verdict
+from prefopt.candidates.rankers.judge import verdict
 from prefopt.candidates.rankers.pair_rm import Limits
 from prefopt.models.general_preference import GeneralPreferenceModel
 from prefopt.models.reward import RewardModel
@@ -278,7 +278,9 @@ def test_a_released_general_preference_model_reads_what_it_was_trained_on(tmp_pa
 
 
 def judge(url):
-    return JudgeRanker("judge", JsonClient(url, "NO_KEY", 60, 4, first_pause=0.001), template=None, concurrency=4)
+    ranker = build("judge", "judge", concurrency=4)
+    ranker.client = JsonClient(url, "NO_KEY", 60, 4, first_pause=0.001)
+    return ranker
 
 
 def test_judge_sees_both_orders():
