@@ -150,7 +150,7 @@ def test_what_is_refused(tmp_path):
         ({"num_samples": 0}, "`num_samples` must be at least 1"),
         ({"adversarial_coeff": -1.0}, "`adversarial_coeff` must not be negative"),
         ({"human_coeff": -1.0}, "`human_coeff` must not be negative"),
-        ({"adversarial_loss": "hinge"}, "must be 'logistic' or 'difference'"),
+        ({"adversarial_loss": "hinge"}, "adversarial_loss must be one of logistic, difference"),
     ):
         with pytest.raises(ValueError, match=message):
             AdversarialRewardConfig(**settings(tmp_path, **changes))

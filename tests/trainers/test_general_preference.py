@@ -214,7 +214,7 @@ def test_a_trained_model_is_continued_with_its_own_variant(tmp_path):
 def test_what_is_refused(tmp_path):
     for changes, message in (
         ({"dim": 3}, "positive even number, got 3"),
-        ({"loss_type": "regression"}, "must be 'general_preference' or 'bradley_terry'"),
+        ({"loss_type": "regression"}, "loss_type must be one of general_preference, bradley_terry"),
         ({"loss_type": "bradley_terry", "dim": 4}, "`dim` has no meaning for loss_type 'bradley_terry'"),
         ({"loss_type": "bradley_terry", "sft_coeff": 0.1}, "`sft_coeff` has no meaning"),
         ({"sft_coeff": 1.0}, r"must lie in \[0, 1\)"),
