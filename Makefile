@@ -3,8 +3,10 @@
 #
 #   make quickstart        train a tiny chat model with WPO on this machine's CPU (about two minutes)
 #   make test              the whole offline test suite
-#   make quality           what CI checks: lint, format, types;  make style mends the first two
+#   make quality           what CI checks: lint, format, types, imports;  make style fixes the first two
 #   make bench             our padded path against TRL's DPOTrainer on this machine
+#   make test-oldest       the fast tests on the oldest versions that pyproject.toml allows (an environment of its own)
+#   make test-newest       the fast tests on the newest versions that the index has (an environment of its own)
 #
 # PYTHON picks the interpreter (3.11 to 3.13), TORCH_INDEX where pip looks for further torch builds.
 
@@ -22,7 +24,7 @@ RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOK
 SOURCES := src tests scripts benchmarks examples docs/file_tree.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup style quality test quickstart bench clean
+.PHONY: help setup style quality test test-oldest test-newest quickstart bench clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -47,10 +49,19 @@ quality: $(READY)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	PYTHONPATH=src $(BIN)/lint-imports
 	$(BIN)/python docs/file_tree.py --check
 
 test: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+
+# RESOLVE takes further words for uv, such as --override FILE for a build of torch that is at hand.
+test-oldest test-newest: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(PYTHON) -m venv .venv-$(@:test-%=%)
+	$(BIN)/uv pip install --quiet --python .venv-$(@:test-%=%) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		--resolution $(if $(findstring oldest,$@),lowest-direct,highest) --upgrade $(RESOLVE) --editable '.[dev]'
+	$(RUN) OMP_NUM_THREADS=1 .venv-$(@:test-%=%)/bin/python -m pytest -n 2 --dist worksteal
 
 quickstart: $(READY)
 	$(RUN) $(BIN)/python examples/quickstart/quickstart.py
