@@ -8,7 +8,7 @@
 #   make test-oldest       the fast tests on the oldest versions that pyproject.toml allows (an environment of its own)
 #   make test-newest       the fast tests on the newest versions that the index has (an environment of its own)
 #
-# PYTHON picks the interpreter (3.11 to 3.13), TORCH_INDEX where pip looks for further torch builds.
+# PYTHON picks the interpreter (3.11 to 3.14), TORCH_INDEX where pip looks for further torch builds.
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,8 +32,8 @@ help:
 setup: $(READY)
 
 $(READY): constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-		{ echo "prefopt: constraints.txt needs Python 3.11 to 3.13; name one, as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+		{ echo "prefopt: constraints.txt needs Python 3.11 to 3.14; name one, as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (once; a few minutes)"
 	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch setuptools wheel
