@@ -1,4 +1,4 @@
-"""Answers and configs in AlpacaEval 2's formats: files only; the evaluation itself is `alpaca_eval`'s (extra `eval`)."""
+"""Answers and configs in AlpacaEval 2's formats: files only; `alpaca_eval` itself evaluates them (extra `eval`)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def model_outputs(records: Sequence[Record], generator: str) -> list[dict[str, s
 
 
 def model_config(family: str, model: str, generator: str) -> dict[str, Any]:
-    """Return the content of alpaca_eval's `models_configs/<generator>/configs.yaml` with the published sampling of a family.
+    """Return alpaca_eval's `models_configs/<generator>/configs.yaml` with the published sampling of a family.
 
     Args:
         family: mistral, gemma2 or llama3.
@@ -85,7 +85,7 @@ def model_config(family: str, model: str, generator: str) -> dict[str, Any]:
 def export(
     folder: Path, records: Sequence[Record], *, generator: str, model: str | None = None, family: str | None = None
 ) -> None:
-    """Write `model_outputs.json`; with a family also `configs.yaml` (of `model`, or the answers' source) and prompt."""
+    """Write `model_outputs.json`; with a family also `configs.yaml` (of `model` or the answers' source), prompt."""
     write_json(folder / "model_outputs.json", model_outputs(records, generator))
     if family is not None:
         config = model_config(family, model or records[0]["candidates"][0]["source"], generator)

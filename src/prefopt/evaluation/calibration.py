@@ -96,7 +96,7 @@ def reliability_diagram(
         ValueError: matplotlib is not installed.
     """
     sets = errors if isinstance(errors, dict) else {"": errors}
-    if (Figure := figure_class()) is None:  # noqa: N806
+    if (Figure := figure_class()) is None:
         raise ValueError("Diagrams need matplotlib: pip install 'prefopt[plots]'.")
     figure = Figure(figsize=(5, 6))
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})

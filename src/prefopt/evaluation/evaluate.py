@@ -60,9 +60,7 @@ class EvaluateArguments:
         at_most=1,
     )
     max_length_ratio: float | None = setting(
-        None,
-        "Stop rule: the policy's mean answer is at most this many times as long as that of `base`.",
-        above=0,
+        None, "Stop rule: the policy's mean answer is at most this many times as long as that of `base`.", above=0
     )
     alpaca_eval: str | None = setting(
         None, "Write the answers as AlpacaEval's model_outputs.json too, under this name of the model."
@@ -235,7 +233,8 @@ def summary(result: dict[str, Any]) -> str:
     """Return the figures in a few lines."""
     lines = [
         f"evaluate: win rate against {name}: {found['win_rate']:.3f} [{found['low']:.3f}, {found['high']:.3f}] "
-        f"({found['interval']}), {found['wins']} won, {found['ties']} tied, {found['losses']} lost on {found['prompts']} prompts"
+        f"({found['interval']}), {found['wins']} won, {found['ties']} tied, {found['losses']} lost "
+        f"on {found['prompts']} prompts"
         for name, found in result["win_rates"].items()
     ]
     lines += [f"evaluate: answers of {name}: {json.dumps(found)}" for name, found in result["lengths"].items()]

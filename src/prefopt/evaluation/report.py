@@ -122,7 +122,7 @@ def _read(folder: Path, number: int) -> Iteration:
 
 
 def best(iterations: Sequence[Iteration]) -> Iteration:
-    """Return the iteration with the highest win rate against the base (the earlier of equals), or without any the last."""
+    """Return the iteration with the highest win rate against the base (the earlier of equals), or else the last."""
     if any(not iteration.evaluation["win_rates"] for iteration in iterations):
         return iterations[-1]
     opponent = "base" if iterations[0].rate("base") else next(iter(iterations[0].evaluation["win_rates"]))
@@ -181,6 +181,7 @@ def _rate(found: Mapping[str, Any] | None) -> str:
 def section(item: Iteration) -> list[str]:
     """Write the section of an iteration: training, pairs, comparisons, lengths, samples."""
     lines = [f"## Iteration {item.number}", ""]
+    rows: list[tuple[object, ...]]
     if item.log:
         first, last = item.log[0], item.log[-1]
         rows = [
@@ -232,7 +233,7 @@ def _short(text: str) -> str:
 
 def draw(path: Path, iterations: Sequence[Iteration]) -> bool:
     """Draw win rates with intervals, lengths and training losses by iteration; return whether matplotlib is there."""
-    if (Figure := figure_class()) is None:  # noqa: N806
+    if (Figure := figure_class()) is None:
         print("report: no plots, as matplotlib is missing (pip install prefopt[plots]).", file=sys.stderr)
         return False
     figure = Figure(figsize=(13, 4), layout="constrained")

@@ -50,7 +50,9 @@ class RewardBenchTable:
 
     def markdown(self) -> str:
         """Write the table as Markdown."""
-        rows = [(name, count, f"{100 * accuracy:.1f}") for name, (accuracy, count) in self.subsets.items()]
+        rows: list[tuple[object, ...]] = [
+            (name, count, f"{100 * accuracy:.1f}") for name, (accuracy, count) in self.subsets.items()
+        ]
         rows += [(f"**{name}**", "", f"{100 * accuracy:.1f}") for name, accuracy in self.sections.items()]
         if self.score is not None:
             rows.append(("**score** (mean of sections)", "", f"{100 * self.score:.1f}"))

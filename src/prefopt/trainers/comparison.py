@@ -47,8 +47,7 @@ class ComparisonConfig(BatchConfig, TRLRewardConfig):  # type: ignore[misc]  # l
     """
 
     truncation_mode: str = setting(
-        "keep_end",
-        "What a row longer than `max_length` keeps: 'keep_end' (a head reads the end) or 'keep_start'.",
+        "keep_end", "What a row longer than `max_length` keeps: 'keep_end' (a head reads the end) or 'keep_start'."
     )
 
     def __post_init__(self) -> None:

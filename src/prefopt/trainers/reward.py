@@ -112,7 +112,7 @@ class HeadTrainer(ComparisonTrainer):
         return loaded
 
     def adapter_config(self, peft_config: PeftConfig, model: Any) -> PeftConfig:
-        """Have the heads trained in full, and no task, as the wrapper of a task has a forward that passes ours by."""
+        """Have the heads trained in full, and no task, as a task's wrapper would not run the head's forward."""
         changed: Any = copy.deepcopy(peft_config)
         present = [name for name in model.head_names if getattr(model, name, None) is not None]
         changed.modules_to_save = sorted({*(changed.modules_to_save or []), *present})
@@ -142,7 +142,7 @@ class HeadTrainer(ComparisonTrainer):
         return model(attention_mask=mask, **shared, **inputs)
 
     def why_not_packed(self) -> str | None:
-        """Keep each sequence in a row of its own for heads that read every token of it."""
+        """Give each sequence a separate row for heads that read every token of it."""
         pooling = self.headed.head_record["pooling"]
         return f"pooling {pooling!r} reads whole rows" if pooling in ("mean", "max") else None
 

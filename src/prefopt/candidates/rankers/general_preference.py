@@ -49,16 +49,21 @@ class GeneralPreferenceRanker(Ranker):
         self.model = model.to(self.device).eval()
         self.dim = int(model.head_record["dim"])
         self.max_length = longest_input(path, options.max_length, positions_of(model.config))
-        ours = Path(path, "adapter_config.json").is_file() or RECORD in PretrainedConfig.get_config_dict(path)[0]
-        self.as_released = not ours and bool(self.tokenizer.chat_template)
+        known = Path(path, "adapter_config.json").is_file() or RECORD in PretrainedConfig.get_config_dict(path)[0]
+        self.as_released = not known and bool(self.tokenizer.chat_template)
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`."""
-        answers = encode_answers(requests, self.tokenizer, self.max_length, tally)
-        if self.as_released:
-            answers = [self._released_row(request, row) for request, row in zip(requests, answers)]
+        answers = self.encode(requests, tally)
         rows = score_answers(answers, self._forward, tokens_per_batch=self.tokens_per_batch, tally=tally)
         return [self._table(row.double()).numpy() for row in rows]
+
+    def encode(self, requests: Sequence[Request], tally: Tally) -> list[list[Answer]]:
+        """Return the token ids that the model reads."""
+        answers = encode_answers(requests, self.tokenizer, self.max_length, tally)
+        if not self.as_released:
+            return answers
+        return [self._released_row(request, row) for request, row in zip(requests, answers)]
 
     def _released_row(self, request: Request, row: list[Answer]) -> list[Answer]:
         messages = as_messages(request.prompt)

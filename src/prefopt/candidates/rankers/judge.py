@@ -17,8 +17,8 @@ from prefopt.candidates.backends.http import AttemptFailed, JsonClient
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import Ranker, Request, Tally, ordered_pairs, plain_text
 
-TEMPLATE = """Two assistants answered the same request. Decide which answer serves the user better: correct, complete as \
-far as the request asks, honest and clear. Length alone is no merit, and neither is being shown first.
+TEMPLATE = """Two assistants answered the same request. Decide which answer serves the user better: correct, complete \
+as far as the request asks, honest and clear. Length alone is no merit, and neither is being shown first.
 
 <request>
 {prompt}

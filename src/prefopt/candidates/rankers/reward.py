@@ -61,12 +61,16 @@ class RewardRanker(Ranker):
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`."""
-        if self.reads_pairs:
-            answers = [self._encode_pairs(request, tally) for request in requests]
-        else:
-            answers = encode_answers(requests, self.tokenizer, self.max_length, tally)
-        scores = score_answers(answers, self._forward, tokens_per_batch=self.tokens_per_batch, tally=tally)
+        scores = score_answers(
+            self.encode(requests, tally), self._forward, tokens_per_batch=self.tokens_per_batch, tally=tally
+        )
         return [row.double().numpy() for row in scores]
+
+    def encode(self, requests: Sequence[Request], tally: Tally) -> list[list[Answer]]:
+        """Return the token ids that the model reads."""
+        if self.reads_pairs:
+            return [self._encode_pairs(request, tally) for request in requests]
+        return encode_answers(requests, self.tokenizer, self.max_length, tally)
 
     def _encode_pairs(self, request: Request, tally: Tally) -> list[Answer]:
         """Encode prompt and answer as a pair of texts, for encoders without a template; the longer is cut first."""
