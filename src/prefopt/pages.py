@@ -8,7 +8,10 @@ from typing import Any
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Return the lines of a Markdown table."""
-    return [f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows)]
+    return [
+        "".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|"
+        for cells in (head, ["---"] * len(head), *rows)
+    ]
 
 
 def figure_class() -> Any:
