@@ -1,4 +1,4 @@
-"""Generation with vLLM's offline engine, which is handed token ids: a templated prompt gets no second BOS."""
+"""Generation with vLLM's offline engine; it is given token ids, so that a templated prompt gets no second BOS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.candidates.backends import Completion, OnDone, Request, Sampling, completion_of
+from prefopt.candidates.backends import AnswerRequest, Completion, OnDone, Sampling, completion_of
 
 
 class EngineBackend:
@@ -58,7 +58,7 @@ class EngineBackend:
         self.tokenizer = tokenizer
         self.sampling = sampling
 
-    def complete(self, requests: Sequence[Request], seed: int, on_done: OnDone) -> list[Completion]:
+    def complete(self, requests: Sequence[AnswerRequest], seed: int, on_done: OnDone) -> list[Completion]:
         """See `Backend.complete`."""
         outputs = self.engine.generate(
             [{"prompt_token_ids": request.prompt_ids} for request in requests],
@@ -74,7 +74,7 @@ class EngineBackend:
         on_done(len(completions), sum(completion.num_tokens for completion in completions))
         return completions
 
-    def _parameters(self, request: Request) -> Any:
+    def _parameters(self, request: AnswerRequest) -> Any:
         return self.parameters(
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
@@ -88,7 +88,7 @@ class EngineBackend:
 
 
 def import_vllm() -> Any:
-    """The vllm module.
+    """Import and return the vllm module.
 
     Raises:
         ValueError: it is not installed here.
@@ -97,7 +97,7 @@ def import_vllm() -> Any:
         import vllm
     except ImportError as error:
         raise ValueError(
-            f'backend "vllm" needs vLLM, which cannot be imported here ({error}): `pip install prefopt[vllm]`, best in an '
-            'environment of its own; or use backend "transformers" or "server".'
+            f'backend "vllm" needs vLLM, which cannot be imported here ({error}): `pip install prefopt[vllm]`, best '
+            'in a separate environment; or use backend "transformers" or "server".'
         ) from error
     return vllm
