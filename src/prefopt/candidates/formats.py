@@ -87,7 +87,6 @@ Converter: TypeAlias = Callable[[Iterable[Row], Context], Iterator[Row]]
 class Format:
     """One format: what it holds, and how it is read and written (None: it is not)."""
 
-    summary: str
     kind: Literal["records", "pairs"]
     read: Converter | None
     write: Converter | None
@@ -558,25 +557,15 @@ def write_pairs(pairs: Iterable[Row], context: Context) -> Iterator[Row]:
 
 
 FORMATS: dict[str, Format] = {
-    "records": Format("candidate records of prefopt", "records", as_they_are, as_they_are),
-    "pairs": Format("pairs: prompt, chosen, rejected, method columns", "pairs", read_pairs, as_they_are),
-    "responses": Format("any dataset with a prompt and `columns` of responses", "records", read_responses, None),
-    "sppo_generated": Format("SPPO: generate_k, rm_scores, probability", "records", read_generated, write_generated),
-    "sppo": Format("SPPO: chosen, rejected, chosen_probs*", "pairs", read_pairs, write_pairs),
-    "apo_samples": Format(
-        "APO: query_id, query, sample_k (and a file `golden`)", "records", read_samples, write_samples
-    ),
-    "apo_comparisons": Format(
-        "APO: text and scores of any number of responses", "records", read_comparisons, write_comparisons
-    ),
-    "apo_pairs": Format(
-        "APO: text and scores, golden answer against each sample", "records", None, write_adversarial_pairs
-    ),
-    "ultrafeedback": Format(
-        "UltraFeedback: chosen and rejected conversations", "pairs", read_ultrafeedback, write_ultrafeedback
-    ),
-    "ultrafeedback_completions": Format(
-        "UltraFeedback: instruction, completions", "records", read_completions, write_completions
-    ),
-    "hh": Format("HH: chosen and rejected dialogues", "pairs", read_hh, write_hh),
+    "records": Format("records", as_they_are, as_they_are),
+    "pairs": Format("pairs", read_pairs, as_they_are),
+    "responses": Format("records", read_responses, None),
+    "sppo_generated": Format("records", read_generated, write_generated),
+    "sppo": Format("pairs", read_pairs, write_pairs),
+    "apo_samples": Format("records", read_samples, write_samples),
+    "apo_comparisons": Format("records", read_comparisons, write_comparisons),
+    "apo_pairs": Format("records", None, write_adversarial_pairs),
+    "ultrafeedback": Format("pairs", read_ultrafeedback, write_ultrafeedback),
+    "ultrafeedback_completions": Format("records", read_completions, write_completions),
+    "hh": Format("pairs", read_hh, write_hh),
 }

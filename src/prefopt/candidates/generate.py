@@ -35,6 +35,7 @@ from prefopt.references.fingerprints import adapted_model, files_fingerprint, mo
 
 # the flags of the SPPO scripts that mean the same
 FLAG_ALIASES = {"model": "model_name_or_path", "pairs": "num_samples", "maxlen": "max_new_tokens"}
+ENGINE_SETTINGS = ("dtype", "trust_remote_code", "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager")
 _LOCAL = {"backend": ("transformers",)}
 _VLLM = {"backend": ("vllm",)}
 _SERVER = {"backend": ("server",)}
@@ -356,18 +357,13 @@ def _engine(job: Generation) -> Backend:
     from prefopt.candidates.backends.engine import EngineBackend
 
     args = job.args
-    return EngineBackend(
-        args.model_name_or_path,
-        job.tokenizer,
-        job.sampling,
-        revision=args.model_revision,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        tensor_parallel_size=args.tensor_parallel_size,
-        max_model_len=job.context,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        enforce_eager=args.enforce_eager,
-    )
+    options = {
+        "revision": args.model_revision,
+        "tokenizer_revision": args.model_revision,
+        "max_model_len": job.context,
+        **{name: getattr(args, name) for name in ENGINE_SETTINGS},
+    }
+    return EngineBackend(args.model_name_or_path, job.tokenizer, job.sampling, options)
 
 
 def _server(job: Generation) -> Backend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,44 +17,19 @@ class EngineBackend:
         model: folder or hub name.
         tokenizer: decodes the answers, as for the other backends.
         sampling: how tokens are drawn.
-        revision, dtype, trust_remote_code: how the model is loaded.
-        tensor_parallel_size: accelerators that one copy of the model is spread over.
-        max_model_len: tokens of prompt and answer together; None for the model's own limit.
-        gpu_memory_utilization: share of an accelerator's memory that the engine takes.
-        enforce_eager: leave out compilation and CUDA graphs: slower, but starts sooner.
+        options: further arguments of `vllm.LLM`, for loading and running the model.
 
     Raises:
         ValueError: vLLM is not installed.
     """
 
     def __init__(
-        self,
-        model: str,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        *,
-        revision: str | None,
-        dtype: str,
-        trust_remote_code: bool,
-        tensor_parallel_size: int,
-        max_model_len: int | None,
-        gpu_memory_utilization: float,
-        enforce_eager: bool,
+        self, model: str, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, options: Mapping[str, Any]
     ) -> None:
         vllm = import_vllm()
         self.parameters: Any = vllm.SamplingParams
-        self.engine: Any = vllm.LLM(
-            model=model,
-            revision=revision,
-            tokenizer_revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            tensor_parallel_size=tensor_parallel_size,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager,
-            generation_config="vllm",  # the model's own sampling defaults must not stand in for ours
-        )
+        # the model's own sampling defaults must not replace the recipe's
+        self.engine: Any = vllm.LLM(model=model, generation_config="vllm", **options)
         self.tokenizer = tokenizer
         self.sampling = sampling
 
