@@ -34,7 +34,9 @@ def setting(
         factory: makes the default where that is a list or a mapping.
         choices: the only values allowed.
         required: an empty value raises.
-        at_least, above, at_most: bounds of a number; None is never out of bounds.
+        at_least: lower bound of a number; None is never out of bounds.
+        above: lower bound that the number must not equal.
+        at_most: upper bound.
         only_for: selector field -> its values for which this setting is read; set with another one, it raises.
             Selectors that the
             dataclass does not have are ignored, so that a mixin can name those of all its users.
@@ -49,7 +51,9 @@ def setting(
         "above": above,
         "at_most": at_most,
     }
-    metadata = {name: value for name, value in known.items() if value is not None and value is not False}
+    metadata: dict[str, Any] = {
+        name: value for name, value in known.items() if value is not None and value is not False
+    }
     if only_for is not None:
         metadata["only_for"] = {selector: tuple(values) for selector, values in only_for.items()}
     if not decides_result:
@@ -120,7 +124,7 @@ def names_without_effect(*classes: type) -> frozenset[str]:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HubArguments:
     """Keys of the tools that write a dataset: its file format, and whether it is pushed to the hub."""
 
@@ -135,7 +139,7 @@ class HubArguments:
 _SERVED = {"backend": ("server",), "ranker": ("judge",)}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ServerArguments:
     """Keys of the tools that talk to an OpenAI-compatible server."""
 

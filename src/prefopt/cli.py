@@ -261,7 +261,7 @@ def _help(name: str) -> str:
     seen: set[str] = set()
     for cls in arguments_of(name):
         lines.append(f"{cls.__name__}:")
-        for field in dataclasses.fields(cls):
+        for field in sorted(dataclasses.fields(cls), key=lambda field: field.kw_only):  # those of mixins come last
             if not field.init or field.name in seen:
                 continue
             seen.add(field.name)

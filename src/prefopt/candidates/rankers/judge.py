@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefopt.candidates.backends.http import AttemptFailed, JsonClient
+from prefopt.candidates.backends.http import AttemptFailed, Call, JsonClient
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import Request, Tally, plain_text
 
@@ -85,7 +84,7 @@ class JudgeRanker:
         ]
         tables = [np.zeros((len(request.candidates),) * 2) for request in requests]
         replies = self.client.request_all(
-            [partial(self._ask, self.question(requests[row], first, second)) for row, first, second in pairs],
+            [self._call(self.question(requests[row], first, second)) for row, first, second in pairs],
             self.concurrency,
             lambda reply: tally.advance(rows=len(requests) / len(pairs)),
         )
@@ -113,14 +112,14 @@ class JudgeRanker:
         }
         return _FIELD.sub(lambda match: values[match.group(1)], self.template)
 
-    def _ask(self, question: str) -> str:
+    def _call(self, question: str) -> Call[str]:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
         }
-        return self.client.request("chat/completions", body, _message)
+        return Call("chat/completions", body, _message)
 
 
 def _message(reply: dict[str, Any]) -> str:
