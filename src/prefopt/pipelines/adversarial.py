@@ -1,4 +1,4 @@
-"""The adversarial loop: a reward model learns to tell golden answers from the policy's, the policy learns from it, and again.
+"""The adversarial loop: a reward model learns golden answers from the policy's, the policy learns from it, and again.
 
 An iteration: the policy answers the reward model's prompts -> adversarial pairs against golden answers -> the reward
 model, with human comparisons -> the policy answers its own prompts -> scores -> rows -> the policy -> answers to test
@@ -53,9 +53,7 @@ class AdversarialLoop:
     )
     comparisons: str = setting("", "Human comparisons for the reward model.", required=True)
     test_comparisons: str | None = setting(None, "Human comparisons on which every reward model is evaluated.")
-    policy_prompts: str = setting(
-        "", "The policy's prompts; none may be a prompt of the reward model.", required=True
-    )
+    policy_prompts: str = setting("", "The policy's prompts; none may be a prompt of the reward model.", required=True)
     test_prompts: str = setting(
         "", "Prompts for evaluation; none may be a prompt of the reward model or the policy.", required=True
     )
@@ -87,9 +85,7 @@ class AdversarialLoop:
     sampling: dict[str, Any] = setting(
         factory=dict, help="Settings of `prefopt generate` for both sets of training prompts."
     )
-    test_sampling: dict[str, Any] = setting(
-        factory=dict, help="Settings of `prefopt generate` for the test prompts."
-    )
+    test_sampling: dict[str, Any] = setting(factory=dict, help="Settings of `prefopt generate` for the test prompts.")
     ranking: dict[str, Any] = setting(factory=dict, help="Settings of `prefopt rank`.")
     selection: dict[str, Any] = setting(
         factory=dict,

@@ -1,4 +1,4 @@
-"""`prefopt` commands as stages: the words to type, what in them decides the result, and the stages that both loops have."""
+"""`prefopt` commands as stages: the words to type, what in them decides the result, and what both loops share."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ FREE_IN_TRAINING = FREE_TO_CHANGE - {"num_train_epochs", "max_steps", "output_di
 # Fields of tools that are not marked with `decides_result=False` yet.
 UNMARKED = frozenset(
     {
-        "base_url", "key_variable", "concurrency", "request_timeout", "retries", "gpu_memory_utilization", "enforce_eager",
-        "tensor_parallel_size", "data_parallel_size", "tokens_per_batch", "plots", "push_to_hub", "hub_dataset_id", "hub_private_repo",
+        "base_url", "key_variable", "concurrency", "request_timeout", "retries", "gpu_memory_utilization",
+        "enforce_eager", "tensor_parallel_size", "data_parallel_size", "tokens_per_batch", "plots", "push_to_hub",
+        "hub_dataset_id", "hub_private_repo",
     }
 )  # fmt: skip
 # The files that other stages read.
@@ -73,7 +74,7 @@ class Commands:
         needs: Sequence[str] = (),
         inputs: Sequence[str | Place | None] = (),
     ) -> Stage:
-        """Make the stage `name`, which runs `prefopt TOOL [RECIPE] --key=value ...` and writes to a folder of its name.
+        """Make the stage that runs `prefopt TOOL [RECIPE] --key=value ...` and writes to a folder of its name.
 
         Args:
             name: such as "iteration-1/rank".
@@ -205,12 +206,13 @@ def _send_problem(method: str, parsed: Recipe, answer: Connection) -> None:
     # the machine that trains may have a GPU and bf16 where this one has none
     values |= {"use_cpu": True, "bf16": values.get("bf16", not values.get("fp16"))}
     config_class = arguments_of(method)[0]
+    trainer_class: Any = function_of(method)
     problem = None
     warnings.simplefilter("ignore")  # the command itself will show them
     try:
         values |= batch_sizes(values, config_class, processes=1)
         (config,) = build(Recipe(parsed.name, values, parsed.places), [config_class])
-        function_of(method).check_settings(config)
+        trainer_class.check_settings(config)
     except ValueError as error:
         problem = str(error)
     answer.send(problem)
@@ -293,7 +295,7 @@ class LoopPlan:
         return self.add(name, method, keys, outputs=outputs, inputs=(start, *inputs))
 
     def evaluate(self, number: int, ranking: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-        """Add the comparison of an iteration's answers with the first model's and those before, and the report so far."""
+        """Add the comparison of an iteration's answers with earlier ones, and the report so far."""
         prefix = f"iteration-{number}"
         opponents = {"base": Place("base/answers")}
         if number > 1:
@@ -323,7 +325,7 @@ def _places(value: Any) -> Iterator[Place]:
 
 
 def _ranker_files(ranking: Mapping[str, Any]) -> tuple[Model | None, ...]:
-    """Return what a ranker reads that may be local files: a model's folder or the file of a function, and a template."""
+    """Return what a ranker reads that may be local: a model's folder or the file of a function, and a template."""
     name = ranking.get("model_name_or_path")
     if isinstance(name, str) and ".py:" in name:
         name = name.rpartition(":")[0]

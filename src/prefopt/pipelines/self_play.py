@@ -1,4 +1,4 @@
-"""The self-play loop: the policy answers, a ranker compares the answers, pairs with win probabilities train it; and again.
+"""The self-play loop: the policy answers, a ranker compares the answers, pairs of them train the policy; and again.
 
 An iteration: generate -> rank -> build-pairs -> (score-references) -> train -> answers to held-out prompts -> evaluate
 -> report. DPO and WPO run in the same loop as baselines: `training: {method: dpo}`.
@@ -28,7 +28,10 @@ OWN_KEYS = {
     "sampling": ("model_name_or_path", "prompts", "prompts_split", "prompts_config", "prompt_column", "output_dir"),
     "ranking": ("candidates", "output_dir"),
     "selection": ("candidates", "output_dir"),
-    "training": ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint", "ref_logps_dir"),
+    "training": (
+        "model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint",
+        "ref_logps_dir",
+    ),
 }  # fmt: skip
 # An evaluation measures the policy alone, and its own keys say how often.
 OWN_EVALUATION_KEYS = (*OWN_KEYS["sampling"], "num_samples", "for_evaluation", "off_policy_columns")
@@ -54,7 +57,7 @@ class PromptSource:
         return {"prompts": self.path, "prompts_split": self.split, "prompt_column": self.column, **named}
 
     def holds(self, other: PromptSource) -> bool:
-        """Return whether its name alone says that it has prompts of `other`: the same data, and no slice or the same one."""
+        """Return whether its name says that it has prompts of `other`: the same data, and no slice or the same one."""
         (mine, _, my_slice), (theirs, _, their_slice) = self.split.partition("["), other.split.partition("[")
         same = (self.path, self.name, mine) == (other.path, other.name, theirs)
         return same and (not my_slice or not their_slice or my_slice == their_slice)
@@ -96,9 +99,7 @@ class SelfPlayLoop:
     seed: int = setting(42, "Seed; iteration t samples with seed + t and trains with seed.")
 
     sampling: dict[str, Any] = setting(factory=dict, help="Settings of `prefopt generate`.")
-    ranking: dict[str, Any] = setting(
-        factory=dict, help="Settings of `prefopt rank`: ranker, model_name_or_path, ..."
-    )
+    ranking: dict[str, Any] = setting(factory=dict, help="Settings of `prefopt rank`: ranker, model_name_or_path, ...")
     selection: dict[str, Any] = setting(
         factory=dict,
         help="Settings of `prefopt build-pairs`; its policy follows from the loss: sppo, gpo, or best_worst.",
@@ -203,7 +204,7 @@ class _Plan(LoopPlan):
         self.method = check_method(self.training.pop("method", "sppo"))
 
     def measure_base(self) -> None:
-        """Add the base model's answers to held-out prompts, and pairs of them for preference accuracy if there are several."""
+        """Add the base model's answers to held-out prompts, and if there are several, pairs for preference accuracy."""
         evaluation = self.loop.evaluation
         if evaluation is None:
             return
@@ -213,7 +214,7 @@ class _Plan(LoopPlan):
             self.add("base/build-pairs", "build-pairs", {"candidates": ranked, "policy": "max_min"}, outputs=PAIRS)
 
     def answers(self, prefix: str, policy: Model, evaluation: Evaluation) -> Place:
-        """Add answers to held-out prompts, sampled alike for every policy, and without those that a dataset has already."""
+        """Add answers to held-out prompts, sampled alike for every policy, without those that a dataset has."""
         sampling = {
             **evaluation.prompts.settings,
             **{key: value for key, value in self.loop.sampling.items() if key != "off_policy_columns"},
