@@ -204,7 +204,7 @@ class _Plan(LoopPlan):
         self.method = check_method(self.training.pop("method", "sppo"))
 
     def measure_base(self) -> None:
-        """Add the base model's answers to held-out prompts, and if there are several, pairs for preference accuracy."""
+        """Add the base model's answers to held-out prompts, and of several, pairs for preference accuracy."""
         evaluation = self.loop.evaluation
         if evaluation is None:
             return
