@@ -50,7 +50,9 @@ def setting(
         "above": above,
         "at_most": at_most,
     }
-    metadata = {name: value for name, value in known.items() if value is not None and value is not False}
+    metadata: dict[str, Any] = {
+        name: value for name, value in known.items() if value is not None and value is not False
+    }
     if only_for is not None:
         metadata["only_for"] = {selector: tuple(values) for selector, values in only_for.items()}
     if not decides_result:
@@ -140,7 +142,7 @@ def setting_changes(
     ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HubArguments:
     """Keys of the tools that write a dataset: its file format, and whether it is pushed to the hub."""
 
@@ -155,7 +157,7 @@ class HubArguments:
 _SERVED = {"backend": ("server",), "ranker": ("judge",)}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ServerArguments:
     """Keys of the tools that talk to an OpenAI-compatible server."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from prefopt.arguments import HubArguments, check_settings, check_together, setting
-from prefopt.candidates.pairs import Array, score_differences
+from prefopt.candidates.pairs import score_differences
 from prefopt.candidates.rankers import (
     MODEL_RANKERS,
     RANKER_SETTINGS,
@@ -20,14 +21,25 @@ from prefopt.candidates.rankers import (
     build_ranker,
 )
 from prefopt.candidates.rankers.base import Request, check_scores
-from prefopt.candidates.records import Record, output_file, read_records, to_dataset, write_records
-from prefopt.candidates.shards import Processes, Row, Shard, ShardPlan, current_processes, file_hash, run_shards
+from prefopt.candidates.records import (
+    Record,
+    output_file,
+    push_to_hub,
+    read_records,
+    score_names,
+    to_dataset,
+    write_records,
+)
+from prefopt.candidates.shards import Processes, Row, Shard, ShardPlan, current_processes, run_shards
 from prefopt.data.messages import as_messages
-from prefopt.files import content_hash, write_json
+from prefopt.files import content_hash, file_hash, write_json
 from prefopt.references.fingerprints import files_fingerprint, model_folder
 
 # the flags of the SPPO scripts that mean the same
 FLAG_ALIASES = {"model": "model_name_or_path"}
+# with the weights, these files decide a ranker's scores
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "tokenizer_config.json", "chat_template.jinja")
+FEW = "prompts with fewer than two candidates"
 
 
 @dataclass
@@ -55,10 +67,7 @@ class _Ranked:
         "did; by default rankers read the raw prompt.",
     )
     shard_size: int | None = setting(
-        None,
-        "Prompts in a shard; by default between 16 and 256, by the number of prompts.",
-        at_least=1,
-        decides_result=False,
+        None, "Prompts in a shard; by default between 16 and 256, by the number of prompts.", at_least=1
     )
 
 
@@ -76,15 +85,8 @@ class RankArguments(HubArguments, RankerSettings, _Ranked):
 
     @property
     def name(self) -> str:
-        """The name under which the scores are stored."""
+        """Name under which the scores are stored."""
         return self.score_name or self.model_name_or_path.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
-
-
-__all__ = ["FLAG_ALIASES", "RankArguments", "run", "with_scores"]
-
-# with the weights, what decides a ranker's scores
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "tokenizer_config.json", "chat_template.jinja")
-FEW = "prompts with fewer than two candidates"
 
 
 def run(args: RankArguments) -> Path:
@@ -98,7 +100,7 @@ def run(args: RankArguments) -> Path:
     """
     output = output_file(args.output_dir, args.output_format)
     records = read_records(args.candidates, split=args.split)
-    scored = [record["prompt_id"] for record in records if args.name in _score_names(record)]
+    scored = [record["prompt_id"] for record in records if args.name in score_names(record)]
     if scored:
         raise ValueError(
             f"{args.candidates} has scores named {args.name!r} already (row {scored[0]!r}); give another --score_name."
@@ -116,7 +118,7 @@ def run(args: RankArguments) -> Path:
         tool="rank",
         settings=settings,
         output_dir=args.output_dir,
-        shard_size=args.shard_size or min(max(len(records) // 64, 16), 256),
+        shard_size=args.shard_size,
         notes={
             "tokens_per_batch": args.tokens_per_batch,
             "device": str(processes.device),
@@ -130,12 +132,8 @@ def run(args: RankArguments) -> Path:
     return output
 
 
-def _score_names(record: Record) -> set[str]:
-    return {*record["tables"], *(name for candidate in record["candidates"] for name in candidate["scores"])}
-
-
 def _model(args: RankArguments, processes: Processes) -> tuple[str, str | None]:
-    """Where the ranker is, and a hash of what it is: found once, by the main process."""
+    """Find the ranker and hash its content: once, in the main process."""
     found: tuple[str, str | None, str] = ("", None, "")
     if processes.is_main:
         try:
@@ -155,9 +153,15 @@ def _identify(args: RankArguments) -> tuple[str, str | None]:
     if args.ranker in MODEL_RANKERS:
         folder = model_folder(name, args.model_revision, download=True)
         weights = files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
-        return str(folder), content_hash(weights, [file_hash(folder / file) for file in TOKENIZER_FILES])
+        return str(folder), content_hash(weights, [_hash_if_there(folder / file) for file in TOKENIZER_FILES])
     source = RANKERS[args.ranker].source_file(name, args)
     return name, content_hash(source.read_text(encoding="utf-8", errors="replace")) if source else None
+
+
+def _hash_if_there(path: Path) -> str | None:
+    with suppress(FileNotFoundError):
+        return file_hash(path)
+    return None
 
 
 class _Work:
@@ -196,37 +200,25 @@ class _Work:
 
 
 def with_scores(record: Record, name: str, values: Any) -> Record:
-    """`record` with scores: of a table also the row means of its differences, as the candidates' scores."""
-    is_table = bool(values) and isinstance(values[0], list)
-    scores = _table_scores(values) if is_table else values
+    """Add scores to a record; of a table also the row means of its differences, as the candidates' scores."""
+    scores, tables = values, record["tables"]
+    if values and isinstance(values[0], list):
+        scores = score_differences(values).mean(axis=1) if len(values) > 1 else [0.0]
+        tables = {**tables, name: values}
     candidates = [
         {**candidate, "scores": {**candidate["scores"], name: float(score)}}
         for candidate, score in zip(record["candidates"], scores, strict=True)
     ]
-    tables = {**record["tables"], name: values} if is_table else record["tables"]
     return {**record, "candidates": candidates, "tables": tables}
-
-
-def _table_scores(table: Sequence[Sequence[float]]) -> Array | list[float]:
-    return score_differences(table).mean(axis=1) if len(table) > 1 else [0.0]
 
 
 def _finish(args: RankArguments, records: Sequence[Record], plan: ShardPlan, output: Path) -> None:
     scored = [with_scores(record, args.name, row["values"]) for record, row in zip(records, plan.rows(), strict=True)]
     write_records(output, scored)
-    counts = plan.counts()
-    report = {
-        "score name": args.name,
-        "counts": {name: number for name, number in counts.items() if name != "seconds"},
-        "seconds of work": round(counts["seconds"], 1),
-        "settings": plan.settings,
-        "notes": plan.notes,
-    }
+    report = {"score name": args.name, **plan.report()}
     write_json(output.parent / "report.json", report)
     print(f"rank: {len(records)} prompts scored as {args.name!r} -> {output}")
     for name in ("truncated prompts", "truncated answers", "unreadable verdicts", FEW):
-        if counts[name]:
-            print(f"rank: {counts[name]} {name}")
-    if args.push_to_hub:
-        assert args.hub_dataset_id is not None
-        to_dataset(scored).push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
+        if report["counts"].get(name):
+            print(f"rank: {report['counts'][name]} {name}")
+    push_to_hub(args, lambda: to_dataset(scored))

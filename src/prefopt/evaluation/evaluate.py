@@ -20,7 +20,7 @@ from prefopt.evaluation.preference import preference_accuracy
 from prefopt.evaluation.study import report_study
 from prefopt.evaluation.win_rate import join_answers, length_statistics, win_rate
 from prefopt.files import write_json
-from prefopt.launch import tell
+from prefopt.launch import print_on_main
 
 EVALUATION_FILE = "evaluation.json"
 POLICY = "policy"
@@ -158,7 +158,7 @@ def _compare(args: EvaluateArguments, result: dict[str, Any]) -> None:
     answers = {name: read_records(place) for name, place in {POLICY: args.answers, **args.opponents}.items()}
     joined, lacking = join_answers(answers)
     if lacking:
-        tell(f"{lacking} prompts were not answered by all of {', '.join(answers)}, and are left out.")
+        print_on_main(f"{lacking} prompts were not answered by all of {', '.join(answers)}, and are left out.")
     result["prompts"], result["prompts_left_out"] = len(joined), lacking
     if args.opponents:
         joined = _ranked(args, joined)

@@ -6,14 +6,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from prefopt.arguments import ServerArguments, setting
-from prefopt.candidates.backends.http import AttemptFailed, JsonClient
+from prefopt.candidates.backends.http import AttemptFailed, Call, JsonClient
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import Ranker, Request, Tally, ordered_pairs, plain_text
 
@@ -94,7 +93,7 @@ class JudgeRanker(Ranker):
         pairs = ordered_pairs(requests)
         tables = [np.zeros((len(request.candidates),) * 2) for request in requests]
         replies = self.client.request_all(
-            [partial(self._ask, self.question(requests[row], first, second)) for row, first, second in pairs],
+            [self._call(self.question(requests[row], first, second)) for row, first, second in pairs],
             self.concurrency,
             lambda reply: tally.advance(rows=len(requests) / len(pairs)),
         )
@@ -122,14 +121,14 @@ class JudgeRanker(Ranker):
         }
         return _FIELD.sub(lambda match: values[match.group(1)], self.template)
 
-    def _ask(self, question: str) -> str:
+    def _call(self, question: str) -> Call[str]:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
         }
-        return self.client.request("chat/completions", body, _message)
+        return Call("chat/completions", body, _message)
 
 
 def _message(reply: dict[str, Any]) -> str:
