@@ -13,6 +13,7 @@ import torch
 from prefopt.data import TokenizationReport
 from prefopt.launch import launch_words, split_launch_settings, world_size
 from prefopt.memory import GIB, Launch, Memory, ModelShape, adapter_parameters, estimate
+from prefopt.pages import printable
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
@@ -65,7 +66,7 @@ class Findings:
 def run(words: list[str]) -> int:
     """Print what `words` (a recipe and settings that override it) would run; the exit status is 0 when nothing would stop it."""
     findings = inspect(words)
-    print(report(findings))
+    print(printable(report(findings)))
     return 2 if findings.problems else 0
 
 

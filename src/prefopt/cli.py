@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from prefopt.launch import (
     USER_MISTAKE,
-    launch,
     exit_process,
+    launch,
+    print_on_main,
     rank,
     split_launch_settings,
-    print_on_main,
     without_launch_words,
 )
+from prefopt.pages import printable
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import build, load_settings, parse_settings
 from prefopt.recipes.source import Setting
@@ -231,7 +232,7 @@ def _tell(error: Exception) -> None:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}."
-    print(f"prefopt: error: {message}", file=sys.stderr, flush=True)
+    print(f"prefopt: error: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _overview() -> str:

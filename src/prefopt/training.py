@@ -19,6 +19,7 @@ from trl import ModelConfig
 
 from prefopt.data import TokenizationReport, describe_sample, load_datasets, tokenize_comparisons, tokenize_pairs
 from prefopt.launch import rank, print_on_main, world_size
+from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe
 from prefopt.run import (
@@ -125,8 +126,8 @@ def prepare_data(
     datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
-            print(report.table(), flush=True)
-        print(describe_sample(tokenizer, datasets["train"][0]), flush=True)
+            print(printable(report.table()), flush=True)
+        print(printable(describe_sample(tokenizer, datasets["train"][0])), flush=True)
     if rows != "pairs":  # the pair trainers look at them before they load weights
         for name, dataset in datasets.items():
             trainer_class.check_data(dataset, args, name)

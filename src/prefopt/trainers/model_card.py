@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from prefopt._trl import get_config_model_id
+from prefopt.pages import escape
 
 _PACKAGES = ("prefopt", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 _SETTINGS = (
@@ -61,16 +62,16 @@ def _body(trainer: Any, model_name: str, base_model: str) -> str:
     settings.append(("world size", args.world_size))
     source = f", [{paper['title']}](https://huggingface.co/papers/{paper['id']})" if paper else ""
     lines = [
-        f"# {model_name}",
+        f"# {escape(model_name)}",
         "",
-        f"Trained from `{base_model}` with **{trainer._name}**{source}, by "
+        f"Trained from {escape(base_model)} with **{trainer._name}**{source}, by "
         "[prefopt](https://pypi.org/project/prefopt/).",
         "",
         "## Settings",
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in settings),
+        *(f"| {name} | {escape(value)} |" for name, value in settings),
         "",
         "## Versions",
         "",
