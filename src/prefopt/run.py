@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from fnmatch import fnmatch
 from pathlib import Path
@@ -199,10 +199,11 @@ LEFT_BY_RUNS = (
     TRAINER_STATE_NAME, "config.json", "adapter_config.json", "model.safetensors.index.json",
     "train_results.json", "eval_results.json", "all_results.json",
 )  # fmt: skip
+# whatever decides what a run computes, as far as it is installed
 PACKAGES = (
     "prefopt", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "tokenizers", "numpy",
+    "bitsandbytes", "flash-attn", "liger-kernel", "vllm", "kernels",
 )  # fmt: skip
-OPTIONAL_PACKAGES = ("bitsandbytes", "flash-attn", "liger-kernel", "vllm", "kernels")
 
 
 def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
@@ -260,7 +261,13 @@ def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, res
         return None
     if not resumes and (overwrite or not holds_run(output_dir) or (is_same and last is None and not has_model)):
         return None
-    what = f"a run that reached step {_step(last)}" if last else "a trained model" if has_model else "another run"
+    what = (
+        f"a run that reached step {last.rpartition('-')[2]}"
+        if last
+        else "a trained model"
+        if has_model
+        else "another run"
+    )
     what += " of other settings, without a checkpoint to continue from" if resumes else ""
     advice = "continue it with --resume_from_checkpoint true, " if last else ""
     raise ValueError(
@@ -289,11 +296,9 @@ def open_folder(output_dir: Path, resolved: str, *, overwrite: bool) -> None:
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of every package that decides what a run computes."""
     versions = {"python": platform.python_version()}
-    for name in PACKAGES + OPTIONAL_PACKAGES:
-        try:
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            assert name in OPTIONAL_PACKAGES, f"{name} is not installed"
     return versions
 
 
@@ -303,12 +308,6 @@ def _check_writable(output_dir: Path) -> None:
         raise ValueError(f"output_dir {output_dir}: {there} is a file; name a folder.")
     if not os.access(there, os.W_OK):
         raise ValueError(f"output_dir {output_dir} cannot be made or written: {there} is not yours to write to.")
-
-
-def _step(checkpoint: str) -> int:
-    """Return the number at the end of a checkpoint's name; -1 for a folder that only looks like one."""
-    number = checkpoint.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
 
 
 def _has_model(folder: Path) -> bool:
@@ -334,18 +333,6 @@ def _check_same_run(folder: Path, resolved: str) -> None:
 # --- Models
 
 
-def check_model(name: str, model_args: ModelConfig, args: Any) -> None:
-    """Raise if there is no model under `name`, without loading its weights.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
-        raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
-    read_config(name, model_args, args)
-
-
 def check_reference(run_args: RunArguments, args: Any, rows: str) -> None:
     """Raise if the reference model that a recipe names does not exist or is not used, without loading its weights.
 
@@ -368,11 +355,14 @@ def check_reference(run_args: RunArguments, args: Any, rows: str) -> None:
 
 
 def read_config(name: str, model_args: ModelConfig, args: Any) -> Any:
-    """Read the config of a model, or of the base model of a local adapter.
+    """Read the config of a model, or of the base model of a local adapter; no weights are loaded.
 
     Raises:
         ValueError: there is no such model.
     """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
+        raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
     revision = model_args.model_revision
     with _readable_errors("model_name_or_path", name):
         if is_adapter(name):

@@ -12,7 +12,6 @@ import yaml
 from prefopt.recipes.convert import Text
 
 PACKAGE = Path(__file__).resolve().parents[1]
-FOLDERS = ("training_configs", "accelerate_configs")
 BASE_KEY = "base_recipe"  # another recipe, or several, whose values this one overrides
 
 
@@ -29,7 +28,6 @@ class Setting:
 
 def packaged_names(folder: str) -> list[str]:
     """Return the names of the YAML files that the package ships in `folder`, without the ending: `llama3/wpo`, ..."""
-    assert folder in FOLDERS, folder
     root = PACKAGE / folder
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
