@@ -39,7 +39,7 @@ class Command:
 
     @property
     def is_method(self) -> bool:
-        """Whether the command trains a model."""
+        """Return whether the command trains a model."""
         return bool(self.rows)
 
 

@@ -136,7 +136,7 @@ def _read(setting: Setting, fields: dict[str, dataclasses.Field[Any]], hints: di
 
 
 def _choose_alternatives(recipe: Recipe, levels: dict[str, int], problems: list[str]) -> None:
-    """Where several ways of saying one thing are given, keep the one from the latest source."""
+    """Keep the way from the latest source where several ways of saying one thing are given."""
     for ways in ALTERNATIVES:
         given = {way: max(levels[key] for key in way if key in levels) for way in ways if way[0] in levels}
         latest_first = sorted(given, key=lambda way: -given[way])
