@@ -18,14 +18,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
 from prefopt.data import TokenizationReport, describe_sample, load_datasets, tokenize_comparisons, tokenize_pairs
-from prefopt.launch import rank, print_on_main, world_size
+from prefopt.launch import print_on_main, rank, world_size
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe
 from prefopt.run import (
     build_configs,
     check_devices,
-    check_model,
     check_output,
     check_reference,
     load_tokenizer,
@@ -33,6 +32,7 @@ from prefopt.run import (
     model_options,
     open_folder,
     pair_models,
+    read_config,
     resolved_recipe,
     single_model,
 )
@@ -100,7 +100,7 @@ def make_trainer(
     assert name is not None
     trainer_class.check_settings(args)
     check_reference(run_args, args, rows)
-    check_model(name, model_args, args)
+    read_config(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
     train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args)
     if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
