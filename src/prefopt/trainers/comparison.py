@@ -128,6 +128,11 @@ class ComparisonCollator:
         return batch
 
 
+def evaluated(name: str) -> str:
+    """Return the name of an evaluation set in reports and checks, which no training set has, even if it is "train"."""
+    return name if name.startswith("eval") else f"eval/{name}"
+
+
 def ranked(scores: Sequence[float]) -> list[tuple[int, int]]:
     """Return all (better, worse) pairs of one row's responses."""
     return [(i, j) for i, first in enumerate(scores) for j, second in enumerate(scores) if first > second]
@@ -160,7 +165,7 @@ class ComparisonData:
         if dataset is None or any(dataset is made for made in self._made):
             return dataset
         if isinstance(dataset, dict):
-            prepared: Any = {key: self.prepare(each, key) for key, each in dataset.items()}
+            prepared: Any = {key: self.prepare(each, evaluated(key)) for key, each in dataset.items()}
         else:
             prepared, self.reports[name] = tokenize_comparisons(
                 dataset,
@@ -288,5 +293,5 @@ class ComparisonTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """Evaluate; a data set given here is tokenised like the one of the constructor."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = self.data.prepare(eval_dataset, metric_key_prefix)
+            eval_dataset = self.data.prepare(eval_dataset, evaluated(metric_key_prefix))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

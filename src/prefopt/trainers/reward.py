@@ -271,7 +271,8 @@ class RewardTrainer(HeadTrainer):
     def step_loss(self, model: Any, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 2) rewards of each row's best and worst response."""
         rewards = as_table(self.run_model(model, batch).logits[:, 0], batch)  # (B, R)
-        self.watch_finite(rewards.sum(1), batch, sums)
+        # a row's loss is finite where its rewards and its margin are
+        self.watch_finite(rewards.sum(1) + batch.get("margin", 0.0), batch, sums)
         mask = batch["mask"] & batch["real"][:, None]
         total = self.total_loss(rewards, mask, batch)
         self.record(total, rewards.detach(), mask, batch, sums)
