@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from prefopt.data import tokenize_pairs
+from prefopt.models.heads import head_kind
 from prefopt.references.filling import (
     ReferenceModel,
     choose_layout,
@@ -64,6 +65,10 @@ def preference_accuracy(
     Raises:
         ValueError: no row can be used.
     """
+    if isinstance(model, str) and (kind := head_kind(model)) is not None:
+        raise ValueError(
+            f"{model} is a {kind} model, which gives no log-probs: compare answers with it as a `ranker`."
+        )
     tokenizer = model.tokenizer if isinstance(model, ReferenceModel) else load_tokenizer(model)
     rows, _ = tokenize_pairs(pairs, tokenizer, max_length=max_length, name="evaluation")
     groups = [Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]

@@ -263,10 +263,13 @@ class HeadedModel(PreTrainedModel):
         from peft import PeftModel  # not needed where no adapter is read
 
         if not (path / ADAPTER_RECORD).is_file():
-            raise ValueError(f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward model's.")
+            raise ValueError(
+                f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward or preference model's. To start "
+                "from it, merge it into its base (peft's `merge_and_unload`), save that and give its folder."
+            )
         record = read_json(path / ADAPTER_RECORD)
         if record.pop("kind") != cls.kind:
-            raise ValueError(f"{path} holds an adapter of another kind of head than {cls.kind}.")
+            raise ValueError(f"{path} holds the adapter of another kind of head than {cls.kind}.")
         _check_asked(path, record, head_settings)
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base:
@@ -277,6 +280,8 @@ class HeadedModel(PreTrainedModel):
             )
         model = cls.from_pretrained(base, new_head=True, **record, **settings)
         merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+        if not getattr(merged, "is_quantized", False):
+            merged.requires_grad_(True)  # peft froze what it put the adapter on
         # an adapter that is trained on top of it belongs to this folder, and not to the base alone
         merged.name_or_path = merged.config._name_or_path = str(path)
         return merged
@@ -340,6 +345,16 @@ class HeadedModel(PreTrainedModel):
         if pooling == "last":
             last_index = last_index - is_eos(input_ids.reshape(-1)[last_index], self.eos_token_ids)
         return hidden.reshape(-1, hidden.shape[-1])[last_index]
+
+
+def head_kind(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind of head that a local folder's model or adapter has; None for any other model."""
+    for name in (ADAPTER_RECORD, "config.json"):
+        if (file := Path(path, name)).is_file():
+            found = read_json(file)
+            record = found if name == ADAPTER_RECORD else found.get(RECORD)
+            return record and record["kind"].replace("_", " ")
+    return None
 
 
 def _check_asked(path: str | os.PathLike[str], stored: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from prefopt.scoring.plan import GroupLengths, MicroBatch
 from prefopt.trainers.base import BaseTrainer
 from prefopt.trainers.collators import in_rows, step_columns
 from prefopt.trainers.config import BatchConfig, refuse_set
-from prefopt.trainers.policy import add_adapter, load_tokenizer, with_pad_token
+from prefopt.trainers.policy import add_adapter, check_trainable, load_tokenizer, with_pad_token
 
 # TRL settings that would change a result here and have no counterpart: field, value that means "off", what to do
 _REFUSED = (
@@ -252,6 +252,7 @@ class ComparisonTrainer(BaseTrainer):
         eval_dataset = self.data.prepare(eval_dataset, "eval")
         if peft_config is not None:
             loaded = add_adapter(loaded, args, self.adapter_config(peft_config, loaded))
+        check_trainable(loaded)
         if args.disable_dropout:
             disable_dropout_in_model(loaded)
         super().__init__(
