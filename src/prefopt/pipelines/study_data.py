@@ -19,12 +19,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import DataArguments, DataSource, load_datasets
+from prefopt.data.encoding import load_tokenizer
 from prefopt.data.loading import normalise_rows, prompt_key
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.files import content_hash, read_json, read_jsonl, write_json, write_jsonl
 from prefopt.pipelines.state import InputHashes
-from prefopt.references.filling import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
-"""A health card for each reference, before anything is trained against it: is it any good, and were its scores made right?
+"""A health card for each reference, computed from its scores before anything is trained against it.
 
 K references, N pairs. Accuracy at chance is reported and no more: such a reference is useless, not broken. A reference
-is
-*quarantined* where its scores cannot be right:
+is *quarantined* where its scores cannot be right:
 
 - its median nats per byte is at least twice its peers' and more than five robust standard deviations (1.4826 MAD of
-log
-  nats per byte) above their median, with three references or more: text that fluent models find likely is not that
-  surprising to another fluent model, so weights, tokenizer, template or dtype are wrong;
+  log nats per byte) above their median, with three references or more: text that fluent models find likely is not
+  that surprising to another fluent model, so weights, tokenizer, template or dtype are wrong;
 - half of its pairs or more tie: different answers do not get equal scores;
 - the scores of a batch differ from those of single texts by more than 5 % (bfloat16 stays below 2 %): padding or masks
   are wrong.
@@ -34,14 +32,13 @@ HEAVY_TAIL = 50.0
 
 @dataclass(frozen=True)
 class HealthCard:
-    """What is known of one reference from its scores on N pairs.
+    """Figures of one reference on N pairs.
 
     Attributes:
         name: the reference.
         rows: N.
         accuracy, accuracy_low, accuracy_high: share of pairs whose chosen completion has the higher log-prob per
-            token, with
-            its 95 % Wilson interval; a tie is wrong.
+            token, with its 95 % Wilson interval; a tie counts as wrong.
         ties: share of pairs with equal log-probs per token.
         confidence_mean, confidence_median, confidence_p99: of |m(chosen) - m(rejected)|, nats per token.
         nats_per_token, nats_per_byte: medians over completions.
@@ -76,14 +73,14 @@ def health_cards(
     num_bytes: tuple[np.ndarray, np.ndarray],
     checks: Sequence[dict[str, Any]] | None = None,
 ) -> list[HealthCard]:
-    """The cards of K references on N pairs, each compared with its peers.
+    """Make the cards of K references on N pairs, each compared with its peers.
 
     Args:
         names: K names.
         logps: chosen and rejected, (K, N) summed log-probs in nats.
         tokens: chosen and rejected, (K, N) scored tokens.
         num_bytes: chosen and rejected, (K, N) or (N,) UTF-8 bytes of the completions.
-        checks: for each reference what scoring noted (`not_prefix`, `batched_vs_single`).
+        checks: for each reference the notes of scoring (`not_prefix`, `batched_vs_single`).
 
     Raises:
         ValueError: no pairs, or shapes that do not agree.
@@ -165,7 +162,7 @@ def _why_quarantined(
 
 
 def cards_table(cards: Sequence[HealthCard]) -> str:
-    """The cards as lines of text, one reference a line, with remarks and quarantines below."""
+    """Format the cards as text, one reference a line, with remarks and quarantines below."""
     width = max(9, *(len(card.name) for card in cards))
     head = (
         f"{'reference':<{width}}  {'rows':>6}  {'accuracy (95 %)':>20}  {'ties':>5}  {'confidence mean/p50/p99':>24}"
