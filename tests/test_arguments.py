@@ -11,12 +11,14 @@ import pytest
 from prefopt.arguments import (
     HubArguments,
     ServerArguments,
+    changed_keys,
     check_settings,
     check_together,
     default_of,
     missing,
     names_without_effect,
     setting,
+    setting_changes,
 )
 
 
@@ -85,3 +87,14 @@ def test_what_does_not_decide_a_result():
     assert names_without_effect(Sampling) == {"address"}
     assert names_without_effect(HubArguments, ServerArguments) >= {"push_to_hub", "base_url", "retries"}
     assert "output_format" not in names_without_effect(HubArguments)
+
+
+def test_what_differs_between_two_runs():
+    before, now = {"beta": 0.1, "seed": 1, "top_p": None}, {"beta": 0.2, "seed": 2, "model": "m"}
+    assert changed_keys(before, now) == ["beta", "seed", "model"]
+    assert setting_changes(before, now, {"seed"}) == ["beta was 0.1 and is 0.2", "model was None and is 'm'"]
+
+
+def test_a_bound_of_zero_counts():
+    with pytest.raises(ValueError, match="retries is -1; it must be at least 0"):
+        check_settings(ServerArguments(retries=-1))

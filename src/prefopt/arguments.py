@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ def setting(
         decides_result: False if a result made with another value is the same (addresses, batch sizes of inference,
             plots, pushing).
     """
-    known = {
+    known: dict[str, Any] = {
         "help": help,
         "choices": choices,
         "required": required,
@@ -122,6 +122,22 @@ def names_without_effect(*classes: type) -> frozenset[str]:
         for declared in dataclasses.fields(cls)
         if not declared.metadata.get("decides_result", True)
     )
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ between two mappings; an absent key counts as None."""
+    return [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+
+
+def setting_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = frozenset()
+) -> list[str]:
+    """Describe each setting that differs as `key was OLD and is NEW`, without those in `ignored`."""
+    return [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in changed_keys(before, now)
+        if key not in ignored
+    ]
 
 
 @dataclass
