@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prefopt._trl import prepare_deepspeed
 from prefopt.references.cache import SIDES, ScoreCache, Scores, ids_digest
-from prefopt.scoring.attention import load_with_flex_attention, why_not_packed
-from prefopt.scoring.layouts import Group, PackedLayout, PaddedLayout
+from prefopt.scoring.attention import load_with_flex_attention
+from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 
 logger = logging.getLogger(__name__)
@@ -85,30 +85,10 @@ def pair_lengths(pairs: Dataset) -> np.ndarray:
     return np.stack([prompt, *(prompt + side for side in sides)])
 
 
-def choose_layout(
-    config: PretrainedConfig, *, pad_token_id: int, batch_layout: str, longest_sequence: int, share_prompt: bool = True
-) -> PackedLayout | PaddedLayout:
-    """Return the layout that scores a model's groups: packed where that is exact, unless `batch_layout` is "padded".
-
-    Raises:
-        ValueError: "packed" was demanded of a model that cannot be packed exactly.
-    """
-    if batch_layout != "padded":
-        reason = why_not_packed(config, implementation=config._attn_implementation, longest_sequence=longest_sequence)
-        if reason is None:
-            return PackedLayout(pad_token_id, share_prompt=share_prompt)
-        if batch_layout == "packed":
-            raise ValueError(
-                f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
-            )
-        logger.info("References are scored padded, not packed: %s.", reason)
-    return PaddedLayout(pad_token_id)
-
-
 def group_scorer(
     model: nn.Module,
     config: PretrainedConfig,
-    layout: PackedLayout | PaddedLayout,
+    layout: Layout,
     *,
     device: torch.device,
     dtype: torch.dtype,

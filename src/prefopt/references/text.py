@@ -36,7 +36,6 @@ from prefopt.references.filling import (
     ReferenceModel,
     ScoreGroups,
     UnscoredGroup,
-    choose_layout,
     fill,
     group_scorer,
     pair_lengths,
@@ -46,7 +45,7 @@ from prefopt.references.filling import (
 )
 from prefopt.references.fingerprints import adapted_model, files_fingerprint, model_folder, module_fingerprint
 from prefopt.references.health import HealthCard, health_cards
-from prefopt.scoring.layouts import Group
+from prefopt.scoring.layouts import Group, choose_layout
 
 logger = logging.getLogger(__name__)
 
@@ -189,12 +188,10 @@ def _score(
     """Load the reference, score the groups, and compare a few scores with those of single texts."""
     padded, dtype = settings.batch_layout == "padded", cache.scorer.dtype
     model, config = prepare_model(reference, dtype=dtype, padded=padded, accelerator=accelerator)
-    layout = choose_layout(
-        config,
-        pad_token_id=pad_token_id,
-        batch_layout=settings.batch_layout,
-        longest_sequence=max(max(each.lengths) for each in groups),
-    )
+    longest = max(max(each.lengths) for each in groups)
+    layout, reason = choose_layout(settings.batch_layout, config, pad_token_id=pad_token_id, longest_sequence=longest)
+    if reason is not None:
+        logger.info("References are scored padded, not packed: %s.", reason)
     compiled = config._attn_implementation == "flex_attention"
     longest_row = max(settings.max_tokens, max(each.group.shared_length for each in groups))
     score = group_scorer(
