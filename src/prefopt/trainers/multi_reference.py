@@ -315,14 +315,16 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         dataset = super()._prepare(dataset, name)
         if dataset is None:
             return None
-        args, _ = self._args_for_data
+        args, tokenizer = self._args_for_data
         dataset, report = with_scores(dataset, args, name)
         if report is not None:
             self.join_reports[name] = report
         if name == args.validation_set:
             self._validation = dataset
         if name == "train" and args.weighting in VALIDATED and args.validation_set is None:
-            dataset, self._validation = hold_out_by_prompt(dataset, args.validation_rows, args.seed)
+            dataset, self._validation = hold_out_by_prompt(
+                dataset, args.validation_rows, args.seed, tokenizer
+            )
             if args.process_index == 0:
                 print(
                     f"{name}: {len(self._validation)} rows are held out for `weighting: {args.weighting}`.", flush=True
