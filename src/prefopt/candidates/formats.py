@@ -18,7 +18,7 @@ from prefopt.candidates.records import (
     score_name,
     scores_of,
 )
-from prefopt.data.messages import HH_TURN, BadRow, Message, Text, as_messages, clean_text
+from prefopt.data.messages import HH_TURN, BadRow, Message, TextOrMessages, as_messages, clean_text
 from prefopt.data.rows import (
     ADVERSARIAL_TYPE,
     COLUMN_ALIASES,
@@ -82,13 +82,13 @@ def read_pairs(rows: Sequence[Row], context: Context) -> list[Row]:
     return pairs
 
 
-def conversation(prompt: Text, response: Text) -> list[Message]:
+def conversation(prompt: TextOrMessages, response: TextOrMessages) -> list[Message]:
     """Prompt and response as one conversation."""
     answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
     return [*as_messages(prompt), *answer]
 
 
-def plain_prompt(prompt: Text) -> Text:
+def plain_prompt(prompt: TextOrMessages) -> TextOrMessages:
     """The text of a prompt that is one user turn; any other prompt as it is."""
     if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
         return str(prompt[0]["content"])

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import DataArguments, DataSource, load_datasets, tokenize_pairs
 from prefopt.data.encoding import load_tokenizer
-from prefopt.data.loading import normalise_rows, prompt_key
+from prefopt.data.holdout import fill_with_prompts, prompt_name
+from prefopt.data.loading import normalise_rows
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.files import content_hash, read_json, read_jsonl, write_json, write_jsonl
 from prefopt.pipelines.state import InputHashes
@@ -192,7 +193,7 @@ def split_pool(folder: Path, seed: int, sizes: Sequence[int]) -> Path:
     if note.is_file() and read_json(note) == done:
         return place
     rows = read_jsonl(folder / POOL_FILE)
-    parts = split_rows([prompt_key(row) for row in rows], sizes, seed)
+    parts = split_rows([prompt_name(row).same for row in rows], sizes, seed)
     note.unlink(missing_ok=True)
     for name, indices in zip(PARTS, parts):
         write_jsonl(place / f"{name}.jsonl", [rows[index] for index in indices])
@@ -215,18 +216,9 @@ def split_rows(prompts: Sequence[str], sizes: Sequence[int], seed: int) -> list[
     """
     if sum(sizes) > len(prompts):
         raise ValueError(f"{' + '.join(map(str, sizes))} rows are wanted of a pool of {len(prompts)}.")
-    groups: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(row)
-    members = list(groups.values())
-    parts: list[list[int]] = [[] for _ in sizes]
-    part = 0
-    for number in np.random.default_rng(seed).permutation(len(members)):
-        while part < len(sizes) and len(parts[part]) >= sizes[part]:
-            part += 1
-        if part == len(sizes):
-            break
-        parts[part] += members[number]
+    different = list(dict.fromkeys(prompts))
+    order = [different[number] for number in np.random.default_rng(seed).permutation(len(different))]
+    parts = fill_with_prompts(prompts, sizes, order)
     if not all(parts):
-        raise ValueError(f"{len(members)} prompts are too few for parts of {', '.join(map(str, sizes))} rows.")
+        raise ValueError(f"{len(different)} prompts are too few for parts of {', '.join(map(str, sizes))} rows.")
     return parts

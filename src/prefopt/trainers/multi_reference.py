@@ -276,14 +276,14 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         dataset = super()._prepare(dataset, name)
         if dataset is None:
             return None
-        args: Any = self._args_for_data[0]
+        args, tokenizer = cast(tuple[MultiReferenceDPOConfig, PreTrainedTokenizerBase], self._args_for_data)
         dataset, report = with_scores(dataset, args, name)
         if report is not None:
             self.join_reports[name] = report
         if name == args.validation_set:
             self._validation = dataset
         elif name == "train" and WEIGHTINGS[args.weighting].pairs == "validation" and args.validation_set is None:
-            dataset, self._validation = hold_out_by_prompt(dataset, args.validation_rows, args.seed)
+            dataset, self._validation = hold_out_by_prompt(dataset, args.validation_rows, args.seed, tokenizer)
             if args.process_index == 0:
                 rows = len(self._validation)
                 print(f"{name}: {rows} rows are held out for `weighting: {args.weighting}`.", flush=True)

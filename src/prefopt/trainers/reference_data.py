@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
+from prefopt.data.holdout import fill_with_prompts, prompt_name
 from prefopt.references.cache import SIDES, default_folder
 from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
@@ -93,21 +95,18 @@ def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> 
         fixed_weights(args.reference_weights, count)
 
 
-def hold_out_by_prompt(dataset: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off at least `rows` validation rows, no prompt in both parts."""
+def hold_out_by_prompt(
+    dataset: Dataset, rows: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Dataset, Dataset]:
+    """Split tokenised rows into training rows and at least `rows` validation rows, no prompt in both."""
     if rows >= len(dataset):
         raise ValueError(
             f"`validation_rows` is {rows}, but the train set has {len(dataset)} rows: none would be left."
         )
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(dataset["prompt_ids"]):
-        groups.setdefault(tuple(prompt), []).append(row)
-    members = list(groups.values())
-    held: list[int] = []
-    for number in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(held) >= rows:
-            break
-        held += members[number]
+    prompts = [prompt_name({"prompt_ids": ids}, tokenizer).same for ids in dataset["prompt_ids"]]
+    different = list(dict.fromkeys(prompts))
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    (held,) = fill_with_prompts(prompts, [rows], [different[number] for number in order])
     kept = sorted(set(range(len(dataset))) - set(held))
     if not kept:
         raise ValueError(f"`validation_rows: {rows}` leaves no training rows, since rows of one prompt stay together.")
