@@ -210,7 +210,7 @@ def test_dry_run_writes_nothing(tmp_path, models, capsys):
         ({"dataset_name": ""}, "dataset_name is missing"),
         ({"grid": {}}, "give a `grid` or `runs`"),
         ({"grid": {"mode": []}}, "mode needs a list"),
-        ({"grid": {"mode": ["harmnic"], "seed": [1]}}, "seed is the sweep's own"),
+        ({"grid": {"mode": ["harmnic"], "seed": [1]}}, "seed is set by the sweep"),
         ({"grid": {"mood": ["harmonic"]}}, "mood"),
         ({"training": {"learning_rat": 1.0}}, "learning_rat"),
         ({"seeds": [0, 0]}, "each once"),
