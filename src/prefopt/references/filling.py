@@ -22,6 +22,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt._transformers import attention_of
 from prefopt._trl import prepare_deepspeed
 from prefopt.references.cache import SIDES, ScoreCache, Scores, ids_digest
 from prefopt.scoring.attention import load_with_flex_attention
@@ -113,7 +114,7 @@ def group_scorer(
         training = model.training
         model.eval()
         with torch.no_grad(), autocast():
-            scores = score_completions(model, batch, attn_implementation=config._attn_implementation, dtype=dtype)
+            scores = score_completions(model, batch, attn_implementation=attention_of(config), dtype=dtype)
         model.train(training)
         assert scores.logps is not None
         return scores.logps.float().cpu()

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from prefopt._transformers import CONFIG_BOOKKEEPING
 from prefopt.files import content_hash, file_hash, read_json, write_json
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -25,8 +26,8 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 # settings of a model that alter no score: where it came from, and what trainers change
 _IRRELEVANT = frozenset(
     {
-        "_attn_implementation", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id",
-        "pad_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+        *CONFIG_BOOKKEEPING, "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+        "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
 # read while loading or tokenising; nothing else of a repository is downloaded

@@ -86,44 +86,37 @@ def health_cards(
         ValueError: no pairs, or shapes that do not agree.
     """
     shape = (len(names), np.asarray(logps[0]).shape[-1])
-    arrays = [np.asarray(side, dtype=np.float64) for pair in (logps, tokens) for side in pair]
-    if shape[1] == 0 or any(array.shape != shape for array in arrays):
-        raise ValueError(
-            f"scores of {len(names)} references must have shape {shape}, got {[a.shape for a in arrays]}."
-        )
-    sizes = [np.broadcast_to(np.maximum(side, 1), shape) for side in num_bytes]
-    surprise = [
-        float(np.median(np.concatenate([-arrays[0][k] / sizes[0][k], -arrays[1][k] / sizes[1][k]])))
-        for k in range(len(names))
-    ]
-    notes = list(checks) if checks is not None else [{} for _ in names]
+    sums, counts = (np.asarray(pair, dtype=np.float64) for pair in (logps, tokens))
+    if shape[1] == 0 or sums.shape != (2, *shape) or counts.shape != (2, *shape):
+        raise ValueError(f"scores of {len(names)} references must have shape {shape}, got {sums.shape[1:]}.")
+    sizes = np.stack([np.broadcast_to(np.maximum(side, 1), shape) for side in num_bytes])
+    surprise = np.median(np.concatenate(-sums / sizes, axis=1), axis=1).tolist()
+    notes = checks if checks is not None else [{}] * len(names)
     return [
-        _card(name, [array[k] for array in arrays], surprise[k], surprise[:k] + surprise[k + 1 :], notes[k])
+        _card(name, sums[:, k] / counts[:, k], surprise[k], surprise[:k] + surprise[k + 1 :], notes[k])
         for k, name in enumerate(names)
     ]
 
 
 def _card(
-    name: str, arrays: Sequence[np.ndarray], nats_per_byte: float, peers: Sequence[float], check: dict[str, Any]
+    name: str, means: np.ndarray, nats_per_byte: float, peers: Sequence[float], check: dict[str, Any]
 ) -> HealthCard:
-    chosen, rejected, chosen_tokens, rejected_tokens = arrays
-    means = chosen / chosen_tokens, rejected / rejected_tokens
-    right, rows = int((means[0] > means[1]).sum()), len(chosen)
-    confidence = np.abs(means[0] - means[1])
-    low, high = wilson_interval(right, rows)
-    ties = float((means[0] == means[1]).mean())
+    """Make a card from the (2, N) log-probs per token of chosen and rejected completions."""
+    chosen, rejected = means
+    confidence = np.abs(chosen - rejected)
     median, p99 = (float(np.quantile(confidence, q)) for q in (0.5, 0.99))
-    remarks = []
-    if low <= 0.5:
-        remarks.append("accuracy is below chance" if high < 0.5 else "accuracy is not above chance")
-    if ties > MANY_TIES:
-        remarks.append(f"{ties:.0%} ties")
-    if p99 > HEAVY_TAIL * max(median, 1e-12):
-        remarks.append("a few pairs dominate its confidence")
-    if check.get("not_prefix"):
-        remarks.append(f"{check['not_prefix']} prompts are no token prefix")
-    if len(peers) >= MIN_PEERS and nats_per_byte * OUTLIER_RATIO <= float(np.median(peers)):
-        remarks.append("far less surprised than its peers: it may have been trained on these texts")
+    right, rows, ties = int((chosen > rejected).sum()), len(chosen), float((chosen == rejected).mean())
+    low, high = wilson_interval(right, rows)
+    not_prefix, batched_vs_single = check.get("not_prefix"), check.get("batched_vs_single")
+    few_nats = len(peers) >= MIN_PEERS and nats_per_byte * OUTLIER_RATIO <= float(np.median(peers))
+    remarks = {
+        "accuracy is below chance": high < 0.5,
+        "accuracy is not above chance": low <= 0.5 <= high,
+        f"{ties:.0%} ties": ties > MANY_TIES,
+        "a few pairs dominate its confidence": p99 > HEAVY_TAIL * max(median, 1e-12),
+        f"{not_prefix} prompts are no token prefix": bool(not_prefix),
+        "far less surprised than its peers: it may have been trained on these texts": few_nats,
+    }
     return HealthCard(
         name=name,
         rows=rows,
@@ -134,12 +127,12 @@ def _card(
         confidence_mean=float(confidence.mean()),
         confidence_median=median,
         confidence_p99=p99,
-        nats_per_token=float(np.median(-np.concatenate(means))),
+        nats_per_token=float(np.median(-means)),
         nats_per_byte=nats_per_byte,
-        not_prefix=check.get("not_prefix"),
-        batched_vs_single=check.get("batched_vs_single"),
-        remarks=tuple(remarks),
-        quarantine=_why_quarantined(nats_per_byte, peers, ties, check.get("batched_vs_single")),
+        not_prefix=not_prefix,
+        batched_vs_single=batched_vs_single,
+        remarks=tuple(words for words, holds in remarks.items() if holds),
+        quarantine=_why_quarantined(nats_per_byte, peers, ties, batched_vs_single),
     )
 
 

@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from prefopt._transformers import attention_of
 from prefopt.data.encoding import load_tokenizer, prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
@@ -192,7 +193,7 @@ def _score(
     layout, reason = choose_layout(settings.batch_layout, config, pad_token_id=pad_token_id, longest_sequence=longest)
     if reason is not None:
         logger.info("References are scored padded, not packed: %s.", reason)
-    compiled = config._attn_implementation == "flex_attention"
+    compiled = attention_of(config) == "flex_attention"
     longest_row = max(settings.max_tokens, max(each.group.shared_length for each in groups))
     score = group_scorer(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,8 @@ from prefopt.scoring.plan import BatchPlan
 from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
-from prefopt.trainers.pair_losses import PAIR_LOSSES, PairScores
-from prefopt.trainers.preference import PreferenceTrainer, ReferenceScores
+from prefopt.trainers.pair_losses import PAIR_LOSSES, PairScores, ReferenceScores
+from prefopt.trainers.preference import PreferenceTrainer
 from prefopt.trainers.reference_data import advise, hold_out_by_prompt, reference_names, short_names, with_scores
 from prefopt.trainers.reference_weighting import WEIGHTINGS, Weighting, WeightingInputs
 from prefopt.trainers.sppo import SELF_PLAY_LOSSES, check_self_play_columns
@@ -36,6 +36,24 @@ logger = logging.getLogger(__name__)
 DOMINANT = 0.99
 # stands for the references in metrics and rewards where a loss mixes none
 _REPORTED_MIXTURE = {"multi_dpo": "geometric", "forward_kl": "arithmetic"}
+
+
+@dataclass(frozen=True)
+class MultiPairScores(PairScores):
+    """Scores of pairs beside those of all references; `ref_*_logps` are the mixture's."""
+
+    references: ReferenceScores | None = None
+
+    @property
+    def weighted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of the references (K, B), chosen and rejected, and their weights (K, B)."""
+        assert self.references is not None and self.references.weights is not None
+        chosen, weights = self.references.chosen_logps, self.references.weights
+        return (
+            chosen,
+            self.references.rejected_logps,
+            weights if weights.dim() == 2 else weights[:, None].expand_as(chosen),
+        )
 
 
 class _AfterStep(TrainerCallback):
@@ -111,19 +129,9 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         if args.anchor is None and isinstance(model, str) and model in (args.references or []):
             self._anchor_name = model
         super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+            model, None, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+            callbacks, optimizers, quantization_config, peft_config,
+        )  # fmt: skip
         if not self._datasets():
             raise ValueError("Give a `train_dataset` or an `eval_dataset`.")
         counts = {len(dataset[0]["ref_chosen_logps"]) for dataset in self._datasets()}
@@ -154,12 +162,9 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def reference_scores(self, batch: dict[str, Any]) -> ReferenceScores:
-        """Return the cached scores (K, B), clipped and per unit of length.
-
-        The batch gets its `reference_weights`, which are computed from unclipped scores.
-        """
+        """Return the cached scores (K, B), clipped and per unit of length, and weights, from unclipped scores."""
         assert self.model is not None
-        batch["reference_weights"] = self.weighting.weights(batch, training=self.model.training)
+        weights = self.weighting.weights(batch, training=self.model.training)
         chosen, rejected = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
         if self.args.clip_to_anchor is not None:
             assert self.anchor is not None
@@ -167,61 +172,43 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
                 chosen, rejected, anchor=self.anchor, max_eps=self.args.clip_to_anchor
             )
         units = [self._units(batch, side, batch.get(f"ref_{side}_counts")) for side in SIDES]
-        batch["reference"] = ReferenceScores(chosen / units[0], rejected / units[1])
-        return batch["reference"]
+        return ReferenceScores(chosen / units[0], rejected / units[1], weights)
 
     def pair_scores(self, scores: CompletionScores, reference: ReferenceScores, batch: dict[str, Any]) -> PairScores:
         """See `PreferenceTrainer.pair_scores`; the policy's log-probs are per unit of length, like the references'."""
         pair = super().pair_scores(scores, reference, batch)
-        return replace(
-            pair,
-            chosen_logps=pair.chosen_logps / self._units(batch, "chosen", pair.chosen_counts),
-            rejected_logps=pair.rejected_logps / self._units(batch, "rejected", pair.rejected_counts),
-        )
+        per_unit = {
+            "chosen_logps": pair.chosen_logps / self._units(batch, "chosen", pair.chosen_counts),
+            "rejected_logps": pair.rejected_logps / self._units(batch, "rejected", pair.rejected_counts),
+        }
+        return MultiPairScores(**{**vars(pair), **per_unit}, references=reference)
 
     def mix_references(self, reference: ReferenceScores, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the mixture's log-probs (B,), chosen and rejected."""
+        assert reference.weights is not None
         mode = _REPORTED_MIXTURE.get(self.args.mode, self.args.mode)
-        weights = batch["reference_weights"]
-        chosen = pure.mixture_logps(reference.chosen_logps, weights, mode=mode)
-        return chosen, pure.mixture_logps(reference.rejected_logps, weights, mode=mode)
+        chosen = pure.mixture_logps(reference.chosen_logps, reference.weights, mode=mode)
+        return chosen, pure.mixture_logps(reference.rejected_logps, reference.weights, mode=mode)
 
     def pair_losses(self, pair: PairScores, reference: ReferenceScores, batch: dict[str, Any]) -> Tensor:
         """Compute the loss of each pair (B,), times WPO's weights where they are on."""
         if self.args.mode not in _REPORTED_MIXTURE:
             return super().pair_losses(pair, reference, batch)
-        weights = batch["reference_weights"]
+        policy, frozen = (pair.chosen_logps, pair.rejected_logps), (reference.chosen_logps, reference.rejected_logps)
+        weights, beta = reference.weights, self.args.beta
+        assert weights is not None
         if self.args.mode == "forward_kl":
-            losses = pure.forward_kl_loss(
-                pair.chosen_logps,
-                pair.rejected_logps,
-                reference.chosen_logps,
-                reference.rejected_logps,
-                weights,
-                beta=self.args.beta,
-                max_exponent=self.args.max_exponent,
-            )
+            losses = pure.forward_kl_loss(*policy, *frozen, weights, beta=beta, max_exponent=self.args.max_exponent)
         elif self.args.loss_type == ["sigmoid"] and not self.args.loss_weights and not self.args.label_smoothing:
-            losses = pure.multi_dpo_loss(
-                pair.chosen_logps - pair.rejected_logps,
-                reference.chosen_logps - reference.rejected_logps,
-                weights,
-                beta=self.args.beta,
-            )
+            losses = pure.multi_dpo_loss(policy[0] - policy[1], frozen[0] - frozen[1], weights, beta=beta)
         else:
-            return self._mean_over_references(pair, reference, batch)
+            losses = torch.zeros_like(pair.chosen_logps)
+            for weight, chosen, rejected in zip(weights, *frozen):
+                against = replace(pair, ref_chosen_logps=chosen, ref_rejected_logps=rejected)
+                losses = losses + weight * super().pair_losses(against, reference, batch)
+            return losses  # with WPO's weights already
         pair_weights = self.pair_weights(pair)
         return losses if pair_weights is None else losses * pair_weights
-
-    def _mean_over_references(self, pair: PairScores, reference: ReferenceScores, batch: dict[str, Any]) -> Tensor:
-        """Compute sum_k a_k loss_k, for any pairwise loss."""
-        total = torch.zeros_like(pair.chosen_logps)
-        for k, weight in enumerate(batch["reference_weights"]):
-            against = replace(
-                pair, ref_chosen_logps=reference.chosen_logps[k], ref_rejected_logps=reference.rejected_logps[k]
-            )
-            total = total + weight * super().pair_losses(against, reference, batch)
-        return total
 
     def record(
         self, losses: Tensor, pair: PairScores, scores: CompletionScores, batch: dict[str, Any], sums: MetricSums
@@ -231,24 +218,21 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         `logps/*` and `rewards/*` are in the unit of `normalize`.
         """
         super().record(losses, pair, scores, batch, sums)
-        real, weights = batch["real"], batch["reference_weights"]
-        weights = weights if weights.dim() == 2 else weights[:, None].expand(-1, len(real))
+        assert isinstance(pair, MultiPairScores)
+        real, (chosen, rejected, weights) = batch["real"], pair.weighted
         for name, values in zip(self.reference_names, weights):
             sums.add_mean(f"references/weight/{name}", values, real)
         entropy = -torch.special.xlogy(weights, weights).sum(dim=0)
         sums.add_mean("references/effective_number", entropy.exp(), real)
-        reference = batch["reference"]
-        spread = self.args.beta * (reference.chosen_logps - reference.rejected_logps).std(dim=0, correction=0)
-        sums.add_mean("references/spread", spread, real)
-        for logps in (reference.chosen_logps, reference.rejected_logps):
+        sums.add_mean("references/spread", self.args.beta * (chosen - rejected).std(dim=0, correction=0), real)
+        for logps in (chosen, rejected):
             share = (weights.log() - logps).softmax(dim=0).amax(dim=0)
             sums.add_mean("references/harmonic_dominance", (share > DOMINANT).float(), real)
         sums.add_mean("accuracies/reference_free", _right_per_token(scores), real)
         if self.anchor is not None:
             assert scores.logps is not None
             anchored = batch["ref_chosen_logps"][self.anchor] - batch["ref_rejected_logps"][self.anchor]
-            gained = scores.logps[0::2] - scores.logps[1::2] > anchored
-            sums.add_mean("accuracies/own_init", gained.float(), real)
+            sums.add_mean("accuracies/own_init", (scores.logps[0::2] - scores.logps[1::2] > anchored).float(), real)
 
     def _units(self, batch: dict[str, Any], side: str, counts: Tensor | None) -> Tensor:
         """Return what sums are divided by: (B,) or (K, B)."""
@@ -339,7 +323,7 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             shuffle=False,
         )
         batches = PlannedBatches(dataset, self.collate, self.layout)
-        policy, model = self.step_model, cast(PreTrainedModel, self.model)
+        policy, model = self.step_model, self.model
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         training = policy.training
         policy.eval()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
 from prefopt.arguments import check_settings, setting
 from prefopt.references.weights import Reduction, Ties, fixed_weights
 from prefopt.trainers.config import PreferenceConfig
-from prefopt.trainers.pair_losses import SORTING_LOSSES
+from prefopt.trainers.pair_losses import PAIR_LOSSES
 from prefopt.trainers.reference_weighting import NOTEBOOK_NAMES, WEIGHTINGS, weighting_name
 
 MODES = ("multi_dpo", "geometric", "harmonic", "arithmetic", "forward_kl")
@@ -16,7 +17,6 @@ UNITS = ("none", "token", "byte")
 DTYPES = ("bfloat16", "float16", "float32")
 _OWN_LENGTHS = ("ipo", "sigmoid_norm", "sft")  # losses that divide by length themselves
 _OWN_NATS = ("sppo", "sppo_single", "sppo_hard")  # losses with targets in nats of whole answers
-_NO_REFERENCE = ("simpo",)
 
 
 @dataclass
@@ -113,11 +113,12 @@ class MultiReferenceDPOConfig(PreferenceConfig):
             raise ValueError(f"`weighting: {self.weighting}` needs `validation_rows` of at least 1.")
 
     def _check_losses(self) -> None:
-        def check(clashing: tuple[str, ...], why: str) -> None:
+        def check(clashing: Iterable[str], why: str) -> None:
             if clash := [name for name in self.loss_type if name in clashing]:
                 raise ValueError(f"`loss_type: {clash[0]}` {why}")
 
-        check(_NO_REFERENCE, "has no reference: several of them would not be used.")
+        without_reference = [name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference]
+        check(without_reference, "has no reference: several of them would not be used.")
         if self.normalize != "none":
             check(_OWN_LENGTHS, "divides by length itself: use `normalize: none` with it.")
             check(_OWN_NATS, "has targets in nats of whole answers: use `normalize: none` with it.")
@@ -127,7 +128,7 @@ class MultiReferenceDPOConfig(PreferenceConfig):
             )
         if self.mode == "multi_dpo" and WEIGHTINGS[self.weighting].per_example:
             check(
-                SORTING_LOSSES,
+                [name for name, loss in PAIR_LOSSES.items() if loss.sorts_batch],
                 f"sorts the batch, so `weighting: {self.weighting}` cannot weight its pairs in multi_dpo; use a "
                 "mixture, or weights of the whole set.",
             )
