@@ -217,7 +217,7 @@ def test_dry_run_writes_nothing(tmp_path, models, capsys):
         ({"train_rows": 30}, "at most pool_rows"),
         ({"runs": {"a/b": {}}}, "names a folder"),
         ({"grid": {"beta": [0.1, 0.1]}}, "two runs are called"),
-        ({"grid": {"mode": ["multi_dpo", "harmnic"]}}, "mode=harmnic: `mode` must be one of"),
+        ({"grid": {"mode": ["multi_dpo", "harmnic"]}}, "mode=harmnic: the sweep: mode: expected one of multi_dpo"),
         (
             {"runs": {"half": {"weighting": "fixed", "reference_weights": [0.5, 0.4, 0]}}},
             "half: reference_weights must sum to one",

@@ -58,8 +58,7 @@ class SweepArguments:
         factory=dict, help="Settings over the recipe, for all runs; num_processes and accelerate_config too."
     )
     grid: dict[str, list[Any]] = setting(
-        factory=dict,
-        help="Key -> values; every combination is run: {mode: [multi_dpo, harmonic], beta: [0.1, 1]}.",
+        factory=dict, help="Key -> values; every combination is run: {mode: [multi_dpo, harmonic], beta: [0.1, 1]}."
     )
     runs: dict[str, dict[str, Any]] = setting(factory=dict, help="Further runs by name, each a mapping of settings.")
     seeds: list[int] = setting(factory=lambda: [0, 1, 2, 3, 4], help="Each run is done with each seed.")

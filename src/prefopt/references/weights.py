@@ -329,13 +329,7 @@ class ThompsonSampling:
     """
 
     def __init__(
-        self,
-        num_references: int,
-        *,
-        prior: float,
-        seed: int,
-        ties: Ties = "failure",
-        discount: float = 1.0,
+        self, num_references: int, *, prior: float, seed: int, ties: Ties = "failure", discount: float = 1.0
     ) -> None:
         _check_count(num_references)
         if not prior > 0:

@@ -38,8 +38,7 @@ class MultiReferenceDPOConfig(PreferenceConfig):
         choices=MODES,
     )
     weighting: str = setting(
-        "uniform",
-        f"One of {', '.join(WEIGHTINGS)} (or {', '.join(f'{k} = {v}' for k, v in NOTEBOOK_NAMES.items())}).",
+        "uniform", f"One of {', '.join(WEIGHTINGS)} (or {', '.join(f'{k} = {v}' for k, v in NOTEBOOK_NAMES.items())})."
     )
     reference_weights: list[float] | None = setting(
         None, "The weights of `weighting: fixed`, one a reference, summing to one."
