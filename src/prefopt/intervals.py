@@ -60,35 +60,7 @@ def bootstrap_interval(
 
 
 def student_quantile(probability: float, degrees: int) -> float:
-    """Compute the value that Student's t with n degrees of freedom stays below with this probability (at least 1/2).
+    """Return the value that Student's t with n degrees of freedom stays below with this probability."""
+    from scipy.special import stdtrit  # here, as its import takes as long as that of some whole commands
 
-    Newton's method on the distribution function, which is elementary for whole n. It is concave above 0, so iterates
-    that start below the quantile, at the normal one, rise to it and never pass it.
-
-    Reference: Abramowitz & Stegun 26.7.3 and 26.7.4.
-    """
-    assert 0.5 <= probability < 1 and degrees >= 1
-    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(degrees * math.pi) / 2
-    t, step = NormalDist().inv_cdf(probability), 1.0
-    while step > 1e-15 * t:  # ends where rounding stops the rise
-        density = math.exp(log_scale - (degrees + 1) / 2 * math.log1p(t * t / degrees))
-        step = (probability - _student_below(t, degrees)) / density
-        t += step
-    return t
-
-
-def _student_below(t: float, degrees: int) -> float:
-    """Compute P(T < t) for t >= 0: 1/2 + A/2, with A the probability of (-t, t)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    first = 3 if degrees % 2 else 2
-    term = total = math.cos(angle) if degrees % 2 else 1.0
-    for k in range(first, degrees, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    if degrees == 1:
-        inside = 2 * angle / math.pi
-    elif degrees % 2:
-        inside = 2 / math.pi * (angle + math.sin(angle) * total)
-    else:
-        inside = math.sin(angle) * total
-    return 0.5 + inside / 2
+    return float(stdtrit(degrees, probability))

@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from prefopt.arguments import missing
 from prefopt.data import load_datasets
 from prefopt.data.rows import CONTEXT_COLUMNS
-from prefopt.launch import launch, split_launch_settings, tell, without_launch_words, world_size
+from prefopt.launch import launch, print_on_main, split_launch_settings, without_launch_words, world_size
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
 from prefopt.references.cache import default_folder
 from prefopt.references.health import cards_table
@@ -77,11 +77,11 @@ def _score_text(recipe: Recipe, classes: Any) -> None:
     )
     accelerator = Accelerator()
     for reference in args.references:
-        tell(_summary(score_reference(rows, reference, settings, accelerator=accelerator)))
+        print_on_main(_summary(score_reference(rows, reference, settings, accelerator=accelerator)))
     cards = cards_of(rows, args.references, settings.root, dtype=settings.dtype)
     if accelerator.is_main_process:
         print(cards_table(cards), flush=True)
-    tell(f"The scores are in {settings.root}.")
+    print_on_main(f"The scores are in {settings.root}.")
 
 
 def _rows(args: Any, data_args: Any) -> Dataset:
