@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefopt.arguments import setting
 from prefopt.candidates.pairs import Array
@@ -142,6 +143,33 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
         size = max(1, tokens_per_batch // max(lengths[order[start]], 1))
         yield order[start : start + size]
         start += size
+
+
+def load_tokenizer(path: str, **settings: Any) -> Any:
+    """Load a ranker's tokenizer.
+
+    Raises:
+        ValueError: it cannot be read, because packages for SentencePiece models are missing or otherwise.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, **settings)
+    except (ImportError, ValueError, OSError) as error:
+        # without these transformers takes such a model for another kind, and its error names another package
+        packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        missing = [package for module, package in packages.items() if not _is_installed(module)]
+        if missing and any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken")):
+            raise ValueError(
+                f"{path}: reading its SentencePiece tokenizer needs {' and '.join(missing)}: pip install "
+                "'prefopt[pairrm]'."
+            ) from error
+        raise ValueError(f"{path}: its tokenizer cannot be read: {error}") from error
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def ordered_pairs(requests: Sequence[Request]) -> list[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import (
@@ -19,6 +19,7 @@ from prefopt.candidates.rankers.base import (
     Request,
     Tally,
     encode_answers,
+    load_tokenizer,
     longest_input,
     pad,
     positions_of,
@@ -44,7 +45,7 @@ class GeneralPreferenceRanker(Ranker):
 
     def __init__(self, options: Any) -> None:
         path, self.device, self.tokens_per_batch = options.path, options.device, options.tokens_per_batch
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = load_tokenizer(path)
         model: Any = GeneralPreferenceModel.from_pretrained(path, dtype=options.torch_dtype)
         self.model = model.to(self.device).eval()
         self.dim = int(model.head_record["dim"])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from prefopt.arguments import setting
 from prefopt.candidates.pairs import Array
@@ -20,12 +20,14 @@ from prefopt.candidates.rankers.base import (
     Request,
     Tally,
     encode_answers,
+    load_tokenizer,
     longest_input,
     pad,
     plain_text,
     positions_of,
     score_answers,
 )
+from prefopt.models.gated_reward import ARCHITECTURE, GatedRewardModel
 from prefopt.models.heads import RECORD
 from prefopt.models.reward import RewardModel
 
@@ -34,7 +36,7 @@ from prefopt.models.reward import RewardModel
 class RewardOptions(LengthOptions):
     """Options of reward models."""
 
-    trust_remote_code: bool = setting(False, "reward-model: run the code that comes with the model (ArmoRM).")
+    trust_remote_code: bool = setting(False, "reward-model: run the Python code that comes with the model.")
 
 
 class RewardRanker(Ranker):
@@ -48,8 +50,8 @@ class RewardRanker(Ranker):
 
     def __init__(self, options: Any) -> None:
         self.path, self.device, self.tokens_per_batch = options.path, options.device, options.tokens_per_batch
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=options.trust_remote_code)
-        model = _load(self.path, options.torch_dtype, options.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.path, trust_remote_code=options.trust_remote_code)
+        model = _load(self.path, self.tokenizer, options.torch_dtype, options.trust_remote_code)
         self.model = model.to(self.device).eval()
         self.max_length = longest_input(
             self.path, options.max_length, positions_of(self.model.config), self.tokenizer.model_max_length
@@ -100,11 +102,13 @@ class RewardRanker(Ranker):
         return output.logits[:, 0]
 
 
-def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _load(path: str, tokenizer: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     is_adapter = Path(path, "adapter_config.json").is_file()
     config = {} if is_adapter else PretrainedConfig.get_config_dict(path)[0]
     if is_adapter or config.get(RECORD):
         return RewardModel.from_pretrained(path, dtype=dtype)
+    if ARCHITECTURE in (config.get("architectures") or ()):
+        return GatedRewardModel.load(path, tokenizer, dtype=dtype)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
