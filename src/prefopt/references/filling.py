@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefopt._transformers import attention_of
 from prefopt._trl import prepare_deepspeed
 from prefopt.data.encoding import prepare_tokenizer
 from prefopt.references.cache import ScoreCache, Scores
@@ -84,7 +85,7 @@ def group_scorer(
         training = model.training
         model.eval()
         with torch.no_grad(), autocast():
-            scores = score_completions(model, batch, attn_implementation=config._attn_implementation, dtype=dtype)
+            scores = score_completions(model, batch, attn_implementation=attention_of(config), dtype=dtype)
         model.train(training)
         assert scores.logps is not None
         return scores.logps.float().cpu()

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefopt._transformers import attention_of
 from prefopt.data.encoding import prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
@@ -189,7 +190,7 @@ def score_reference(
         if reason is not None:
             logger.info("References are scored padded, not packed: %s.", reason)
         device = PartialState().device
-        compiled = config._attn_implementation == "flex_attention"
+        compiled = attention_of(config) == "flex_attention"
         row_length = max(settings.max_tokens, max(job.group.shared_length for job in jobs)) if compiled else None
         dtype = getattr(torch, scorer.dtype)
         score = group_scorer(model, config, layout, device=device, dtype=dtype, row_length=row_length)

@@ -66,19 +66,6 @@ def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedT
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
-def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding with its end token where it has no pad token (padding is masked by position, never by its id).
-
-    Raises:
-        ValueError: it has neither.
-    """
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("The tokenizer has neither a pad token nor an end token; set `tokenizer.pad_token`.")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model under an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -14,10 +14,12 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from prefopt import losses as pure
+from prefopt.data.encoding import with_pad_token
+from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.trainers.base import BaseTrainer, describe_wrapping
-from prefopt.trainers.collators import REFERENCE_COLUMNS, CustomCollator, PairCollator
+from prefopt.trainers.collators import CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import PAIR_LOSSES, REFERENCE_FREE_LOSSES, SFT, SORTING_LOSSES, PairLoss, PairScores
@@ -25,7 +27,6 @@ from prefopt.trainers.policy import (
     load_model,
     load_tokenizer,
     with_adapter,
-    with_pad_token,
 )
 from prefopt.trainers.reference import Reference, check_given_scores, reference_module, with_reference_scores
 

@@ -14,13 +14,14 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefopt._transformers import attention_of
 from prefopt._trl import prepare_deepspeed, prepare_fsdp
+from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.base import CPU_ROW_TOKENS
-from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of, frozen_copy, load_model
@@ -61,7 +62,7 @@ class Reference:
         trainer = self.trainer
         with torch.no_grad(), self.in_place(trainer.model_wrapped) as (model, config):
             return score_completions(
-                model, batch, attn_implementation=config._attn_implementation, dtype=trainer.model.dtype
+                model, batch, attn_implementation=attention_of(config), dtype=trainer.model.dtype
             ).logps
 
     @contextlib.contextmanager
@@ -205,7 +206,7 @@ def with_reference_scores(
         own = REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
         adapter = own if module is None else model.active_adapter
     scorer = token_scorer(
-        model, base.config, name=base.config._name_or_path or "in memory", dtype=dtype, adapter=adapter
+        model, base.config, name=base.config.name_or_path or "in memory", dtype=dtype, adapter=adapter
     )
     longest = max(group.packed for dataset in missing.values() for group in trainer.lengths(dataset))
     tokens = max(longest, CPU_ROW_TOKENS if args.device.type == "cpu" else GPU_ROW_TOKENS)
