@@ -1,4 +1,4 @@
-"""Artifacts that version 0.1 wrote before the package was reorganised: checkpoints, cached scores, models and candidates still work."""
+"""Artifacts that version 0.1 wrote before it was reorganised: checkpoints, cached scores, models, candidates."""
 
 import json
 import shutil
