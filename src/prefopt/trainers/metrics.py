@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -87,22 +88,24 @@ class MetricLog:
         self, *, minima: Sequence[str] = (), maxima: Sequence[str] = (), totals: Sequence[str] = ()
     ) -> dict[str, float]:
         """Fold each metric over the steps since the last call (a mean, unless named otherwise), in one transfer."""
-        named: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-            **dict.fromkeys(minima, torch.min),
-            **dict.fromkeys(maxima, torch.max),
-            **dict.fromkeys(totals, torch.sum),
-        }
         folded = {}
         for name, values in self._steps.items():
             steps = torch.stack(values)
-            steps = steps[torch.isfinite(steps)] if steps.device.type == "cpu" else steps
-            if steps.numel() == 0:
-                steps = torch.full((1,), float("nan"))
-            folded[name] = named.get(name, torch.mean)(steps)
+            # a step without a kind of row has no value (NaN or infinite); the host cannot choose the others without
+            # waiting for the device once for each metric, so they are replaced by what changes nothing
+            there = torch.isfinite(steps)
+            if name in minima:
+                folded[name] = torch.where(there, steps, float("inf")).min()
+            elif name in maxima:
+                folded[name] = torch.where(there, steps, float("-inf")).max()
+            else:
+                total = torch.where(there, steps, 0.0).sum()
+                folded[name] = total if name in totals else total / there.sum()
         self._steps.clear()
         if not folded:
             return {}
-        return {name: value for name, value in zip(folded, torch.stack([*folded.values()]).tolist()) if value == value}
+        folds = torch.stack([*folded.values()]).tolist()
+        return {name: value for name, value in zip(folded, folds) if math.isfinite(value)}
 
 
 class FiniteWatch:
