@@ -246,7 +246,9 @@ def _help(name: str) -> str:
     shown: set[str] = set()
     for cls in arguments_of(name):
         lines.append(f"{cls.__name__}:")
-        for field in sorted(dataclasses.fields(cls), key=lambda field: field.kw_only is True):  # those of mixins come last
+        for field in sorted(
+            dataclasses.fields(cls), key=lambda field: field.kw_only is True
+        ):  # those of mixins come last
             if not field.init or field.name in shown:
                 continue
             shown.add(field.name)

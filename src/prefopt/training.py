@@ -29,13 +29,13 @@ from prefopt.run import (
     check_reference,
     load_tokenizer,
     missing_packages,
-    model_options,
     open_folder,
     pair_models,
     read_config,
     resolved_recipe,
     single_model,
 )
+from prefopt.trainers.config import model_options
 
 
 def shared_arguments() -> tuple[type, ...]:
@@ -143,9 +143,7 @@ def tokenise_data(
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
-    tokenize = RowTokenizer(
-        tokenizer, rows, Truncation(args.max_length, args.max_prompt_length, args.truncation_mode)
-    )
+    tokenize = RowTokenizer(tokenizer, rows, Truncation(args.max_length, args.max_prompt_length, args.truncation_mode))
     train, evaluation = load_tokenized(sources, tokenize, num_proc=args.dataset_num_proc)
     mapped = {"train": train}
     if evaluation is not None and data_args.evaluates:  # rows held out are left out of training all the same

@@ -54,7 +54,7 @@ class EncodedGroup:
     cut: tuple[int, ...] = ()
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Set the pad token to the end token where there is none, as TRL does; return the tokenizer, changed in place.
 
     Padding is masked by position and never by id, so that an end token that is scored stays scored.
@@ -62,11 +62,22 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     Raises:
         ValueError: there is neither a pad token nor an end token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has neither a pad token nor an end token; set `tokenizer.pad_token`.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Check that the tokenizer has an end token, which plain text needs, and give it a pad token.
+
+    Raises:
+        ValueError: there is no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
+    return with_pad_token(tokenizer)
 
 
 def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -12,12 +12,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.holdout import fill_with_prompts, prompt_name
+from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.references.cache import SIDES, default_folder
 from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
 from prefopt.references.text import read_checks, text_scorer
 from prefopt.references.weights import fixed_weights
-from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 from prefopt.trainers.reference_weighting import ReferenceTable
 
