@@ -18,6 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from prefopt.data.messages import BadRow, Fault, TextOrMessages
 from prefopt.files import content_hash
 
+# the forms in which texts come: strings are encoded as they are, messages under the chat template
+STRINGS, MESSAGES = "strings", "messages"
+_PROBE = "How many, 3 or 4?\n  Grüße an Zoë: 'yes' — 你好 🙂 <b>", " 7, I think.\n"
+
 # what a chat template raises by itself, and what its filters raise on content that they do not expect
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
@@ -109,6 +113,20 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs.items(), key=str))]
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if key != "pad_token"}
     return content_hash(type(tokenizer).__name__, state, names, tokenizer.chat_template, transformers.__version__)
+
+
+def text_record(tokenizer: PreTrainedTokenizerBase, form: str) -> dict[str, str]:
+    """Describe how texts of a form become ids, to be stored with a model and compared later.
+
+    Returns:
+        `form`, and `digest`: a hash of the ids of a fixed text, and of the chat template where that is applied. Unlike
+        `tokenizer_fingerprint` it stays the same when another release of transformers gives the same ids.
+    """
+    prompt, completion = _PROBE
+    (encoded,) = encode_groups([TextGroup(prompt, [completion])], tokenizer)
+    assert isinstance(encoded, EncodedGroup)
+    template = tokenizer.chat_template if form == MESSAGES else None
+    return {"form": form, "digest": content_hash(encoded.prompt_ids, encoded.completion_ids, template)[:16]}
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

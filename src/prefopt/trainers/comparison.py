@@ -248,6 +248,7 @@ class ComparisonTrainer(BaseTrainer):
         self.data = ComparisonData(args, processing_class, self.check_rows)
         train_dataset = self.data.prepare(train_dataset, "train")
         eval_dataset = self.data.prepare(eval_dataset, "eval")
+        self.check_text(loaded, processing_class)
         if peft_config is not None:
             loaded = add_adapter(loaded, args, self.adapter_config(peft_config, loaded))
         check_trainable(loaded)
@@ -268,6 +269,9 @@ class ComparisonTrainer(BaseTrainer):
     @abstractmethod
     def load(self, model: Any, args: Any, quantization_config: Any) -> Any:
         """Return the model to train, before any new adapter."""
+
+    def check_text(self, model: Any, tokenizer: Any) -> None:
+        """Check that all data sets so far are read as the model reads texts; here nothing is known of that."""
 
     def adapter_config(self, peft_config: PeftConfig, model: Any) -> PeftConfig:
         """Return the config of the adapter that is put around the model; here as it was given."""
@@ -293,4 +297,5 @@ class ComparisonTrainer(BaseTrainer):
         """Evaluate; a data set given here is tokenised like the one of the constructor."""
         if not isinstance(eval_dataset, str):
             eval_dataset = self.data.prepare(eval_dataset, evaluated(metric_key_prefix))
+            self.check_text(self.accelerator.unwrap_model(self.model), self.processing_class)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -111,6 +111,17 @@ class HeadTrainer(ComparisonTrainer):
                 )
         return loaded
 
+    def check_text(self, model: Any, tokenizer: Any) -> None:
+        """Record in the model how the training texts become ids; check every other data set against that.
+
+        Raises:
+            ValueError: strings beside messages, or either for a model that was trained on the other.
+        """
+        headed: Any = base_model_of(model)
+        for name, report in self.data.reports.items():
+            if report.form is not None:
+                headed.record_text(tokenizer, report.form, where=f"The {name} set")
+
     def adapter_config(self, peft_config: PeftConfig, model: Any) -> PeftConfig:
         """Have the heads trained in full, and no task, as a task's wrapper would not run the head's forward."""
         changed: Any = copy.deepcopy(peft_config)

@@ -20,6 +20,7 @@ from prefopt.candidates.rankers.base import (
     Request,
     Tally,
     encode_answers,
+    form_of_model,
     load_tokenizer,
     longest_input,
     pad,
@@ -52,6 +53,7 @@ class RewardRanker(Ranker):
         self.path, self.device, self.tokens_per_batch = options.path, options.device, options.tokens_per_batch
         self.tokenizer = load_tokenizer(self.path, trust_remote_code=options.trust_remote_code)
         model = _load(self.path, self.tokenizer, options.torch_dtype, options.trust_remote_code)
+        self.form = form_of_model(model, self.tokenizer, self.path)
         self.model = model.to(self.device).eval()
         self.max_length = longest_input(
             self.path, options.max_length, positions_of(self.model.config), self.tokenizer.model_max_length
@@ -72,7 +74,7 @@ class RewardRanker(Ranker):
         """Return the token ids that the model reads."""
         if self.reads_pairs:
             return [self._encode_pairs(request, tally) for request in requests]
-        return encode_answers(requests, self.tokenizer, self.max_length, tally)
+        return encode_answers(requests, self.tokenizer, self.max_length, tally, form=self.form)
 
     def _encode_pairs(self, request: Request, tally: Tally) -> list[Answer]:
         """Encode prompt and answer as a pair of texts, for encoders without a template; the longer is cut first."""
