@@ -12,7 +12,7 @@ import torch
 from trl import ModelConfig
 
 from prefopt import run
-from prefopt.arguments import missing
+from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport
 from prefopt.launch import launch_words, split_launch_settings, world_size
@@ -54,7 +54,7 @@ class Findings:
 def check(words: list[str]) -> int:
     """Print what `words` (a recipe and settings that override it) would run; return 0 when nothing would stop it."""
     findings = inspect(words)
-    print(report(findings))
+    print(masked(report(findings)))
     return 2 if findings.problems else 0
 
 

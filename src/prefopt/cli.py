@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import __version__
+from prefopt.arguments import masked
 from prefopt.launch import USER_MISTAKE, launch, leave, rank, split_launch_settings, tell, without_launch_words
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import build, load_settings, parse_settings
@@ -214,7 +215,7 @@ def _print_error(error: Exception) -> None:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}."
-    print(f"prefopt: error: {message}", file=sys.stderr, flush=True)
+    print(f"prefopt: error: {masked(message)}", file=sys.stderr, flush=True)
 
 
 def _overview() -> str:
