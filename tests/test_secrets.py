@@ -115,6 +115,7 @@ def test_resolved_recipe():
     "words",
     [
         ["--hub_token", "some-secret", "more"],
+        ["--model_init_kwargs", "{token: some-secret"],
         ["--hub_token=some-secret", "--ref_model_name_or_path", "some-secret"],
         ["--hub_tokn", "x", "--hub_token=some-secret"],
     ],

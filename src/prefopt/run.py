@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.arguments import missing, names_without_effect, setting_changes
-from prefopt.files import write_json, write_text
+from prefopt.files import parse_yaml, read_yaml, write_json, write_text
 from prefopt.launch import is_launched, tell, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
@@ -319,7 +318,7 @@ def _changes(folder: Path, resolved: str) -> list[str] | None:
     written = folder / RECIPE_FILE
     if not written.is_file():
         return None
-    before, now = (yaml.safe_load(text) or {} for text in (written.read_text(encoding="utf-8"), resolved))
+    before, now = read_yaml(written)[0] or {}, parse_yaml(resolved, RECIPE_FILE)[0]
     return setting_changes(before, now, FREE_TO_CHANGE)
 
 

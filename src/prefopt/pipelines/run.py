@@ -23,7 +23,7 @@ from prefopt.files import write_text
 from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines.commands import Commands, as_script
 from prefopt.pipelines.stages import Runner, Stage, table
-from prefopt.recipes.convert import Text, unknown_key
+from prefopt.recipes.convert import parsed, unknown_key
 from prefopt.recipes.recipe import build, load_settings, parse_settings, plain
 from prefopt.recipes.source import Setting
 
@@ -166,7 +166,7 @@ def _put(mapping: Any, path: list[str], value: Any, where: str) -> Any:
 def _value(value: Any) -> Any:
     if isinstance(value, list):
         return [_value(item) for item in value]
-    return yaml.safe_load(value) if isinstance(value, Text) else value
+    return parsed(value)
 
 
 def check_launchers(launchers: dict[str, str], stages: list[Stage]) -> None:
