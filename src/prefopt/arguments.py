@@ -56,7 +56,9 @@ def setting(
         "above": above,
         "at_most": at_most,
     }
-    metadata = {name: value for name, value in known.items() if value is not None and value is not False}
+    metadata: dict[str, Any] = {
+        name: value for name, value in known.items() if value is not None and value is not False
+    }
     if only_for is not None:
         metadata["only_for"] = {selector: tuple(values) for selector, values in only_for.items()}
     if not decides_result:
@@ -146,7 +148,7 @@ def setting_changes(
     ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HubArguments:
     """Keys of the tools that write a dataset: its file format, and whether it is pushed to the hub."""
 
@@ -162,7 +164,7 @@ class HubArguments:
 _server_setting = partial(setting, only_for={"backend": ("server",), "ranker": ("judge",)}, decides_result=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ServerArguments:
     """Keys of the tools that talk to an OpenAI-compatible server."""
 

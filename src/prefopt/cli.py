@@ -15,7 +15,15 @@ from typing import Any
 
 from prefopt import __version__
 from prefopt.arguments import masked
-from prefopt.launch import USER_MISTAKE, launch, leave, rank, split_launch_settings, tell, without_launch_words
+from prefopt.launch import (
+    USER_MISTAKE,
+    exit_process,
+    launch,
+    print_on_main,
+    rank,
+    split_launch_settings,
+    without_launch_words,
+)
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import build, load_settings, parse_settings
 from prefopt.recipes.source import Setting
@@ -114,7 +122,7 @@ def script(command: str) -> None:
     folder = Path(sys.argv[0]).resolve().parent
     # the scripts' folder must not be searched: scripts/evaluate.py is not the package `evaluate`
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != folder]
-    leave(main([command, *sys.argv[1:]]))
+    exit_process(main([command, *sys.argv[1:]]))
 
 
 def arguments_of(name: str) -> tuple[type, ...]:
@@ -196,7 +204,7 @@ def _run_command(name: str, words: list[str]) -> int:
     if launch_settings:
         return launch(launch_settings, [name, *without_launch_words(words)])
     for notice in recipe.notices:
-        tell(notice)
+        print_on_main(notice)
     if command.is_method:
         from prefopt.training import train
 
@@ -238,7 +246,7 @@ def _help(name: str) -> str:
     shown: set[str] = set()
     for cls in arguments_of(name):
         lines.append(f"{cls.__name__}:")
-        for field in dataclasses.fields(cls):
+        for field in sorted(dataclasses.fields(cls), key=lambda field: field.kw_only is True):  # those of mixins come last
             if not field.init or field.name in shown:
                 continue
             shown.add(field.name)

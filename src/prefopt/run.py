@@ -26,7 +26,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.arguments import missing, names_without_effect, setting_changes
 from prefopt.files import parse_yaml, read_yaml, write_json, write_text
-from prefopt.launch import is_launched, tell, world_size
+from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.trainers.checkpoints import is_whole, last_checkpoint
@@ -223,7 +223,7 @@ def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
             )
     start = find_start(output_dir, resume, overwrite, resolved)
     if resume and start is None:
-        tell(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
+        print_on_main(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
     return output_dir, start
 
 
@@ -431,7 +431,7 @@ def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArgu
             **{**args.model_init_kwargs, "dtype": dtype},
         )
         args.model_init_kwargs = models["quantization_config"] = models["peft_config"] = None
-        tell(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
+        print_on_main(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
     return models
 
 
