@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +20,32 @@ from filelock import FileLock, Timeout
 
 YAML_DEPTH = 50  # of lists and mappings within each other, aliases included
 YAML_VALUES = 100_000  # once every alias is written out
+
+
+# a disk or a quota that is full, a limit on a file's size, a read-only or failing disk, a folder without permission
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+# the same in the words of torch and safetensors, which raise other errors
+_STORAGE_WORDS = re.compile(r"os error (28|122|27|30|5|13|1)\)|file write failed|iostream error|enforce fail.*write")
+
+
+def storage_fault(error: BaseException, folder: str | os.PathLike[str], needed: float = 0) -> str | None:
+    """Describe in one sentence why `folder` could not be written, if that is what `error` is about; else None.
+
+    Args:
+        error: what was raised while something was written.
+        folder: where.
+        needed: bytes that were to be written, if known.
+    """
+    lost = not Path(folder).exists()
+    known = isinstance(error, OSError) and error.errno in _STORAGE_ERRORS
+    if not (known or _STORAGE_WORDS.search(str(error)) or (lost and isinstance(error, (OSError, RuntimeError)))):
+        return None
+    if lost:
+        return f"{folder} was removed while it was written to."
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    where = error.filename if isinstance(error, OSError) and error.filename else folder
+    room = f"; about {needed / 2**30:.2f} GiB were to be written" if needed else ""
+    return f"{where} cannot be written: {reason} ({shutil.disk_usage(folder).free / 2**30:.2f} GiB are free{room})."
 
 
 @contextmanager
@@ -38,6 +67,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno in _STORAGE_ERRORS and error.filename in (None, name):  # which names nothing that a user knows
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

@@ -67,6 +67,18 @@ LM_HEADS = ("lm_head", "embed_out", "output")
 
 # --- Settings
 
+BEFORE_TRAINING = "nothing has been trained yet"
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """Note on errors that nothing has been trained yet, so that what else is wrong can be looked for in peace."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        error.add_note(BEFORE_TRAINING)
+        raise
+
 
 def resolved_recipe(recipe: Recipe, classes: Sequence[type]) -> str:
     """Write the recipe with all defaults as YAML, without values that follow from the number of processes."""
@@ -192,11 +204,12 @@ def missing_packages(recipe: Recipe) -> list[str]:
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "package_versions.json"
+TRAIN_FIGURES, EVAL_FIGURES = "train_results.json", "eval_results.json"  # transformers' names
 # Beside weights and checkpoints, overwriting removes these: a leftover would describe another model (an adapter's
 # config) or another run (its figures).
 LEFT_BY_RUNS = (
     TRAINER_STATE_NAME, "config.json", "adapter_config.json", "model.safetensors.index.json",
-    "train_results.json", "eval_results.json", "all_results.json",
+    TRAIN_FIGURES, EVAL_FIGURES, "all_results.json",
 )  # fmt: skip
 # whatever decides what a run computes, as far as it is installed
 PACKAGES = (
@@ -281,6 +294,12 @@ def holds_run(output_dir: Path) -> bool:
     return any(True for name in names for _ in output_dir.glob(name)) or _has_model(output_dir)
 
 
+def is_finished(output_dir: Path, *, evaluated: bool) -> bool:
+    """Return whether a run has left all that it leaves at its end: a model, figures, and those of evaluation."""
+    figures = [TRAIN_FIGURES, *([EVAL_FIGURES] if evaluated else [])]
+    return _has_model(output_dir) and all((output_dir / name).exists() for name in figures)
+
+
 def open_folder(output_dir: Path, resolved: str, *, overwrite: bool) -> None:
     """Write the recipe and the versions to the run's folder; with `overwrite`, first remove what another run left."""
     if overwrite:
@@ -318,8 +337,16 @@ def _changes(folder: Path, resolved: str) -> list[str] | None:
     written = folder / RECIPE_FILE
     if not written.is_file():
         return None
-    before, now = read_yaml(written)[0] or {}, parse_yaml(resolved, RECIPE_FILE)[0]
-    return setting_changes(before, now, FREE_TO_CHANGE)
+    try:
+        before = read_yaml(written)[0]
+    except ValueError as error:
+        before = error
+    if not isinstance(before, dict):
+        raise ValueError(
+            f"{written} is damaged, so nobody knows whether this run is the same: if it is, remove that file. "
+            f"({before if isinstance(before, ValueError) else 'It holds no settings.'})"
+        )
+    return setting_changes(before, parse_yaml(resolved, RECIPE_FILE)[0], FREE_TO_CHANGE)
 
 
 def _check_same_run(folder: Path, resolved: str) -> None:
