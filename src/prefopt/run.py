@@ -25,6 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.arguments import missing, names_without_effect, setting_changes
+from prefopt.data import TokenizationReport
 from prefopt.files import parse_yaml, read_yaml, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
@@ -63,21 +64,10 @@ ADAPTER_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "lora_task_type", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
+LARGELY_CUT, LARGELY_DROPPED = 0.2, 0.01  # shares of rows from which on a warning says so
 LM_HEADS = ("lm_head", "embed_out", "output")
 
 # --- Settings
-
-BEFORE_TRAINING = "nothing has been trained yet"
-
-
-@contextmanager
-def before_training() -> Iterator[None]:
-    """Note on errors that nothing has been trained yet, so that what else is wrong can be looked for in peace."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        error.add_note(BEFORE_TRAINING)
-        raise
 
 
 def resolved_recipe(recipe: Recipe, classes: Sequence[type]) -> str:
@@ -198,6 +188,22 @@ def missing_packages(recipe: Recipe) -> list[str]:
         if wanted and all(importlib.util.find_spec(name) is None for name in modules):
             sentences.append(f"{recipe.places[key]}: {key}: {given} needs the package {modules[0]}: {install}.")
     return sentences
+
+
+def data_warnings(report: TokenizationReport, max_length: int | None) -> list[str]:
+    """Return a sentence where much of a data set is cut or dropped, which a table of counts says too quietly."""
+    warnings = []
+    if report.rows_cut > LARGELY_CUT * report.rows_kept:
+        share = report.rows_cut / report.rows_kept
+        warnings.append(
+            f"{report.name}: {report.rows_cut} of {report.rows_kept} rows ({share:.0%}) do not fit in max_length "
+            f"{max_length} and are cut: what is scored is not the whole answer, or not after the whole prompt. Raise "
+            "max_length if memory allows."
+        )
+    if report.rows_dropped > LARGELY_DROPPED * report.rows_in:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
+        warnings.append(f"{report.name}: {report.rows_dropped} of {report.rows_in} rows are dropped: {reasons}.")
+    return warnings
 
 
 # --- The run's folder

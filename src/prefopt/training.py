@@ -23,15 +23,15 @@ from prefopt.data import TokenizationReport, describe_sample, load_datasets, tok
 from prefopt.files import read_json, storage_fault
 from prefopt.launch import print_on_main, rank, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
-from prefopt.recipes.recipe import Recipe
+from prefopt.recipes.recipe import Recipe, before_training
 from prefopt.run import (
     RECIPE_FILE,
     TRAIN_FIGURES,
-    before_training,
     build_configs,
     check_devices,
     check_output,
     check_reference,
+    data_warnings,
     is_finished,
     load_tokenizer,
     missing_packages,
@@ -148,6 +148,8 @@ def prepare_data(
     if rank() == 0:
         for report in reports:
             print(report.table(), flush=True)
+            for warning in data_warnings(report, args.max_length):
+                print_on_main(f"Warning: {warning}")
         print(describe_sample(tokenizer, datasets["train"][0]), flush=True)
     if rows != "pairs":  # the pair trainers look at them before they load weights
         for name, dataset in datasets.items():

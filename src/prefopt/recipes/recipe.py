@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, get_args, get_type_hints
@@ -34,6 +35,7 @@ WIDENED: dict[str, Any] = {
     "resume_from_checkpoint": bool | str | None,
     "report_to": str | list[str],
 }  # "none" is a name there
+BEFORE_TRAINING = "nothing has been trained yet"
 
 
 @dataclass
@@ -51,6 +53,16 @@ class Recipe:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """Note on errors that nothing has been trained yet, so that what else is wrong can be looked for in peace."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        error.add_note(BEFORE_TRAINING)
+        raise
 
 
 def apply_environment(settings: list[Setting]) -> list[Setting]:
