@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 from prefopt.launch import (
     USER_MISTAKE,
-    launch,
+    end_with_launcher,
     exit_process,
+    launch,
+    print_on_main,
     rank,
     split_launch_settings,
-    print_on_main,
     without_launch_words,
 )
 from prefopt.recipes.convert import unknown_key
@@ -197,6 +198,7 @@ def _run(words: list[str]) -> int:
 
 
 def _run_command(name: str, words: list[str]) -> int:
+    end_with_launcher()
     for message in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     command = COMMANDS[name]

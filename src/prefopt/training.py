@@ -6,19 +6,21 @@ is written.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import get_token
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import ModelConfig
 
 from prefopt.data import TokenizationReport, describe_sample, load_datasets, tokenize_comparisons, tokenize_pairs
-from prefopt.launch import rank, print_on_main, world_size
+from prefopt.files import locked
+from prefopt.launch import check_launcher, print_on_main, rank, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe
 from prefopt.run import (
@@ -36,6 +38,8 @@ from prefopt.run import (
     single_model,
 )
 
+# The Trainer's push to the hub leaves out files whose names begin with an underscore.
+LOCK_FILE = "_lock"
 TOKENIZERS = {"pairs": tokenize_pairs, "comparisons": tokenize_comparisons}
 
 
@@ -59,9 +63,8 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
     """
     resolved = resolved_recipe(recipe, classes)
     check_devices(recipe)
-    output_dir, start = check_output(recipe, resolved)
-    existed = output_dir.exists()
-    try:
+    with _locked_output(recipe):
+        output_dir, start = check_output(recipe, resolved)
         args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
         set_seed(args.seed)
         if run_args.method is not None and run_args.method.replace("_", "-") != method:
@@ -69,17 +72,43 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
         for sentence in missing_packages(recipe):
             raise ValueError(sentence)
         trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
-    except BaseException:
-        if not existed and rank() == 0:
-            with suppress(OSError):  # not empty: not ours
-                output_dir.rmdir()
-        raise
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        open_folder(output_dir, resolved, overwrite=run_args.overwrite_output_dir)
-    trainer.accelerator.wait_for_everyone()
-    fit(trainer, start)
-    finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+        trainer.add_callback(EndWithLauncher())
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            open_folder(output_dir, resolved, overwrite=run_args.overwrite_output_dir)
+        trainer.accelerator.wait_for_everyone()
+        fit(trainer, start)
+        finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+
+
+@contextmanager
+def _locked_output(recipe: Recipe) -> Iterator[None]:
+    """Hold the lock of the run's folder, on the first process; folders that were made for it and are empty go again.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    output_dir = Path(recipe.values.get("output_dir") or ".").expanduser().absolute()
+    there = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if rank() != 0 or not recipe.values.get("output_dir") or not there.is_dir() or not os.access(there, os.W_OK):
+        yield  # `check_output` says what is wrong with the folder
+        return
+    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    try:
+        with locked(output_dir, name=LOCK_FILE, remove=True):
+            yield
+    finally:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+class EndWithLauncher(TrainerCallback):
+    """Ends the process at the next step after its launcher has ended, where the kernel has not."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the launcher."""
+        check_launcher()
 
 
 def make_trainer(
