@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from prefopt.data import load_datasets
 from prefopt.data.rows import CONTEXT_COLUMNS
-from prefopt.launch import launch, split_launch_settings, print_on_main, without_launch_words
+from prefopt.launch import launch, print_on_main, split_launch_settings, without_launch_words
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
 from prefopt.references.cache import default_folder
 from prefopt.references.health import cards_table

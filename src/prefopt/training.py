@@ -26,7 +26,6 @@ from prefopt.recipes.recipe import Recipe
 from prefopt.run import (
     build_configs,
     check_devices,
-    check_model,
     check_output,
     check_reference,
     load_tokenizer,
@@ -34,6 +33,7 @@ from prefopt.run import (
     model_options,
     open_folder,
     pair_models,
+    read_config,
     resolved_recipe,
     single_model,
 )
@@ -128,7 +128,7 @@ def make_trainer(
     assert name is not None
     trainer_class.check_settings(args)
     check_reference(run_args, args, rows)
-    check_model(name, model_args, args)
+    read_config(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
     train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args)
     if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
