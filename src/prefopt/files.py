@@ -103,7 +103,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 # Seconds that a lock is waited for: what a killed command has left (workers that notice its end, a GPU's memory) takes
 # some to end.
-LOCK_WAIT = 10.0
+LOCK_WAIT = 5.0
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 
 

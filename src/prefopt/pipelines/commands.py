@@ -26,14 +26,6 @@ from prefopt.run import FREE_TO_CHANGE, batch_sizes, config_values
 TRAININGS = {*METHODS, "sft"}
 # A continued training may get other lengths and another folder, but their outcome is another model.
 FREE_IN_TRAINING = FREE_TO_CHANGE - {"num_train_epochs", "max_steps", "output_dir"}
-# Fields of tools that are not marked with `decides_result=False` yet.
-UNMARKED = frozenset(
-    {
-        "base_url", "key_variable", "concurrency", "request_timeout", "retries", "gpu_memory_utilization",
-        "enforce_eager", "tensor_parallel_size", "data_parallel_size", "tokens_per_batch", "plots", "push_to_hub",
-        "hub_dataset_id", "hub_private_repo",
-    }
-)  # fmt: skip
 # The files that other stages read.
 CANDIDATES = ("candidates.*",)
 MODEL = ("*.safetensors", "*config.json")  # the second is config.json, or adapter_config.json of an adapter
@@ -136,7 +128,7 @@ def _free_to_change(command: str) -> frozenset[str]:
     """Return the keys of a command that do not decide its result, so that changing them makes nothing again."""
     if command in TRAININGS:
         return FREE_IN_TRAINING
-    return UNMARKED | names_without_effect(*arguments_of(command))
+    return names_without_effect(*arguments_of(command))
 
 
 def _replaced(value: Any, replace_leaf: Callable[[Any], Any]) -> Any:
