@@ -111,8 +111,8 @@ NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLC
 def locked(folder: str | os.PathLike[str], *, name: str = ".lock", remove: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, made if absent, so that no second command writes there.
 
-    It is released when its holder ends, however it ends. On a file system without locks a line says so, and the block
-    runs without one.
+    It is released when its holder ends, however it ends; half-written files that a killed holder left are removed.
+    On a file system without locks a line says so, and the block runs without one.
 
     Args:
         folder: what is locked.
@@ -126,12 +126,19 @@ def locked(folder: str | os.PathLike[str], *, name: str = ".lock", remove: bool 
     lock = FileLock(Path(folder) / name)
     if not _acquired(lock):
         raise ValueError(f"{folder}: another command is at work there. Wait for it, or give another folder.")
+    remove_partial_files(folder)
     try:
         yield
     finally:
         if remove:  # before the release, so that nobody can be holding the file that is removed
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def remove_partial_files(folder: str | os.PathLike[str]) -> None:
+    """Remove half-written files that killed writers left in a folder; only the holder of its lock may."""
+    for leftover in Path(folder).glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
 
 
 def _acquired(lock: FileLock) -> bool:

@@ -37,6 +37,7 @@ from prefopt.run import (
     resolved_recipe,
     single_model,
 )
+from prefopt.waiting import announced_wait, watch_extension_locks
 
 # The Trainer's push to the hub leaves out files whose names begin with an underscore.
 LOCK_FILE = "_lock"
@@ -61,11 +62,13 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
     Raises:
         ValueError: a user's mistake; nothing is left in output_dir.
     """
+    watch_extension_locks()
     resolved = resolved_recipe(recipe, classes)
     check_devices(recipe)
     with _locked_output(recipe):
         output_dir, start = check_output(recipe, resolved)
-        args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
+        with announced_wait("the other ranks to start"):  # the first config connects them
+            args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
         set_seed(args.seed)
         if run_args.method is not None and run_args.method.replace("_", "-") != method:
             print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
@@ -73,10 +76,12 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
             raise ValueError(sentence)
         trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
         trainer.add_callback(EndWithLauncher())
-        trainer.accelerator.wait_for_everyone()
+        with announced_wait("the other ranks to load model and data"):
+            trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             open_folder(output_dir, resolved, overwrite=run_args.overwrite_output_dir)
-        trainer.accelerator.wait_for_everyone()
+        with announced_wait("the first rank to open the run's folder"):
+            trainer.accelerator.wait_for_everyone()
         fit(trainer, start)
         finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
 

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import psutil
 
-from prefopt.files import content_hash, file_hash, read_json, write_json
+from prefopt.files import content_hash, file_hash, read_json, remove_partial_files, write_json
 
 VERSION = 1
 STATE_FILE = "state.json"
@@ -190,6 +190,7 @@ class RunLock:
             self._end_leftovers()  # a stage that does not hold the lock may live as well
             self._file = file
             self._sign()
+            remove_partial_files(self.path.parent)
             try:
                 yield self
             finally:

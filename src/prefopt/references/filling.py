@@ -32,6 +32,7 @@ from prefopt.references.cache import ScoreCache, Scores
 from prefopt.scoring.attention import load_with_flex_attention, why_not_packed
 from prefopt.scoring.layouts import Group, Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.logprobs import install_scoring, score_completions
+from prefopt.waiting import announced_wait
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,8 @@ def read_all(cache: ScoreCache, keys: Sequence[bytes]) -> Scores:
 def _from_main(read: Callable[[], Scores]) -> Scores:
     """What `read` gives on the main process, once all ranks are here; an error of it is raised on all of them."""
     state = PartialState()
-    state.wait_for_everyone()
+    with announced_wait("the other ranks to score their share"):
+        state.wait_for_everyone()
     answer: list[Scores | str] = [""]
     if state.is_main_process:
         try:
