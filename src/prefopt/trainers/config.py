@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig as TRLDPOConfig
 
+from prefopt.arguments import SecretsStayOut
 from prefopt.scoring.logprobs import ALIGNMENTS
 
 BATCH_LAYOUTS = ("auto", "packed", "padded")
@@ -36,7 +37,7 @@ _PASSED_BY = (
 
 
 @dataclass
-class BatchConfig:
+class BatchConfig(SecretsStayOut):
     """How examples become batches; a mixin for trainer configs."""
 
     max_prompt_length: int | None = field(

@@ -10,6 +10,7 @@ from transformers import set_seed
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl import SFTConfig as TRLSFTConfig
 
+from prefopt.arguments import SecretsStayOut
 from prefopt.data.sources import DataSource, load_source
 from prefopt.trainers.checkpoints import last_checkpoint
 from prefopt.trainers.config import BatchConfig
@@ -32,7 +33,7 @@ class SFTArguments:
 
 
 @dataclass
-class SFTConfig(TRLSFTConfig):
+class SFTConfig(SecretsStayOut, TRLSFTConfig):
     """Settings of supervised fine-tuning: TRL's `SFTConfig`; its precision follows the device where neither bf16 nor fp16 is set."""
 
     def __post_init__(self) -> None:
