@@ -19,6 +19,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHO
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse
+import importlib
 import json
 import random
 import shutil
@@ -34,6 +35,7 @@ from pathlib import Path
 import psutil
 import torch
 
+import prefopt.training  # noqa: F401 - so that forked processes have it
 from prefopt import cli
 from tests.faults.commands import Command, differences, every_command, write_inputs
 
@@ -154,6 +156,8 @@ def faults_of(name: str, command: Command, folder: Path, kills: int, rng: random
 
 def every_fault(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     """Share the kills out among the commands, and run so many of these at a time."""
+    for name in cli.COMMANDS:
+        importlib.import_module(cli.COMMANDS[name].module)  # once, here, and not in every process
     inputs = folder / "inputs"
     write_inputs(inputs)
     commands = every_command(inputs)
