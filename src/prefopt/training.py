@@ -6,6 +6,7 @@ is written.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,13 +16,13 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import get_token
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
-from prefopt.files import read_json, storage_fault
-from prefopt.launch import print_on_main, rank, world_size
+from prefopt.files import locked, read_json, storage_fault
+from prefopt.launch import check_launcher, print_on_main, rank, world_size
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, before_training
@@ -43,6 +44,10 @@ from prefopt.run import (
     single_model,
 )
 from prefopt.trainers.config import model_options
+from prefopt.waiting import announced_wait, watch_extension_locks
+
+# The Trainer's push to the hub leaves out files whose names begin with an underscore.
+LOCK_FILE = "_lock"
 
 
 def shared_arguments() -> tuple[type, ...]:
@@ -63,19 +68,55 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
     Raises:
         ValueError: a user's mistake; nothing is left in output_dir.
     """
-    trainer, data_args, output_dir, start, resolved = _prepare(method, trainer_class, rows, recipe, classes)
-    trainer.accelerator.wait_for_everyone()
-    with writing_to(output_dir, trainer):
-        if trainer.is_world_process_zero():
-            open_folder(output_dir, resolved, overwrite=bool(recipe.values.get("overwrite_output_dir")))
-        trainer.accelerator.wait_for_everyone()
-        trained = fit(trainer, start)
-        if trainer.is_world_process_zero() and not (output_dir / RECIPE_FILE).exists():
-            open_folder(output_dir, resolved, overwrite=False)  # somebody has emptied the folder meanwhile
-        if not trained and is_finished(output_dir, evaluated=trainer.eval_dataset is not None):
-            print_on_main(f"{output_dir}: the run had reached its end already; its model and figures are unchanged.")
-            return
-        finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+    watch_extension_locks()
+    with _locked_output(recipe):
+        trainer, data_args, output_dir, start, resolved = _prepare(method, trainer_class, rows, recipe, classes)
+        with announced_wait("the other ranks to load model and data"):
+            trainer.accelerator.wait_for_everyone()
+        with writing_to(output_dir, trainer):
+            if trainer.is_world_process_zero():
+                open_folder(output_dir, resolved, overwrite=bool(recipe.values.get("overwrite_output_dir")))
+            with announced_wait("the first rank to open the run's folder"):
+                trainer.accelerator.wait_for_everyone()
+            trained = fit(trainer, start)
+            if trainer.is_world_process_zero() and not (output_dir / RECIPE_FILE).exists():
+                open_folder(output_dir, resolved, overwrite=False)  # somebody has emptied the folder meanwhile
+            if not trained and is_finished(output_dir, evaluated=trainer.eval_dataset is not None):
+                print_on_main(
+                    f"{output_dir}: the run had reached its end already; its model and figures are unchanged."
+                )
+                return
+            finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+
+
+@contextmanager
+def _locked_output(recipe: Recipe) -> Iterator[None]:
+    """Hold the lock of the run's folder, on the first process; folders that were made for it and are empty go again.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    output_dir = Path(recipe.values.get("output_dir") or ".").expanduser().absolute()
+    there = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if rank() != 0 or not recipe.values.get("output_dir") or not there.is_dir() or not os.access(there, os.W_OK):
+        yield  # `check_output` says what is wrong with the folder
+        return
+    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    try:
+        with locked(output_dir, name=LOCK_FILE, remove=True):
+            yield
+    finally:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+class EndWithLauncher(TrainerCallback):
+    """Ends the process at the next step after its launcher has ended, where the kernel has not."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the launcher."""
+        check_launcher()
 
 
 @before_training()
@@ -86,20 +127,15 @@ def _prepare(
     resolved = resolved_recipe(recipe, classes)
     check_devices(recipe)
     output_dir, start = check_output(recipe, resolved)
-    existed = output_dir.exists()
-    try:
+    with announced_wait("the other ranks to start"):  # the first config connects them
         args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
-        set_seed(args.seed)
-        if run_args.method is not None and run_args.method.replace("_", "-") != method:
-            print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
-        for sentence in missing_packages(recipe):
-            raise ValueError(sentence)
-        trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
-    except BaseException:
-        if not existed and rank() == 0:
-            with suppress(OSError):  # not empty: not ours
-                output_dir.rmdir()
-        raise
+    set_seed(args.seed)
+    if run_args.method is not None and run_args.method.replace("_", "-") != method:
+        print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
+    for sentence in missing_packages(recipe):
+        raise ValueError(sentence)
+    trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
+    trainer.add_callback(EndWithLauncher())
     return trainer, data_args, output_dir, start, resolved
 
 

@@ -28,6 +28,7 @@ from prefopt.references.cache import SIDES, ScoreCache, Scores, ids_digest
 from prefopt.scoring.attention import load_with_flex_attention
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
+from prefopt.waiting import announced_wait
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,8 @@ def shared_lookup(cache: ScoreCache, keys: Sequence[bytes], *, just_written: boo
             every rank.
     """
     state = PartialState()
-    state.wait_for_everyone()
+    with announced_wait("the other ranks to score their share"):
+        state.wait_for_everyone()
     answer: list[Scores | str] = [""]
     if state.is_main_process:
         try:
