@@ -203,6 +203,8 @@ def estimate(
     )
     full = trained == shape.parameters
     added = 0 if full else size * trained
+    # DeepSpeed's float32 master copies; ours of 16-bit weights, with their gradients during the optimizer's step
+    copies = 4 if deepspeed and bf16 else 8 if size == 2 and not launch.fsdp else 0
     one_layer = tokens * (16 * shape.width + 6 * shape.feed_forward) * 2
     on_gpu = 0 if launch.offload_weights else 1
     return Memory(
@@ -212,7 +214,7 @@ def estimate(
             "gradients": size * trained / states_over,
             "optimizer": 0
             if launch.offload_optimizer
-            else (optimizer_bytes(optimizer) + (4 if deepspeed and bf16 else 0)) * trained / states_over,
+            else (optimizer_bytes(optimizer) + copies) * trained / states_over,
             "reference": on_gpu * size * shape.parameters / weights_over if keeps_reference else 0,
             "one layer": 4 * (shape.largest_layer + shape.embedding_parameters) if sharded else 0,
             "activations": 2 * tokens * shape.width * shape.layers + one_layer

@@ -59,7 +59,7 @@ OPTIONAL_PACKAGES = ("bitsandbytes", "flash-attn", "liger-kernel", "vllm", "kern
 FREE_TO_CHANGE = frozenset(
     {
         "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "method", "env",
-        "num_train_epochs", "max_steps", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
+        "num_train_epochs", "max_steps", "master_weights", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
         "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
         "logging_strategy", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval",
         "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit", "dataset_num_proc", "ddp_timeout",
