@@ -10,6 +10,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -167,32 +168,18 @@ class HubArguments:
     hub_private_repo: bool = setting(True, "Whether that repository is private when it is made.", decides_result=False)
 
 
-_SERVED = {"backend": ("server",), "ranker": ("judge",)}
+# a setting of the tools that talk to a server, which only their backend or ranker of that kind reads
+_server_setting = partial(setting, only_for={"backend": ("server",), "ranker": ("judge",)}, decides_result=False)
 
 
 @dataclass(kw_only=True)
 class ServerArguments:
     """Keys of the tools that talk to an OpenAI-compatible server."""
 
-    base_url: str = setting(
-        "http://localhost:8000/v1", "Address of an OpenAI-compatible server.", only_for=_SERVED, decides_result=False
+    base_url: str = _server_setting("http://localhost:8000/v1", "Address of an OpenAI-compatible server.")
+    key_variable: str = _server_setting(
+        "OPENAI_API_KEY", "Environment variable that holds the server's key, if one is needed."
     )
-    key_variable: str = setting(
-        "OPENAI_API_KEY",
-        "Environment variable that holds the server's key, if one is needed.",
-        only_for=_SERVED,
-        decides_result=False,
-    )
-    concurrency: int = setting(
-        64, "Requests under way at a time, in each process.", at_least=1, only_for=_SERVED, decides_result=False
-    )
-    request_timeout: float = setting(
-        600.0, "Seconds for one whole request.", above=0, only_for=_SERVED, decides_result=False
-    )
-    retries: int = setting(
-        5,
-        "Further attempts after a failed request, with growing pauses.",
-        at_least=0,
-        only_for=_SERVED,
-        decides_result=False,
-    )
+    concurrency: int = _server_setting(64, "Requests under way at a time, in each process.", at_least=1)
+    request_timeout: float = _server_setting(600.0, "Seconds for one whole request.", above=0)
+    retries: int = _server_setting(5, "Further attempts after a failed request, with growing pauses.", at_least=0)

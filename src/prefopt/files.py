@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -57,11 +57,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write `rows` to `path`, one JSON object a line, atomically; gzip where the name ends in .gz."""
-    with atomic_path(path) as temporary:
-        opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(temporary, "wt", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with atomic_path(path) as temporary, _opener(path)(temporary, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -70,9 +67,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
-    opener = gzip.open if str(path).endswith(".gz") else open
     rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
+    with _opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -84,6 +80,10 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
             rows.append(row)
     return rows
+
+
+def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:
+    return gzip.open if str(path).endswith(".gz") else open  # type: ignore[return-value]
 
 
 def content_hash(*values: Any) -> str:

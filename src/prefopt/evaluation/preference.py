@@ -12,13 +12,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from prefopt.data import tokenize_pairs
-from prefopt.references.filling import (
-    ReferenceModel,
-    group_scorer,
-    load_tokenizer,
-    plan_batches,
-    prepare_model,
-)
+from prefopt.data.encoding import load_tokenizer
+from prefopt.references.filling import ReferenceModel, group_scorer, plan_batches, prepare_model
 from prefopt.scoring.layouts import Group, choose_layout
 
 GPU_TOKENS, CPU_TOKENS = 16384, 1024  # of one forward
