@@ -70,7 +70,7 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Check that `tokenizer` has an end token, which plain text needs, and give it a pad token (`with_pad_token`).
+    """Check that the tokenizer has an end token, which plain text needs, and give it a pad token.
 
     Raises:
         ValueError: there is no end token.

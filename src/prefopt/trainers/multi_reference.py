@@ -328,7 +328,7 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         training = policy.training
         policy.eval()
         for (micro_batch,) in plan:
-            batch = self._prepare_inputs(batches[micro_batch])
+            batch = self.to_device(batches[micro_batch])
             with torch.no_grad(), self.compute_loss_context_manager():
                 scores = score_completions(
                     policy, batch, attn_implementation=self.attn_implementation, dtype=model.dtype
