@@ -206,11 +206,11 @@ def test_arguments_are_checked():
         ({"policy": "best"}, "policy must be one of"),
         ({"candidates": ""}, "candidates is missing"),
         ({"keep": ["short"]}, "keep takes empty, duplicate, length"),
-        ({"policy": "wpo_v2", "temperature": 2.0}, "temperature has no effect on the policy wpo_v2"),
-        ({"seed": 1}, "seed has no effect on the policy best_worst"),
-        ({"policy": "sppo_paper", "include_self": False}, "sppo_paper fixes"),
+        ({"policy": "wpo_v2", "temperature": 2.0}, "temperature is only read with policy best_worst or sppo or gpo"),
+        ({"seed": 1}, "seed is only read with policy best_random"),
+        ({"policy": "sppo_paper", "include_self": False}, "include_self is only read with policy sppo or gpo"),
         ({"policy": "sppo", "temperature": 0.0}, "above 0"),
-        ({"min_gap": -1.0}, "negative"),
+        ({"min_gap": -1.0}, "at least 0"),
         ({"hub_dataset_id": "me/pairs"}, "belong together"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -107,8 +107,8 @@ def test_golden_answers_against_samples(tmp_path):
         ({"form": "pairs"}, "form must be one of sft, comparisons, adversarial"),
         ({"form": ""}, "form is missing"),
         ({"form": "adversarial"}, "golden is missing"),
-        ({"form": "sft", "golden": "g"}, "no effect on the form sft"),
-        ({"form": "adversarial", "golden": "g", "score": "rm"}, "score has no effect"),
+        ({"form": "sft", "golden": "g"}, "golden is only read with form adversarial"),
+        ({"form": "adversarial", "golden": "g", "score": "rm"}, "score is only read with form sft or comparisons"),
     ],
 )
 def test_bad_settings(settings, said):

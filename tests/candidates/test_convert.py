@@ -316,10 +316,10 @@ def test_every_kind_of_file_is_read_by_datasets(tmp_path, ending):
         ({"to_format": "responses"}, "to_format must be one of"),
         ({"output": "x.txt"}, "output must end in one of"),
         ({"to_format": "sppo"}, "`prefopt build-pairs`"),
-        ({"golden": "g"}, "golden plays no part"),
-        ({"as_messages": True}, "as_messages plays no part"),
-        ({"one_sample": True}, "one_sample plays no part"),
-        ({"columns": ["x"]}, "columns plays no part"),
+        ({"golden": "g"}, "golden is only read with from_format apo_samples"),
+        ({"as_messages": True}, "as_messages is only read with from_format hh"),
+        ({"one_sample": True}, "one_sample is only read with to_format apo_pairs"),
+        ({"columns": ["x"]}, "columns is only read with from_format responses"),
     ],
 )
 def test_mistakes_are_told(changes, reason):
