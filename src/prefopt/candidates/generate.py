@@ -282,11 +282,15 @@ class Generation:
                     num_tokens=answer.num_tokens,
                 )
                 for number, answer in enumerate(answers)
+                if answer is not None
             ]
             context = {name: item[name] for name in CONTEXT_COLUMNS if name in item}
             rows.append(make_record(item["prompt_id"], item["prompt"], candidates, **context))
             shard.count("prompts with less room than max_new_tokens", self._room(item) < self.args.max_new_tokens)
             for answer in answers:
+                if answer is None:
+                    shard.count("unusable answers")
+                    continue
                 shard.count("answers")
                 shard.count("tokens", answer.num_tokens)
                 shard.count(f"answers ended by {answer.finish_reason}")
@@ -404,7 +408,12 @@ def _write(args: GenerateArguments, prompts: PromptSet, plan: ShardPlan, output:
         print(f"generate: {number} rows without samples: {name} (listed in {skipped})")
     if prompts.duplicates:
         print(f"generate: {prompts.duplicates} rows without samples: duplicate prompt")
-    for name in ("answers ended by length", "empty answers", "prompts with less room than max_new_tokens"):
+    for name in (
+        "unusable answers",
+        "answers ended by length",
+        "empty answers",
+        "prompts with less room than max_new_tokens",
+    ):
         if counts[name]:
             print(f"generate: {counts[name]} {name}")
     push_to_hub(args, lambda: to_dataset(records))
