@@ -60,7 +60,8 @@ test-oldest test-newest: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(PYTHON) -m venv .venv-$(@:test-%=%)
 	$(BIN)/uv pip install --quiet --python .venv-$(@:test-%=%) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		--resolution $(if $(findstring oldest,$@),lowest-direct,highest) --upgrade $(RESOLVE) --editable '.[dev]'
+		--resolution $(if $(findstring oldest,$@),lowest-direct,highest) --upgrade $(RESOLVE) --editable .
+	$(BIN)/uv pip install --quiet --python .venv-$(@:test-%=%) $(RESOLVE) --editable '.[dev]'
 	$(RUN) OMP_NUM_THREADS=1 .venv-$(@:test-%=%)/bin/python -m pytest -n 2 --dist worksteal
 
 quickstart: $(READY)

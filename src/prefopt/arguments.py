@@ -1,14 +1,14 @@
 """How the settings of a command are declared: everything known about a setting stands in its field's metadata.
 
 A dataclass of settings declares each field with `setting` and calls `check_settings` from `__post_init__`. Other parts
-read the same
-metadata: `--help` the text and the choices, pipelines whether a setting decides a result.
+read the same metadata: `--help` prints the text and the choices, pipelines ask whether a setting decides a result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,16 +34,15 @@ def setting(
         factory: makes the default where that is a list or a mapping.
         choices: the only values allowed.
         required: an empty value raises.
-        at_least: lower bound of a number; None is never out of bounds.
-        above: lower bound that the number must not equal.
-        at_most: upper bound.
+        at_least: lowest number allowed. None is never out of bounds, in this and the next two.
+        above: number that the value must exceed.
+        at_most: highest number allowed.
         only_for: selector field -> its values for which this setting is read; set with another one, it raises.
-            Selectors that the
-            dataclass does not have are ignored, so that a mixin can name those of all its users.
+            Selectors that the dataclass does not have are ignored, so that a mixin can name those of all its users.
         decides_result: False if a result made with another value is the same (addresses, batch sizes of inference,
             plots, pushing).
     """
-    known = {
+    known: dict[str, Any] = {
         "help": help,
         "choices": choices,
         "required": required,
@@ -68,6 +67,13 @@ def missing(name: str) -> str:
     return f"{name} is missing: set it in the recipe or with --{name}."
 
 
+_BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+}
+
+
 def check_settings(args: Any) -> None:
     """Check a dataclass of settings against what its fields declare.
 
@@ -85,14 +91,10 @@ def _check(args: Any, declared: dataclasses.Field[Any], value: Any) -> None:
     choices = known.get("choices")
     if choices is not None and value is not None and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
-    if value is not None:
-        for bound, holds, words in (
-            ("at_least", lambda limit: value >= limit, "at least"),
-            ("above", lambda limit: value > limit, "above"),
-            ("at_most", lambda limit: value <= limit, "at most"),
-        ):
-            if bound in known and not holds(known[bound]):
-                raise ValueError(f"{name} is {value}; it must be {words} {known[bound]}.")
+    for bound, holds in _BOUNDS.items():
+        # written so that NaN, for which every comparison is false, is out of bounds
+        if value is not None and bound in known and not holds(value, known[bound]):
+            raise ValueError(f"{name} is {value}; it must be {bound.replace('_', ' ')} {known[bound]}.")
     if value == default_of(declared):
         return
     for selector, values in known.get("only_for", {}).items():
@@ -104,7 +106,7 @@ def _check(args: Any, declared: dataclasses.Field[Any], value: Any) -> None:
 
 
 def default_of(declared: dataclasses.Field[Any]) -> Any:
-    """Return the default value of a field, made anew where it has a factory."""
+    """Return a field's default, made anew where it has a factory; `dataclasses.MISSING` where it has none."""
     return declared.default_factory() if declared.default_factory is not dataclasses.MISSING else declared.default
 
 
@@ -122,6 +124,22 @@ def names_without_effect(*classes: type) -> frozenset[str]:
         for declared in dataclasses.fields(cls)
         if not declared.metadata.get("decides_result", True)
     )
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ between two mappings; an absent key counts as None."""
+    return [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+
+
+def setting_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = frozenset()
+) -> list[str]:
+    """Describe each setting that differs as `key was OLD and is NEW`, without those in `ignored`."""
+    return [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in changed_keys(before, now)
+        if key not in ignored
+    ]
 
 
 @dataclass(kw_only=True)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from prefopt.launch import (
     USER_MISTAKE,
     launch,
-    leave,
+    exit_process,
     rank,
     split_launch_settings,
-    tell,
+    print_on_main,
     without_launch_words,
 )
 from prefopt.recipes.convert import unknown_key
@@ -214,7 +214,7 @@ def _run_command(name: str, words: list[str]) -> int:
     if launch_settings:
         return launch(launch_settings, [name, *without_launch_words(words)])
     for notice in recipe.notices:
-        tell(notice)
+        print_on_main(notice)
     if command.is_method:
         from prefopt.training import train
 
@@ -278,7 +278,7 @@ def script(command: str) -> None:
     sys.path[:] = [
         path for path in sys.path if Path(path or ".").resolve() != folder
     ]  # scripts/evaluate.py is no module
-    leave(main([command, *sys.argv[1:]]))
+    exit_process(main([command, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

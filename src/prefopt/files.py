@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path` that replaces it when the block ends well, and vanishes when it does not.
+    """Yield a temporary path beside `path` that replaces it when the block ends well, and is removed when it does not.
 
     The file is flushed to disk before the rename, so a reader sees the old content or the new, never a part.
     """
@@ -87,7 +87,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def content_hash(*values: Any) -> str:
-    """SHA-256 (hex, 64 digits) of JSON-serialisable `values`; equal values give equal hashes on every machine."""
+    """Compute the SHA-256 (hex, 64 digits) of JSON values; equal values give equal hashes on every machine."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -100,7 +100,9 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str], *, name: str = ".lock") -> Iterator[None]:
-    """Hold the lock of a folder, made if absent, so that no second command writes there; it is released when its holder ends.
+    """Hold the lock of a folder, made if absent, so that no second command writes there.
+
+    The operating system releases it when its holder ends, killed or not; the lock file itself stays.
 
     Raises:
         ValueError: another process holds it.

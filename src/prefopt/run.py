@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.files import write_json, write_text
-from prefopt.launch import is_launched, tell, world_size
+from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.trainers.checkpoints import is_whole, last_checkpoint
@@ -253,7 +253,7 @@ def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
             )
     start = find_start(output_dir, resume, overwrite, resolved)
     if resume and start is None:
-        tell(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
+        print_on_main(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
     return output_dir, start
 
 
@@ -445,7 +445,7 @@ def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArgu
             name, is_trainable=True, quantization_config=models["quantization_config"], **options
         )
         args.model_init_kwargs = models["quantization_config"] = models["peft_config"] = None
-        tell(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
+        print_on_main(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
     return models
 
 

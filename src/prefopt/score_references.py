@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from prefopt.data import load_datasets
 from prefopt.data.rows import CONTEXT_COLUMNS
-from prefopt.launch import launch, split_launch_settings, tell, without_launch_words
+from prefopt.launch import launch, split_launch_settings, print_on_main, without_launch_words
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
 from prefopt.references.cache import default_folder
 from prefopt.references.health import cards_table
@@ -90,7 +90,7 @@ def _score_text(recipe: Recipe, classes: Any) -> None:
     cards = cards_of(rows, args.references, settings.root, dtype=settings.dtype)
     if accelerator.is_main_process:
         print(cards_table(cards), flush=True)
-    tell(f"The scores are in {settings.root}.")
+    print_on_main(f"The scores are in {settings.root}.")
 
 
 def _rows(args: Any, data_args: Any) -> Dataset:
@@ -114,7 +114,7 @@ def _rows(args: Any, data_args: Any) -> Dataset:
 def _tell_report(report: ScoringReport) -> None:
     lost = [f"{report.too_long} rows too long", f"{report.refused} refused by its template"]
     words = ", ".join(part for part, count in zip(lost, (report.too_long, report.refused)) if count)
-    tell(
+    print_on_main(
         f"{report.name}: {report.scored} completions scored, {report.found} found"
         + (f"; {words}" if words else "")
         + "."

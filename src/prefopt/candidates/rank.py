@@ -10,11 +10,17 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from prefopt.arguments import HubArguments, ServerArguments, check_settings, check_together, setting
+from prefopt.arguments import HubArguments, check_settings, check_together, setting
 from prefopt.candidates.pairs import score_differences
-from prefopt.candidates.rankers import MODEL_RANKERS, RANKERS, RankerOptions, build_ranker
+from prefopt.candidates.rankers import (
+    MODEL_RANKERS,
+    RANKER_SETTINGS,
+    RANKERS,
+    RankerOptions,
+    RankerSettings,
+    build_ranker,
+)
 from prefopt.candidates.rankers.base import Request, check_scores
-from prefopt.candidates.rankers.function import function_file
 from prefopt.candidates.records import (
     Record,
     output_file,
@@ -34,12 +40,11 @@ FLAG_ALIASES = {"model": "model_name_or_path"}
 # with the weights, these files decide a ranker's scores
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "tokenizer_config.json", "chat_template.jinja")
 FEW = "prompts with fewer than two candidates"
-_MODELS = {"ranker": MODEL_RANKERS}
 
 
 @dataclass
-class RankArguments(ServerArguments, HubArguments):
-    """What is ranked, which ranker scores it, and where the scored candidates go."""
+class _Ranked:
+    """What is ranked by which ranker; these fields stand first."""
 
     candidates: str = setting(
         "", "Candidates: the folder that `prefopt generate` wrote, a file, or a hub dataset.", required=True
@@ -54,7 +59,6 @@ class RankArguments(ServerArguments, HubArguments):
         "server.",
         required=True,
     )
-
     split: str = setting("train", "Split of the candidates, where they come from a dataset.")
     score_name: str | None = setting(None, "Name of the new scores; by default the last part of the ranker's name.")
     policy_template: str | None = setting(
@@ -63,40 +67,15 @@ class RankArguments(ServerArguments, HubArguments):
         "did; by default rankers read the raw prompt.",
     )
     shard_size: int | None = setting(
-        None, "Prompts in a shard; by default between 16 and 256, by the number of prompts.", at_least=1
+        None,
+        "Prompts in a shard; by default between 16 and 256, by the number of prompts.",
+        at_least=1,
     )
 
-    model_revision: str | None = setting(None, "Revision of a ranker on the hub.", only_for=_MODELS)
-    dtype: str = setting(
-        "auto",
-        "Of the ranker's weights: auto, float32, bfloat16, float16. auto: float32 on a CPU; on a GPU float16 for "
-        "PairRM, as published, and bfloat16 for others.",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        only_for=_MODELS,
-    )
-    trust_remote_code: bool = setting(
-        False, "reward-model: run the code that comes with the model (ArmoRM).", only_for={"ranker": ("reward-model",)}
-    )
-    max_length: int | None = setting(
-        None,
-        "reward-model, general-preference: tokens of prompt and answer; by default the model's own limit. The end is "
-        "kept.",
-        at_least=1,
-        only_for={"ranker": ("reward-model", "general-preference")},
-    )
-    tokens_per_batch: int = setting(
-        16384,
-        "Padded tokens in a batch; answers are batched by length.",
-        at_least=1,
-        only_for=_MODELS,
-        decides_result=False,
-    )
-    judge_template: str | None = setting(
-        None,
-        "judge: file with its prompt, with {prompt}, {answer_a} and {answer_b}; it must ask for [[A]], [[B]] or "
-        "[[C]].",
-        only_for={"ranker": ("judge",)},
-    )
+
+@dataclass
+class RankArguments(HubArguments, RankerSettings, _Ranked):
+    """What is ranked, which ranker scores it (with the options of `rankers`), and where the scored candidates go."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -177,8 +156,8 @@ def _identify(args: RankArguments) -> tuple[str, str | None]:
         folder = model_folder(name, args.model_revision, download=True)
         weights = files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
         return str(folder), content_hash(weights, [_hash_if_there(folder / file) for file in TOKENIZER_FILES])
-    text = function_file(name) if args.ranker == "function" else args.judge_template
-    return name, content_hash(Path(text).read_text(encoding="utf-8", errors="replace")) if text else None
+    source = RANKERS[args.ranker].source_file(name, args)
+    return name, content_hash(source.read_text(encoding="utf-8", errors="replace")) if source else None
 
 
 def _hash_if_there(path: Path) -> str | None:
@@ -192,21 +171,8 @@ class _Work:
 
     def __init__(self, args: RankArguments, folder: str, processes: Processes) -> None:
         self.args = args
-        self.options = RankerOptions(
-            kind=args.ranker,
-            path=folder,
-            device=processes.device,
-            dtype=args.dtype,
-            max_length=args.max_length,
-            tokens_per_batch=args.tokens_per_batch,
-            trust_remote_code=args.trust_remote_code,
-            base_url=args.base_url,
-            judge_template=args.judge_template,
-            key_variable=args.key_variable,
-            concurrency=args.concurrency,
-            request_timeout=args.request_timeout,
-            retries=args.retries,
-        )
+        chosen = {name: getattr(args, name) for name in RANKER_SETTINGS}
+        self.options = RankerOptions(kind=args.ranker, path=folder, device=processes.device, **chosen)
         self.ranker: Any = None
         self.template: Any = None
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.files import atomic_path, read_json, write_json, write_text
-from prefopt.launch import tell
+from prefopt.launch import print_on_main
 from prefopt.references.health import HealthCard, cards_table
 
 HELPS, NO_EVIDENCE, HURTS = "helps", "no evidence", "hurts"
@@ -464,7 +464,7 @@ def draw(path: Path, study: Study, verdict: Verdict) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        tell("no plots, as matplotlib is missing (pip install prefopt[plots]).")
+        print_on_main("no plots, as matplotlib is missing (pip install prefopt[plots]).")
         return False
     figure = Figure(figsize=(16, 2.5 + 0.3 * max(len(study.multi), len(study.health))), layout="constrained")
     health, differences, acted = figure.subplots(1, 3)

@@ -30,7 +30,7 @@ from prefopt._trl import prepare_deepspeed
 from prefopt.data.encoding import prepare_tokenizer
 from prefopt.references.cache import ScoreCache, Scores
 from prefopt.scoring.attention import load_with_flex_attention, why_not_packed
-from prefopt.scoring.layouts import Group, PackedLayout, PaddedLayout
+from prefopt.scoring.layouts import Group, Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def choose_layout(
 def group_scorer(
     model: nn.Module,
     config: PretrainedConfig,
-    layout: PackedLayout | PaddedLayout,
+    layout: Layout,
     *,
     device: torch.device,
     dtype: torch.dtype,

@@ -3,15 +3,14 @@
 Two layouts share one small interface, `collate(rows) -> dict of tensors`, where `rows` lists the groups that share a
 row:
 
-- `PaddedLayout`: every completion is a row of its own, prompt repeated before it, padded on the right to a common
-length.
+- `PaddedLayout`: every completion has its own row, prompt repeated before it, padded on the right to a common
+  length.
 - `PackedLayout`: the groups of a row stand one after the other, each as prompt, completion 0, completion 1, ...; every
-completion
-  restarts its positions after the prompt, and `scoring.attention` keeps it from seeing any other completion or group.
+  completion restarts its positions after the prompt, and `scoring.attention` keeps it from seeing any other completion
+  or group.
 
-Whatever reads the result (the scoring forward, pooling heads) uses only the keys documented at `Layout.collate`, so
-nothing after this
-module knows which layout made a batch.
+The scoring forward and pooling heads use only the keys documented at `Layout.collate`, so nothing after this module
+knows which layout made a batch.
 
 Letters: N rows, T tokens of a row, C completions of the batch (in group order), S scored tokens.
 """
@@ -44,7 +43,7 @@ class Layout(Protocol):
     name: str
 
     def collate(self, rows: Sequence[Sequence[Group]], *, row_length: int | None = None) -> dict[str, torch.Tensor]:
-        """Tensors for one forward pass over the groups of `rows`.
+        """Return the tensors for one forward pass over the groups of `rows`.
 
         Args:
             rows: for each row, the groups that it holds (the padded layout ignores the division into rows).
@@ -53,8 +52,7 @@ class Layout(Protocol):
         Returns:
             - `input_ids`, `position_ids` (N, T) long;
             - `attention_mask` (N, T) bool, padded layout; `group_ids` and `branch_ids` (N, T) int, packed layout
-            (group -1: padding;
-              branch 0: prompt, r + 1: completion r);
+              (group -1: padding; branch 0: prompt, r + 1: completion r);
             - `token_weights` (N, T) float: in how many completions' sequences a token stands (0 for padding);
             - `score_index` (S,) long: position in the flattened (N*T) outputs that predicts the scored token
             `score_targets` (S,);

@@ -116,7 +116,7 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
 
     config_class = MultiReferenceDPOConfig
     # soft self-play as well: its targets are log-ratios, to a mixture or to each reference in turn
-    pair_loss_table = {**PAIR_LOSSES, **{name: SELF_PLAY_LOSSES[name].loss for name in ("sppo", "sppo_single")}}  # noqa: RUF012
+    pair_loss_table = {**PAIR_LOSSES, **{name: SELF_PLAY_LOSSES[name] for name in ("sppo", "sppo_single")}}  # noqa: RUF012
     _name = "Multi-reference DPO"
     _tag_names = ("prefopt", "multi-reference-dpo")
     _paper = {  # noqa: RUF012
