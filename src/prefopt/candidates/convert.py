@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -81,7 +83,7 @@ def run(args: ConvertArguments) -> Path:
     found = list(source.read(rows, context))
     if source.kind == "pairs" and target.kind == "records":
         found = pairs_to_records(found)
-    written = list(target.write(found, context))
+    written = [_finite(row, number) for number, row in enumerate(target.write(found, context))]
     if not written:
         reasons = ", ".join(f"{number} {name}" for name, number in context.counts.items() if number)
         raise ValueError(f"{args.input}: none of {len(rows)} rows is left to write ({reasons or 'none was read'}).")
@@ -92,6 +94,27 @@ def run(args: ConvertArguments) -> Path:
         if number:
             print(f"convert: {number} {name}")
     return output
+
+
+def _finite(row: Row, number: int) -> Row:
+    """Return a row unchanged.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON does not know and no loss can read.
+    """
+    found = next(((name, fault) for name, value in row.items() for fault in _not_finite(value)), None)
+    if found is not None:
+        raise ValueError(f"Row {number} to write: `{found[0]}` holds {found[1]}, not a finite number.")
+    return row
+
+
+def _not_finite(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _not_finite(item)
 
 
 def _write(path: Path, rows: list[Row], *, is_records: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -96,11 +96,14 @@ def check_record(record: Mapping[str, Any], where: str) -> Record:
         for number, candidate in enumerate(record["candidates"])
     ]
     size = len(clean["candidates"])
+    if not isinstance(record.get("tables") or {}, Mapping):
+        raise ValueError(f"{where}: `tables` is not a mapping from names to tables of logits.")
     clean["tables"] = {name: table for name, table in (record.get("tables") or {}).items() if table is not None}
     for name, table in clean["tables"].items():
-        if len(table) != size or any(len(line) != size for line in table):
+        lines = table if isinstance(table, list) else []
+        if len(lines) != size or any(not isinstance(line, list) or len(line) != size for line in lines):
             raise ValueError(f"{where}: the table {name!r} does not have {size} rows of {size} logits.")
-        _check_finite([value for line in table for value in line], f"{where}: the table {name!r}")
+        check_finite([value for line in table for value in line], f"{where}: the table {name!r}")
     return clean
 
 
@@ -109,22 +112,44 @@ def _check_candidate(candidate: Any, where: str) -> Candidate:
         raise ValueError(f"{where} has no `text`.")
     if candidate.get("finish_reason") not in FINISH_REASONS:
         raise ValueError(f"{where}: finish_reason is {candidate.get('finish_reason')!r}, not one of {FINISH_REASONS}.")
-    scores = {name: score for name, score in (candidate.get("scores") or {}).items() if score is not None}
-    _check_finite(scores.values(), f"{where}: a score")
+    for name in ("k", "num_tokens"):
+        value = candidate.get(name)
+        if value is not None and (not isinstance(value, int) or not 0 <= value < 2**31):
+            raise ValueError(f"{where}: {name} is {str(value)[:80]!r}, not a whole number.")
+    scores = _scores(candidate.get("scores"), where)
     return make_candidate(
         candidate["text"],
         source=str(candidate.get("source") or "unknown"),
-        k=int(candidate.get("k") or 0),
+        k=candidate.get("k") or 0,
         finish_reason=candidate.get("finish_reason"),
         num_tokens=candidate.get("num_tokens"),
         scores=scores,
     )
 
 
-def _check_finite(values: Iterable[Any], what: str) -> None:
+def check_finite(values: Any, what: str) -> list[float]:
+    """Return scores as floats.
+
+    Raises:
+        ValueError: they are no list, or one of them is no finite number.
+    """
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{what} is {str(values)[:80]!r}, where a list of numbers is expected.")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{what} is {value!r}, not a finite number.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{what} is {repr(value)[:80]}, not a finite number.")
+    return [float(value) for value in values]
+
+
+def _scores(scores: Any, where: str) -> dict[str, float]:
+    """Check a mapping from rankers to scores, and drop the None entries that Arrow adds."""
+    if not isinstance(scores or {}, Mapping):
+        raise ValueError(
+            f"{where}: `scores` is {str(scores)[:80]!r}, where a mapping from names to numbers is expected."
+        )
+    found = {name: score for name, score in (scores or {}).items() if score is not None}
+    check_finite(list(found.values()), f"{where}: a score")
+    return found
 
 
 def output_file(folder: str | Path, output_format: str, *, stem: str = "candidates") -> Path:
@@ -291,27 +316,35 @@ def _is_conversation(value: list[Any]) -> bool:
     return bool(value) and all(isinstance(item, Mapping) and "role" in item for item in value)
 
 
-def _response(value: Any, column: str) -> Candidate:
-    source = f"dataset[{column}]"
-    if isinstance(value, str):
-        return make_candidate(value, source=source)
+def answer_text(value: Any, where: str) -> str | None:
+    """Return the text of a response: a string, or the last turn of a conversation; None for anything else.
+
+    Raises:
+        ValueError: the conversation does not end with an answer, or that is no text.
+    """
     if isinstance(value, list) and _is_conversation(value):
         last = value[-1]
         if last["role"] != "assistant" or not isinstance(last.get("content"), str):
-            raise ValueError(f"Column {column!r}: the conversation ends with {last['role']!r}, not with an answer.")
-        return make_candidate(last["content"], source=source)
+            raise ValueError(f"{where}: the conversation ends with {last['role']!r}, not with an answer of text.")
+        return str(last["content"])
+    return value if isinstance(value, str) else None
+
+
+def _response(value: Any, column: str) -> Candidate:
+    source, where = f"dataset[{column}]", f"Column {column!r}"
+    if (text := answer_text(value, where)) is not None:
+        return make_candidate(text, source=source)
     if isinstance(value, Mapping):
         text = next((value[key] for key in TEXT_KEYS if isinstance(value.get(key), str)), None)
         if text is not None:
             writer = next((str(value[key]) for key in SOURCE_KEYS if value.get(key)), source)
             numbers = {
-                key: float(number)
+                key: number
                 for key, number in value.items()
                 if isinstance(number, (int, float)) and not isinstance(number, bool) and key not in ("k", "num_tokens")
             }
-            scores = {**numbers, **without_none(value.get("scores") or {})}
-            _check_finite(scores.values(), f"Column {column!r}: a score")
-            return make_candidate(text, source=writer, scores=scores)
+            scores = {name: float(number) for name, number in _scores(numbers, where).items()}
+            return make_candidate(text, source=writer, scores={**scores, **_scores(value.get("scores"), where)})
     raise ValueError(
         f"Column {column!r} holds no response: a string, a conversation, or a mapping with one of "
         f"{', '.join(TEXT_KEYS)} is expected, not {str(value)[:80]!r}."
