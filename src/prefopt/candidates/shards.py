@@ -25,6 +25,8 @@ from prefopt import __version__
 from prefopt.files import content_hash, file_hash, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 Row = dict[str, Any]
+# what is read of a manifest; `seconds` may be a whole number in JSON
+MANIFEST_TYPES: dict[str, Any] = {"settings": dict, "counts": dict, "row_ids": list, "seconds": (int, float)}
 
 
 class ShardFailed(ValueError):
@@ -149,11 +151,19 @@ class ShardPlan:
             manifest = read_json(path)
         except FileNotFoundError:
             return False
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             path.unlink()  # cut off by a crash of the machine: the shard is made again
             return False
         if not isinstance(manifest, dict) or manifest.get("tool") != self.tool or "settings" not in manifest:
             raise ValueError(f"{path}: not a manifest of `prefopt {self.tool}`. " + self._remedy("the folder"))
+        for name, kind in MANIFEST_TYPES.items():
+            value = manifest.get(name)
+            if not isinstance(value, kind) or (
+                name == "counts" and not all(isinstance(n, int) for n in value.values())
+            ):
+                raise ValueError(
+                    f"{path}: damaged, as its `{name}` is {str(value)[:80]!r}. Delete this file to make it again."
+                )
         changes = setting_changes(manifest["settings"], self.settings)
         if changes:
             raise ValueError(
