@@ -160,7 +160,7 @@ def test_a_server_that_answers_mostly_nonsense_ends_the_run():
     [
         ("7", 7, 7),
         ("0.5", 0.5, 0.5),
-        (formatdate(time.time() + 30, usegmt=True), 5, 30),
+        (formatdate(time.time() + 9000, usegmt=True), 5000, 9000),
         (formatdate(time.time() - 30, usegmt=True), 0, 0),
         ("-3", 0, 0),
         ("soon", 0, 0),
