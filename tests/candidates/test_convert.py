@@ -315,7 +315,7 @@ def test_a_score_that_is_no_number_is_one_line_that_names_the_row(tmp_path, form
         bad["scores"][1] = score
     else:
         bad["completions" if "completions" in bad else "answers"][0]["scores"] = score if score is not None else [None]
-    monkeypatch.setattr(convert_module, "load_source", lambda source: [good, bad])
+    monkeypatch.setattr(convert_module, "open_rows", lambda source: [good, bad])
     settings = {"columns": ["answers"]} if form == "responses" else {}
     with pytest.raises(ValueError, match=r"Row 1.*(number|mapping)"):
         convert(tmp_path, [good], form, "records", **settings)

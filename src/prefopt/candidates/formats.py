@@ -81,7 +81,7 @@ class Context:
         self.counts[f"{what} dropped: {reason}"] += 1
 
 
-# Writers may iterate over the rows more than once.
+# Rows are read and written one at a time; writers iterate over them more than once where they need to.
 Converter: TypeAlias = Callable[[Iterable[Row], Context], Iterator[Row]]
 
 
@@ -113,20 +113,31 @@ def read_pairs(rows: Iterable[Row], context: Context) -> Iterator[Row]:
             yield pair if row.get("prompt_id") is None else {**pair, "prompt_id": str(row["prompt_id"])}
 
 
-def pairs_to_records(pairs: Iterable[Row]) -> list[Record]:
-    """Make a record of two candidates, `chosen` and `rejected`, from each pair; pairs of one prompt share a record."""
+def pairs_to_records(pairs: Iterable[Row]) -> Iterator[Record]:
+    """Make a record of two candidates, `chosen` and `rejected`, from each pair; pairs of one prompt share a record.
+
+    Args:
+        pairs: are iterated over twice: a record is held until the last pair of its prompt has come.
+    """
+    left = Counter(hash(_record_of(pair)["prompt_id"]) for pair in pairs)
     records: dict[str, Record] = {}
     for pair in pairs:
-        prompt = as_messages(pair["prompt"]) if isinstance(pair["chosen"], list) else pair["prompt"]
-        name = normalise_prompt({"prompt": prompt})["row_id"]
-        record = records.setdefault(name, make_record(name, prompt, []))
+        record = _record_of(pair)
+        left[hash(record["prompt_id"])] -= 1
+        record = records.setdefault(record["prompt_id"], record)
         known = {candidate["text"] for candidate in record["candidates"]}
         for candidate in off_policy_candidates(pair, ["chosen", "rejected"]):
             if candidate["text"] not in known:
                 same = [c for c in record["candidates"] if c["source"] == candidate["source"]]
                 record["candidates"].append({**candidate, "k": len(same)})
                 known.add(candidate["text"])
-    return list(records.values())
+        while records and not left[hash(next(iter(records)))]:
+            yield records.pop(next(iter(records)))
+
+
+def _record_of(pair: Row) -> Record:
+    prompt = as_messages(pair["prompt"]) if isinstance(pair["chosen"], list) else pair["prompt"]
+    return make_record(normalise_prompt({"prompt": prompt})["row_id"], prompt, [])
 
 
 def conversation(prompt: Text, response: Text) -> list[Message]:
@@ -268,7 +279,7 @@ def read_responses(rows: Iterable[Row], context: Context) -> Iterator[Record]:
     """
     if not context.columns:
         raise ValueError("Name the columns that hold responses with `columns`.")
-    seen: set[str] = set()
+    seen: set[int] = set()  # hashes take a fraction of the memory
     for number, row in enumerate(rows):
         try:
             clean = normalise_prompt(row)
@@ -276,10 +287,10 @@ def read_responses(rows: Iterable[Row], context: Context) -> Iterator[Record]:
             context.drop(fault.reason)
             continue
         name = str(row.get("prompt_id") or clean["row_id"])
-        if name in seen:
+        if hash(name) in seen:
             context.drop("prompt seen before")
             continue
-        seen.add(name)
+        seen.add(hash(name))
         try:
             candidates = off_policy_candidates(row, context.columns)
         except ValueError as error:

@@ -469,4 +469,4 @@ def _write(args: GenerateArguments, prompts: PromptSet, plan: ShardPlan, output:
     ):
         if counts[name]:
             print(f"generate: {counts[name]} {name}")
-    push_to_hub(args, lambda: to_dataset(records))
+    push_to_hub(args, output, lambda: to_dataset(records))
