@@ -8,9 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+
+class _Metadata(dict[str, Any]):
+    """What is known about a setting; only what argparse knows is listed.
+
+    `HfArgumentParser` and `TrlParser` pass every listed entry of a field's metadata to `add_argument`, which raises
+    for a name that it does not know. The trainers' configs must go on working with them.
+    """
+
+    def keys(self) -> Any:
+        """List what argparse knows; any other entry is found by its name."""
+        return {"help", "choices"} & super().keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
 
 def setting(
@@ -50,9 +66,7 @@ def setting(
         "above": above,
         "at_most": at_most,
     }
-    metadata: dict[str, Any] = {
-        name: value for name, value in known.items() if value is not None and value is not False
-    }
+    metadata = _Metadata({name: value for name, value in known.items() if value is not None and value is not False})
     if only_for is not None:
         metadata["only_for"] = {selector: tuple(values) for selector, values in only_for.items()}
     if not decides_result:
@@ -154,32 +168,18 @@ class HubArguments:
     hub_private_repo: bool = setting(True, "Whether that repository is private when it is made.", decides_result=False)
 
 
-_SERVED = {"backend": ("server",), "ranker": ("judge",)}
+# a setting of the tools that talk to a server, which only their backend or ranker of that kind reads
+_server_setting = partial(setting, only_for={"backend": ("server",), "ranker": ("judge",)}, decides_result=False)
 
 
 @dataclass(kw_only=True)
 class ServerArguments:
     """Keys of the tools that talk to an OpenAI-compatible server."""
 
-    base_url: str = setting(
-        "http://localhost:8000/v1", "Address of an OpenAI-compatible server.", only_for=_SERVED, decides_result=False
+    base_url: str = _server_setting("http://localhost:8000/v1", "Address of an OpenAI-compatible server.")
+    key_variable: str = _server_setting(
+        "OPENAI_API_KEY", "Environment variable that holds the server's key, if one is needed."
     )
-    key_variable: str = setting(
-        "OPENAI_API_KEY",
-        "Environment variable that holds the server's key, if one is needed.",
-        only_for=_SERVED,
-        decides_result=False,
-    )
-    concurrency: int = setting(
-        64, "Requests under way at a time, in each process.", at_least=1, only_for=_SERVED, decides_result=False
-    )
-    request_timeout: float = setting(
-        600.0, "Seconds for one whole request.", above=0, only_for=_SERVED, decides_result=False
-    )
-    retries: int = setting(
-        5,
-        "Further attempts after a failed request, with growing pauses.",
-        at_least=0,
-        only_for=_SERVED,
-        decides_result=False,
-    )
+    concurrency: int = _server_setting(64, "Requests under way at a time, in each process.", at_least=1)
+    request_timeout: float = _server_setting(600.0, "Seconds for one whole request.", above=0)
+    retries: int = _server_setting(5, "Further attempts after a failed request, with growing pauses.", at_least=0)

@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -57,11 +57,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write `rows` to `path`, one JSON object a line, atomically; gzip where the name ends in .gz."""
-    with atomic_path(path) as temporary:
-        opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(temporary, "wt", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with atomic_path(path) as temporary, _opener(path)(temporary, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -75,8 +72,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def iterate_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Read one JSON object a line from `path`, each when it is asked for; see `read_jsonl`."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with _opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -89,6 +85,10 @@ def iterate_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
             yield row
+
+
+def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:
+    return gzip.open if str(path).endswith(".gz") else open  # type: ignore[return-value]
 
 
 def content_hash(*values: Any) -> str:

@@ -16,7 +16,7 @@ from prefopt.arguments import HubArguments
 from prefopt.candidates import tables
 from prefopt.candidates.pairs import aggregate_scores
 from prefopt.candidates.tables import Again, infer_features, open_rows, write_parquet
-from prefopt.data.messages import Text, as_messages, clean_text
+from prefopt.data.messages import TextOrMessages, as_messages, clean_text
 from prefopt.data.rows import CONTEXT_COLUMNS, Row
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import write_jsonl
@@ -68,7 +68,7 @@ def make_candidate(
     }
 
 
-def make_record(prompt_id: str, prompt: Text, candidates: Sequence[Candidate], **context: Any) -> Record:
+def make_record(prompt_id: str, prompt: TextOrMessages, candidates: Sequence[Candidate], **context: Any) -> Record:
     """Make a record; `context` is the row's `tools` and `chat_template_kwargs`, where it has them."""
     return {"prompt_id": prompt_id, "prompt": prompt, "candidates": list(candidates), "tables": {}, **context}
 
@@ -243,13 +243,13 @@ class PromptKind:
     messages: bool = False
     further_keys: bool = False
 
-    def add(self, prompt: Text) -> None:
+    def add(self, prompt: TextOrMessages) -> None:
         """Take a prompt into account."""
         if isinstance(prompt, list):
             self.messages = True
             self.further_keys |= any(set(message) != set(MESSAGE) for message in prompt)
 
-    def form(self, prompt: Text) -> Text:
+    def form(self, prompt: TextOrMessages) -> TextOrMessages:
         """Return a prompt in the form that all have; a string becomes one user turn."""
         return as_messages(prompt) if self.messages else prompt
 
