@@ -106,7 +106,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
-    rows = []
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Read one JSON object a line from `path`, each when it is asked for; see `read_jsonl`."""
     with _opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -115,10 +119,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            except RecursionError:
+                raise ValueError(f"{path}, line {number}: JSON of too many levels.") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:
