@@ -1,12 +1,13 @@
 """One training run from a recipe: data first, then the model, then training, evaluation and what is kept.
 
-`train` is the whole of it; everything that can be wrong is looked at before any weights are loaded and before anything
+`train` is the whole of it; everything that can be wrong is checked before any weights are loaded and before anything
 is written.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
 from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
+from prefopt.data.rows import Kind
 from prefopt.launch import rank, tell, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe
@@ -36,12 +38,13 @@ from prefopt.run import (
     single_model,
 )
 
+
 def shared_arguments() -> tuple[type, ...]:
-    """The dataclasses whose keys every training method has, beside its own config."""
+    """Return the dataclasses whose keys every training method has, beside its own config."""
     return (DatasetArguments, ModelConfig, RunArguments)
 
 
-def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]) -> None:
+def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: Sequence[type]) -> None:
     """Run one training method.
 
     Args:
@@ -81,16 +84,16 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
 
 def make_trainer(
     trainer_class: Any,
-    rows: str,
+    rows: Kind,
     args: Any,
     data_args: DatasetArguments,
     model_args: ModelConfig,
     run_args: RunArguments,
 ) -> Any:
-    """Data, then weights, then the trainer.
+    """Prepare the data, load the weights and build the trainer, in this order.
 
     Raises:
-        ValueError: what a user can mend.
+        ValueError: a user's mistake.
     """
     name = model_args.model_name_or_path
     assert name is not None
@@ -103,26 +106,23 @@ def make_trainer(
         tell("There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out).")
         args.eval_strategy = type(args.eval_strategy)("no")
     args.model_init_kwargs = {**model_options(model_args), **(args.model_init_kwargs or {})}
-    models = (
-        pair_models(name, args, model_args, run_args)
-        if rows == "pairs"
-        else single_model(name, args, model_args, run_args)
-    )
+    load_models = pair_models if rows == "pairs" else single_model
+    models = load_models(name, args, model_args, run_args)
     return trainer_class(
         args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **models
     )
 
 
 def prepare_data(
-    trainer_class: Any, rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    trainer_class: Any, rows: Kind, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Tokenised training and evaluation rows; the counts and one decoded sample are printed."""
+    """Return tokenised training and evaluation rows; print the counts and one decoded sample."""
     datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
             print(report.table(), flush=True)
         print(describe_sample(tokenizer, datasets["train"][0]), flush=True)
-    if rows != "pairs":  # the pair trainers look at them before they load weights
+    if rows != "pairs":  # the pair trainers check them before they load weights
         for name, dataset in datasets.items():
             trainer_class.check_data(dataset, args, name)
     train_dataset = datasets.pop("train")
@@ -130,18 +130,16 @@ def prepare_data(
 
 
 def tokenise_data(
-    rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    rows: Kind, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[dict[str, Dataset], list[TokenizationReport]]:
-    """The rows that the recipe names as token ids, and what became of them.
+    """Tokenise the rows that the recipe names.
 
     Returns:
         Each data set by name ("train", "eval" if there is one, and the names of `eval_datasets`); a report for each.
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
-    tokenize = RowTokenizer(
-        tokenizer, rows, Truncation(args.max_length, args.max_prompt_length, args.truncation_mode)
-    )
+    tokenize = RowTokenizer(tokenizer, rows, Truncation(args.max_length, args.max_prompt_length, args.truncation_mode))
     train, evaluation = load_tokenized(sources, tokenize, num_proc=args.dataset_num_proc)
     mapped = {"train": train}
     if evaluation is not None and data_args.evaluates:  # rows held out are left out of training all the same
@@ -156,7 +154,7 @@ def tokenise_data(
 
 
 def fit(trainer: Any, start: str | None) -> None:
-    """Train, from a checkpoint if there is one; errors from here on that are not ours keep their traceback."""
+    """Train, from a checkpoint if there is one. An error that a library raises keeps its traceback."""
     try:
         result = trainer.train(resume_from_checkpoint=start)
     except (ValueError, OSError) as error:
@@ -169,10 +167,8 @@ def fit(trainer: Any, start: str | None) -> None:
 
 
 def _raised_here(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(Path(__file__).parent) in trace.tb_frame.f_code.co_filename
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return str(Path(__file__).parent) in last.filename
 
 
 def finish(trainer: Any, data_args: DatasetArguments, *, push: bool) -> None:

@@ -317,6 +317,28 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     assert len(calls) == 3
 
 
+def test_what_was_tokenised_here_with_the_same_settings_is_taken_as_it_is(monkeypatch):
+    dataset, report = tokenize_pairs(Dataset.from_list(BAD_ROWS), LETTERS, max_length=16, name="first")
+
+    def fail(*args, **settings):
+        raise AssertionError("mapped again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "map", fail)
+        again, told = tokenize_pairs(dataset, LETTERS, max_length=16, name="second")
+        assert again is dataset
+        assert told.name == "second" and told.dropped == report.dropped and told.lengths == report.lengths
+        for other in (dataset.select([0]), dataset.remove_columns("row_id")):  # another set
+            with pytest.raises(AssertionError, match="mapped again"):
+                tokenize_pairs(other, LETTERS, max_length=16)
+        for settings in ({"max_length": 15}, {"max_length": 16, "strict_prefix": True}):
+            with pytest.raises(AssertionError, match="mapped again"):
+                tokenize_pairs(dataset, LETTERS, **settings)
+        with pytest.raises(AssertionError, match="mapped again"):
+            tokenize_pairs(dataset, PLAIN, max_length=16)
+    assert tokenize_pairs(dataset, LETTERS, max_length=15)[0].to_list() == dataset.to_list()
+
+
 def test_several_processes_give_the_same(tmp_path):
     Dataset.from_list(BAD_ROWS).save_to_disk(str(tmp_path / "rows"))
     dataset = Dataset.load_from_disk(str(tmp_path / "rows"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.candidates.records import file_of
-from prefopt.data.holdout import fill_with_prompts, prompt_identity
+from prefopt.data.holdout import fill_with_prompts, prompt_text_key
 from prefopt.data.messages import BadRow, without_none
 from prefopt.data.rows import Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
@@ -130,7 +130,7 @@ def _read(source: DataSource) -> tuple[list[Row], list[str], Counter[str]]:
     for row in load_source(source):
         clean = without_none(row)
         try:
-            keys.append(prompt_identity(normalise_prompt(clean)["prompt"]))
+            keys.append(prompt_text_key(normalise_prompt(clean)["prompt"]))
         except BadRow as fault:
             dropped[fault.reason] += 1
             continue
@@ -147,7 +147,7 @@ def check_disjoint(folder: Path, names: Sequence[str]) -> dict[str, set[str]]:
         ValueError: two sets have a prompt in common.
     """
     found = {
-        name: {prompt_identity(normalise_prompt(row)["prompt"]) for row in read_jsonl(folder / f"{name}.jsonl")}
+        name: {prompt_text_key(normalise_prompt(row)["prompt"]) for row in read_jsonl(folder / f"{name}.jsonl")}
         for name in names
     }
     for one, other in combinations(names, 2):

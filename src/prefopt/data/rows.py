@@ -27,6 +27,7 @@ Kind: TypeAlias = Literal["pairs", "comparisons", "prompts", "any"]
 Row: TypeAlias = dict[str, Any]
 PromptAndResponses: TypeAlias = tuple[TextOrMessages, list[TextOrMessages]]
 
+IDS = List(Value("int32"))
 # numbers that losses and caches read; the references' are a number, or one number for each reference
 METHOD_COLUMNS = (
     "chosen_win_prob",
@@ -125,27 +126,42 @@ def text_features(features: Mapping[str, Any], kind: Kind, *, is_messages: bool)
     return Features({**kept_features(features, kind, contents), **context, **faults})
 
 
-def normalise(row: Row, kind: Kind, columns: Sequence[str]) -> Row:
+def id_features(features: Mapping[str, Any], kind: Kind) -> Features:
+    """Return the columns of tokenised rows."""
+    contents: dict[str, Any] = {"prompt_ids": IDS, **dict.fromkeys(map(id_column, COMPLETION_COLUMNS[kind]), IDS)}
+    if kind == "pairs":
+        contents |= {"chosen_bytes": Value("int64"), "rejected_bytes": Value("int64")}
+    elif kind == "comparisons":
+        contents["response_ids"] = List(IDS)
+    return kept_features(features, kind, contents)
+
+
+def id_column(part: str) -> str:
+    """Return the column that holds the token ids of "prompt", "chosen", "rejected" or "responses"."""
+    return f"{part.removesuffix('s')}_ids"
+
+
+def normalise(row: Row, kind: Kind, columns: Sequence[str], *, is_messages: bool | None = None) -> Row:
     """Return a row in the schema of `kind`; one that cannot be used has the reason in `fault` and `fault_detail`.
 
     Args:
-        row: in any accepted shape.
+        row: in any accepted shape; a tokenised row is checked.
         kind: "pairs", "comparisons" or "prompts".
         columns: of the schema, see `text_features`.
+        is_messages: what the rows before were, messages or strings, which this one must be, too.
     """
-    kept = row if kind == "prompts" else {}
+    tokenised = is_tokenised(row, kind)
+    kept = row if tokenised or kind == "prompts" else {}
     try:
-        clean = {**dict.fromkeys(CONTEXT_COLUMNS), **_READERS[kind](row)}
+        clean = normalise_ids(row, kind) if tokenised else _READERS[kind](row)
+        if is_messages is not None and isinstance(clean["prompt"], list) != is_messages:
+            other = "a string" if is_messages else "a list of messages"
+            raise BadRow(Fault.WRONG_TYPE, f"`prompt` is {other}, unlike the rows before")
     except BadRow as fault:
-        clean = faulty(row, fault)
+        name = content_hash(repr(sorted(row.items(), key=str)))[:16]
+        clean = {"prompt": None, "row_id": name, "fault": fault.reason, "fault_detail": fault.detail}
+    clean = {**dict.fromkeys(CONTEXT_COLUMNS), **clean}
     return {name: clean[name] if name in clean else kept.get(name) for name in columns}
-
-
-def faulty(row: Row, fault: BadRow) -> Row:
-    """Return what is left of a row that cannot be used: a name, and the reason."""
-    name = content_hash(repr(sorted(row.items(), key=str)))[:16]
-    emptied = dict.fromkeys(("prompt", *CONTEXT_COLUMNS))
-    return {**emptied, "row_id": name, "fault": fault.reason, "fault_detail": fault.detail}
 
 
 def normalise_pair(row: Mapping[str, Any]) -> Row:
@@ -220,6 +236,29 @@ def normalise_comparison(row: Mapping[str, Any]) -> Row:
     identity = row_id(prompt, responses, {**context, "scores": scores})
     values = {"scores": scores, **comparison_values(row)}
     return {"row_id": identity, "prompt": prompt, "responses": responses, **values, **context}
+
+
+def normalise_ids(row: Mapping[str, Any], kind: Kind) -> Row:
+    """Check a pair or comparison that is tokenised already; return its numbers, and its `row_id` or a new one.
+
+    Raises:
+        BadRow: ids are missing, or the scores cannot be used.
+    """
+    raise_recorded_fault(row)
+    names = [id_column(part) for part in ("prompt", *COMPLETION_COLUMNS[kind])]
+    for name in names:
+        if row[name] is None:
+            raise BadRow(Fault.MISSING_FIELD, f"`{name}` is missing")
+    prompt, *completions = (row[name] for name in names)
+    if not prompt:
+        raise BadRow(Fault.MISSING_FIELD, "`prompt_ids` is empty")
+    if kind == "comparisons":
+        (completions,) = completions
+        scores = {"scores": check_scores(row["scores"], len(completions))}
+        values = {**scores, **comparison_values(row)}
+    else:
+        scores, values = {}, method_values(row)
+    return {"row_id": row.get("row_id") or row_id(prompt, completions, scores), **values}
 
 
 _READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}

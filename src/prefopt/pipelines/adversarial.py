@@ -16,7 +16,7 @@ from itertools import combinations
 from typing import Any
 
 from prefopt.candidates.prompts import load_prompts
-from prefopt.candidates.split import prompt_text_key
+from prefopt.data.holdout import prompt_text_key
 from prefopt.data.messages import BadRow, without_none
 from prefopt.data.rows import normalise_comparison
 from prefopt.data.sources import DataSource, load_source
