@@ -213,6 +213,7 @@ class RowTokenizer:
         return dataset.map(
             self.tokenize_batch,
             batched=True,
+            batch_size=200,  # a batch's token ids are Python integers: this bounds the memory of a process
             fn_kwargs={"columns": list(columns), "schema": list(schema)},
             remove_columns=[column for column in dataset.column_names if column not in columns],
             features=Features({**columns, OUTCOME: Json()}),
