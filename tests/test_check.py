@@ -62,8 +62,8 @@ def test_all_problems_are_collected(tmp_path, model, data, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_text("")
     recipe = tiny_recipe(
-        tmp_path, model, data, beta="strong", learning_rte=1, warmup_ratio=7, use_peft=True, lora_target_modules=["lm_head"],
-        dataset_name=f"{tmp_path}/no.jsonl", use_cpu=None,
+        tmp_path, model, data, beta="strong", learning_rte=1, warmup_ratio=7, use_peft=True, use_cpu=None,
+        lora_target_modules=["lm_head"], dataset_name=f"{tmp_path}/no.jsonl",
     )  # fmt: skip
     status, printed = check(capsys, recipe, "--accelerate_config", "deepspeed_zero3")
     assert status == 2
@@ -150,7 +150,7 @@ def test_an_adapter_is_estimated_with_the_model_under_it(tmp_path, model, data, 
     status, printed = check(capsys, tiny_recipe(tmp_path, tmp_path / "adapter", data))
     assert status == 0, printed
     ((shape, settings),) = estimates
-    assert settings["trained"] == 2 * (32 * 8 + 8 * 32)  # two layers' q_proj, 32 to 32
+    assert shape.trained == 2 * (32 * 8 + 8 * 32)  # two layers' q_proj, 32 to 32
     assert shape.parameters > 10_000 and settings["keeps_reference"] is False
 
 

@@ -1,15 +1,16 @@
 """How the settings of a command are declared: everything known about a setting stands in its field's metadata.
 
 A dataclass of settings declares each field with `setting` and calls `check_settings` from `__post_init__`. Other parts
-read the same
-metadata: `--help` the text and the choices, pipelines whether a setting decides a result.
+read the same metadata: `--help` prints the text and the choices, pipelines ask whether a setting decides a result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -34,14 +35,15 @@ def setting(
         factory: makes the default where that is a list or a mapping.
         choices: the only values allowed.
         required: an empty value raises.
-        at_least, above, at_most: bounds of a number; None is never out of bounds.
+        at_least: lowest number allowed. None is never out of bounds, in this and the next two.
+        above: number that the value must exceed.
+        at_most: highest number allowed.
         only_for: selector field -> its values for which this setting is read; set with another one, it raises.
-            Selectors that the
-            dataclass does not have are ignored, so that a mixin can name those of all its users.
+            Selectors that the dataclass does not have are ignored, so that a mixin can name those of all its users.
         decides_result: False if a result made with another value is the same (addresses, batch sizes of inference,
             plots, pushing).
     """
-    known = {
+    known: dict[str, Any] = {
         "help": help,
         "choices": choices,
         "required": required,
@@ -49,7 +51,9 @@ def setting(
         "above": above,
         "at_most": at_most,
     }
-    metadata = {name: value for name, value in known.items() if value is not None and value is not False}
+    metadata: dict[str, Any] = {
+        name: value for name, value in known.items() if value is not None and value is not False
+    }
     if only_for is not None:
         metadata["only_for"] = {selector: tuple(values) for selector, values in only_for.items()}
     if not decides_result:
@@ -62,6 +66,13 @@ def setting(
 def missing(name: str) -> str:
     """Return the message about a setting that has to be given."""
     return f"{name} is missing: set it in the recipe or with --{name}."
+
+
+_BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+}
 
 
 def check_settings(args: Any) -> None:
@@ -81,14 +92,10 @@ def _check(args: Any, declared: dataclasses.Field[Any], value: Any) -> None:
     choices = known.get("choices")
     if choices is not None and value is not None and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
-    if value is not None:
-        for bound, holds, words in (
-            ("at_least", lambda limit: value >= limit, "at least"),
-            ("above", lambda limit: value > limit, "above"),
-            ("at_most", lambda limit: value <= limit, "at most"),
-        ):
-            if bound in known and not holds(known[bound]):
-                raise ValueError(f"{name} is {value}; it must be {words} {known[bound]}.")
+    for bound, holds in _BOUNDS.items():
+        # written so that NaN, for which every comparison is false, is out of bounds
+        if value is not None and bound in known and not holds(value, known[bound]):
+            raise ValueError(f"{name} is {value}; it must be {bound.replace('_', ' ')} {known[bound]}.")
     if value == default_of(declared):
         return
     for selector, values in known.get("only_for", {}).items():
@@ -100,7 +107,7 @@ def _check(args: Any, declared: dataclasses.Field[Any], value: Any) -> None:
 
 
 def default_of(declared: dataclasses.Field[Any]) -> Any:
-    """Return the default value of a field, made anew where it has a factory."""
+    """Return a field's default, made anew where it has a factory; `dataclasses.MISSING` where it has none."""
     return declared.default_factory() if declared.default_factory is not dataclasses.MISSING else declared.default
 
 
@@ -120,7 +127,23 @@ def names_without_effect(*classes: type) -> frozenset[str]:
     )
 
 
-@dataclass
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ between two mappings; an absent key counts as None."""
+    return [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+
+
+def setting_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = frozenset()
+) -> list[str]:
+    """Describe each setting that differs as `key was OLD and is NEW`, without those in `ignored`."""
+    return [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in changed_keys(before, now)
+        if key not in ignored
+    ]
+
+
+@dataclass(kw_only=True)
 class HubArguments:
     """Keys of the tools that write a dataset: its file format, and whether it is pushed to the hub."""
 
@@ -132,32 +155,18 @@ class HubArguments:
     hub_private_repo: bool = setting(True, "Whether that repository is private when it is made.", decides_result=False)
 
 
-_SERVED = {"backend": ("server",), "ranker": ("judge",)}
+# a setting of the tools that talk to a server, which only their backend or ranker of that kind reads
+_server_setting = partial(setting, only_for={"backend": ("server",), "ranker": ("judge",)}, decides_result=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ServerArguments:
     """Keys of the tools that talk to an OpenAI-compatible server."""
 
-    base_url: str = setting(
-        "http://localhost:8000/v1", "Address of an OpenAI-compatible server.", only_for=_SERVED, decides_result=False
+    base_url: str = _server_setting("http://localhost:8000/v1", "Address of an OpenAI-compatible server.")
+    key_variable: str = _server_setting(
+        "OPENAI_API_KEY", "Environment variable that holds the server's key, if one is needed."
     )
-    key_variable: str = setting(
-        "OPENAI_API_KEY",
-        "Environment variable that holds the server's key, if one is needed.",
-        only_for=_SERVED,
-        decides_result=False,
-    )
-    concurrency: int = setting(
-        64, "Requests under way at a time, in each process.", at_least=1, only_for=_SERVED, decides_result=False
-    )
-    request_timeout: float = setting(
-        600.0, "Seconds for one whole request.", above=0, only_for=_SERVED, decides_result=False
-    )
-    retries: int = setting(
-        5,
-        "Further attempts after a failed request, with growing pauses.",
-        at_least=0,
-        only_for=_SERVED,
-        decides_result=False,
-    )
+    concurrency: int = _server_setting(64, "Requests under way at a time, in each process.", at_least=1)
+    request_timeout: float = _server_setting(600.0, "Seconds for one whole request.", above=0)
+    retries: int = _server_setting(5, "Further attempts after a failed request, with growing pauses.", at_least=0)

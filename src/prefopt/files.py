@@ -7,17 +7,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path` that replaces it when the block ends well, and vanishes when it does not.
+    """Yield a temporary path beside `path` that replaces it when the block ends well, and is removed when it does not.
 
     The file is flushed to disk before the rename, so a reader sees the old content or the new, never a part.
     """
@@ -57,11 +57,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write `rows` to `path`, one JSON object a line, atomically; gzip where the name ends in .gz."""
-    with atomic_path(path) as temporary:
-        opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(temporary, "wt", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with atomic_path(path) as temporary, _opener(path)(temporary, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -70,9 +67,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
-    opener = gzip.open if str(path).endswith(".gz") else open
     rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
+    with _opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -86,8 +82,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:
+    return gzip.open if str(path).endswith(".gz") else open  # type: ignore[return-value]
+
+
 def content_hash(*values: Any) -> str:
-    """SHA-256 (hex, 64 digits) of JSON-serialisable `values`; equal values give equal hashes on every machine."""
+    """Compute the SHA-256 (hex, 64 digits) of JSON values; equal values give equal hashes on every machine."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -100,7 +100,9 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str], *, name: str = ".lock") -> Iterator[None]:
-    """Hold the lock of a folder, made if absent, so that no second command writes there; it is released when its holder ends.
+    """Hold the lock of a folder, made if absent, so that no second command writes there.
+
+    The operating system releases it when its holder ends, killed or not; the lock file itself stays.
 
     Raises:
         ValueError: another process holds it.

@@ -20,13 +20,12 @@ from trl import ModelConfig
 
 from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
 from prefopt.data.rows import Kind
-from prefopt.launch import rank, tell, world_size
+from prefopt.launch import print_on_main, rank, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe
 from prefopt.run import (
     build_configs,
     check_devices,
-    check_model,
     check_output,
     check_reference,
     load_tokenizer,
@@ -34,6 +33,7 @@ from prefopt.run import (
     model_options,
     open_folder,
     pair_models,
+    read_config,
     resolved_recipe,
     single_model,
 )
@@ -65,7 +65,7 @@ def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: 
         args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
         set_seed(args.seed)
         if run_args.method is not None and run_args.method.replace("_", "-") != method:
-            tell(f"The recipe is written for {run_args.method}; it is run as {method}.")
+            print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
         for sentence in missing_packages(recipe):
             raise ValueError(sentence)
         trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
@@ -99,11 +99,13 @@ def make_trainer(
     assert name is not None
     trainer_class.check_settings(args)
     check_reference(run_args, args, rows)
-    check_model(name, model_args, args)
+    read_config(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
     train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args)
     if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
-        tell("There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out).")
+        print_on_main(
+            "There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out)."
+        )
         args.eval_strategy = type(args.eval_strategy)("no")
     args.model_init_kwargs = {**model_options(model_args), **(args.model_init_kwargs or {})}
     load_models = pair_models if rows == "pairs" else single_model
@@ -181,10 +183,10 @@ def finish(trainer: Any, data_args: DatasetArguments, *, push: bool) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    tell(f"The model is in {trainer.args.output_dir}.", stream=sys.stdout)
+    print_on_main(f"The model is in {trainer.args.output_dir}.", stream=sys.stdout)
     if push:
         if trainer.args.hub_token is None and get_token() is None:
-            tell(
+            print_on_main(
                 "Not pushed: no hub login was found. `hf auth login`, then `hf upload NAME "
                 f"{trainer.args.output_dir}`."
             )

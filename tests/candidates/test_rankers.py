@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from prefopt.candidates.backends.http import JsonClient, ServerError
 from prefopt.candidates.pairs import win_probabilities
 from prefopt.candidates.rankers import RankerOptions, build_ranker
-from prefopt.candidates.rankers.base import Request, check_scores, encode_answers, length_batches, plain_text
-from prefopt.candidates.rankers.judge import JudgeRanker, verdict
+from prefopt.candidates.rankers.base import Request, check_scores, length_batches, plain_text
+from prefopt.candidates.rankers.judge import verdict
 from prefopt.candidates.rankers.pair_rm import Limits
 from prefopt.models.general_preference import GeneralPreferenceModel
 from prefopt.models.reward import RewardModel
@@ -37,7 +37,8 @@ def conversation(prompt, answer):
 @pytest.mark.parametrize("pad", [0, None])
 @pytest.mark.parametrize("tokens_per_batch", [1, 150, 16384])
 def test_reward_model_scores_whole_conversations(tmp_path, pad, tokens_per_batch):
-    """As transformers scores each conversation alone; with `pad` None it refuses batches, so no pad token may be mistaken for one."""
+    """As transformers scores each conversation alone; with `pad` None it refuses batches, so no pad token may be
+    mistaken for one."""
     model, tokenizer = save_reward_model(tmp_path, pad=pad)
     counts = tally()
     scores = build("reward-model", tmp_path, tokens_per_batch=tokens_per_batch).rank(REQUESTS, counts)
@@ -143,7 +144,8 @@ class ManyHeads(LlamaPreTrainedModel):
 
 
 def test_many_heads_with_one_gated_score(tmp_path, monkeypatch):
-    """A model in ArmoRM's shape: its repository brings the code, its output has `rewards` (19 objectives) and `score`."""
+    """A model in ArmoRM's shape: its repository brings the code, its output has `rewards` (19 objectives) and
+    `score`."""
     _, tokenizer = save_reward_model(tmp_path)
     (tmp_path / "many_heads.py").write_text(REMOTE)
     namespace = {}
@@ -204,7 +206,8 @@ def test_pair_rm_runs_all_ordered_pairs(tmp_path, tokens_per_batch):
 
 @pytest.mark.parametrize("gate", [None, "softmax"])
 def test_general_preference_tables(tmp_path, gate):
-    """s(i beats j) / tau = sum_k lambda_k (v_i[2k] v_j[2k+1] - v_i[2k+1] v_j[2k]) / tau, embeddings taken one conversation at a time."""
+    """s(i beats j) / tau = sum_k lambda_k (v_i[2k] v_j[2k+1] - v_i[2k+1] v_j[2k]) / tau, embeddings taken one
+    conversation at a time."""
     tokenizer = tiny_tokenizer("llama3")
     config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), pad_token_id=0, **SHAPE)
     torch.manual_seed(0)
@@ -264,8 +267,7 @@ def test_a_released_general_preference_model_reads_what_it_was_trained_on(tmp_pa
         assert table[0, 1] == pytest.approx(score.item(), abs=1e-4) and abs(table[0, 1]) > 1e-2
     # cut at its beginning, the prompt still has its gate where the turn ends
     cut = build("general-preference", tmp_path, max_length=len(rows[1]) - 3)
-    short, full = (each._released_row(requests[1], encode_answers(requests[1:], tokenizer, each.max_length, tally())[0])
-                   for each in (cut, ranker))  # fmt: skip
+    short, full = (each.encode(requests[1:], tally())[0] for each in (cut, ranker))
     for one, other in zip(short, full):
         assert one.ids[one.prompt_length - 1 :] == other.ids[other.prompt_length - 1 :]
     ranker.model.save_pretrained(tmp_path / "ours")
@@ -278,11 +280,14 @@ def test_a_released_general_preference_model_reads_what_it_was_trained_on(tmp_pa
 
 
 def judge(url):
-    return JudgeRanker("judge", JsonClient(url, "NO_KEY", 60, 4, first_pause=0.001), template=None, concurrency=4)
+    ranker = build("judge", "judge", concurrency=4)
+    ranker.client = JsonClient(url, "NO_KEY", 60, 4, first_pause=0.001)
+    return ranker
 
 
 def test_judge_sees_both_orders():
-    """This judge prefers "five" wherever it stands, and otherwise whatever is shown first: the second habit cancels."""
+    """This judge prefers "five" wherever it stands, and otherwise whatever is shown first: the second habit
+    cancels."""
     seen = []
 
     def decide(question):

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from prefopt.data import DataArguments, DataSource, hold_out, load_datasets, tokenize_pairs
-from prefopt.data.holdout import fill_with_prompts, prompt_name, prompt_text_key
+from prefopt.data.holdout import fill_with_prompts, prompt_identity, prompt_name
 from prefopt.files import write_jsonl
 from prefopt.trainers.reference_data import hold_out_by_prompt
 from tests.tiny import tiny_tokenizer
@@ -18,8 +18,8 @@ ROWS = [
 
 def test_white_space_case_and_form_do_not_matter_and_roles_do():
     turns = [[{"role": "user", "content": prompt}] for prompt in VARIANTS]
-    assert len({prompt_text_key(prompt) for prompt in [*VARIANTS, *turns]}) == 1
-    assert prompt_text_key([{"role": "system", "content": VARIANTS[0]}]) != prompt_text_key(VARIANTS[0])
+    assert len({prompt_identity(prompt) for prompt in [*VARIANTS, *turns]}) == 1
+    assert prompt_identity([{"role": "system", "content": VARIANTS[0]}]) != prompt_identity(VARIANTS[0])
     assert len({prompt_name({"prompt": prompt}).same for prompt in VARIANTS}) == 1
     assert len({prompt_name({"prompt": prompt}).exact for prompt in VARIANTS}) == 3
 
@@ -39,7 +39,7 @@ def test_no_hold_out_divides_variants_of_a_prompt(tmp_path, seed):
         ],
     ]
     for kept, held in splits:
-        assert not {prompt_text_key(prompt) for prompt in kept} & {prompt_text_key(prompt) for prompt in held}
+        assert not {prompt_identity(prompt) for prompt in kept} & {prompt_identity(prompt) for prompt in held}
         assert len(kept) + len(held) == 12
 
 

@@ -1,4 +1,4 @@
-"""The adversarial loop: its stages and their commands, what it refuses, and (slow) a whole iteration on a game with a known reward."""
+"""The adversarial loop: its stages, its checks, and (slow) an iteration of a game with a known reward."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_learning_rate_for_each_iteration(tmp_path):
     [
         ({"model_name_or_path": ""}, "model_name_or_path is missing"),
         ({"reward_prompts": ""}, "reward_prompts is missing"),
-        ({"num_iterations": 0}, "at least 1"),
+        ({"num_iterations": 0}, "num_iterations is 0; it must be at least 1"),
         ({"reward_update": "never"}, "reward_update must be one of base, continued, fixed"),
         ({"aligner": "ppo"}, "aligner must be one of rjs, rrhf, dpo, wpo"),
         ({"testing_reward_model": "judge"}, "one of testing_reward_model and testing_comparisons"),
@@ -171,8 +171,19 @@ def test_a_learning_rate_for_each_iteration(tmp_path):
         ({"policy_learning_rates": [1e-6, 1e-6]}, "2 values for 1 iterations"),
         ({"policy_learning_rates": [1e-6], "policy_training": {"learning_rate": 1.0}}, "give one of them"),
         ({"sampling": {"prompts": "x"}}, "sampling: prompts is set by the loop"),
-        ({"base_reward_training": {"seed": 1}}, "base_reward_training has no effect"),
-        ({"aligner": "rrhf", "selection": {"min_gap": 1.0}}, "selection has no effect"),
+        (
+            {"base_reward_training": {"seed": 1}},
+            "base_reward_training is only read with reward_update continued or fixed, and that is 'base'",
+        ),
+        ({"reward_update": "fixed", "reward_training": {"seed": 1}}, "reward_training is only read with"),
+        (
+            {"testing_reward_model": "judge", "testing_comparisons": None, "testing_reward_training": {"seed": 1}},
+            "testing_reward_training has no effect without testing_comparisons",
+        ),
+        (
+            {"aligner": "rrhf", "selection": {"min_gap": 1.0}},
+            "selection is only read with aligner dpo or wpo, and that is 'rrhf'",
+        ),
     ],
 )
 def test_bad_keys(tmp_path, changed, said):
@@ -193,7 +204,7 @@ def test_bad_settings_of_a_stage_are_found_before_anything_runs(tmp_path, change
         plan(tmp_path, **changed)
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------------------
+# ---- data
 
 
 def test_disjoint_prompts_pass_and_are_counted(tmp_path):
@@ -290,7 +301,6 @@ def test_packaged_recipes_make_stages(name, tmp_path):
 
 
 # ---- for real
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prefopt
 from prefopt import losses
-from prefopt.trainers.pair_losses import PAIR_LOSSES
+from prefopt.trainers.pair_losses import PAIR_LOSSES, PairScores
 from tests.scoring.helpers import plain_token_logits
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers.pairs import (
@@ -38,6 +40,9 @@ OUR_METRICS = {"lengths/chosen", "lengths/rejected", "perf/tokens_per_second"}
 WPO_METRICS = {
     f"wpo/{name}" for name in ("weight_mean", "weight_min", "weight_max", "clamped_fraction", "effective_pairs")
 }
+
+
+TRL_LOSSES = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(trl.DPOTrainer)))
 
 
 def lora(**options) -> LoraConfig:
@@ -131,7 +136,7 @@ def test_training_is_trls(tmp_path, trainer, settings, layout):
     [
         (name, {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {})
         for name in PAIR_LOSSES
-        if name != "simpo"
+        if name in TRL_LOSSES
     ]
     + [("sft", {}), (["sigmoid", "sft"], {"loss_weights": [1.0, 0.3]}), ("sigmoid", {"ld_alpha": 0.4})],
     ids=str,
@@ -150,6 +155,34 @@ def test_every_loss_of_trl_has_trls_value(tmp_path, loss_type, settings):
     ours.train()
     theirs.train()
     assert history(ours) == pytest.approx(history(theirs), rel=2e-3 if loss_type == "discopop" else 1e-4)
+
+
+def test_losses_that_trl_has_are_compared_with_it():
+    assert {"sigmoid", "ipo", "discopop", "aot", "apo_zero"} <= TRL_LOSSES & set(PAIR_LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, setting) for name, loss in PAIR_LOSSES.items() for setting in loss.settings if setting.interval],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_losss_range_in_the_table_is_the_functions_own(name, setting):
+    low, high = (float(bound) for bound in setting.interval[1:-1].split(","))
+    pair = PairScores(*[torch.ones(2)] * 6)
+    for value in (low, high, low - 0.1, high + 0.1, (low + min(high, 1.0)) / 2, float("nan")):
+        config = SimpleNamespace(beta=0.1, **{other.name: 0.1 for other in PAIR_LOSSES[name].settings})
+        setattr(config, setting.name, value)
+        outcomes = []
+        for run in (
+            lambda config=config: PAIR_LOSSES[name].check_settings(config, name),
+            lambda config=config: PAIR_LOSSES[name](pair, config, {}),
+        ):
+            try:
+                run()
+                outcomes.append("fine")
+            except ValueError:
+                outcomes.append("raises")
+        assert outcomes[0] == outcomes[1], value
 
 
 @pytest.mark.parametrize(("trainer", "names"), [("DPO", set()), ("WPO", WPO_METRICS)])
@@ -384,7 +417,9 @@ def test_the_policy_is_its_reference_without_dropout_and_goes_on_with_its_checkp
     assert len(used) == 3 * 2  # steps, layers
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
-    assert torch.equal(trainer.reference.logps(batch), trainer.reference.logps(batch))
+    trainer.model_wrapped = trainer.model
+    first, second = (trainer.reference_scores(batch).chosen_logps for _ in range(2))
+    assert torch.equal(first, second)
     assert trainer.model.training
 
 
@@ -603,7 +638,7 @@ def test_checkpointing_changes_nothing(tmp_path, selective, monkeypatch):
     assert bool(used) == selective
 
 
-@pytest.mark.parametrize("loss_type", [name for name in PAIR_LOSSES if name not in ("aot", "aot_unpaired")] + ["sft"])
+@pytest.mark.parametrize("loss_type", [*(name for name, loss in PAIR_LOSSES.items() if not loss.sorts_batch), "sft"])
 def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
     runs = []
     for layout in ("padded", "packed"):

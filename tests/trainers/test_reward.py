@@ -72,7 +72,8 @@ def test_poolings_that_read_every_token_are_padded_and_right(tmp_path, pooling):
 
 
 def test_division_into_micro_batches_and_layout_change_nothing(tmp_path):
-    """Rows have 1 to 6 ranked pairs, so that means of micro-batch means would differ; every split gives the same weights."""
+    """Rows have 1 to 6 ranked pairs, so that means of micro-batch means would differ; every split gives the same
+    weights."""
     runs = {}
     for layout in ("packed", "padded"):
         for size, accumulation in ((8, 1), (2, 4)):
@@ -146,8 +147,8 @@ def test_metric_names_and_values(tmp_path):
     trainer.train()
     step = trainer.state.log_history[0]
     assert set(step) == {
-        "loss", "grad_norm", "learning_rate", "epoch", "step", "accuracy", "margin", "mean_reward", "min_reward", "max_reward",
-        "num_tokens", "perf/tokens_per_second",
+        "loss", "grad_norm", "learning_rate", "epoch", "step", "accuracy", "margin",
+        "mean_reward", "min_reward", "max_reward", "num_tokens", "perf/tokens_per_second",
     }  # fmt: skip
     evaluated = next(entry for entry in trainer.state.log_history if "eval_first_loss" in entry)
     names = {

@@ -302,7 +302,7 @@ def test_scores_may_be_negative_or_large(tmp_path):
         ),
         ({"max_target": 100.0}, "`max_target` bounds the targets of `loss_type: gpo`"),
         ({"loss_type": "gpo", "max_target": 0.0}, "`max_target` must be above 0"),
-        ({"label_smoothing": 0.1}, "`label_smoothing` plays no part"),
+        ({"label_smoothing": 0.1}, "`label_smoothing` is not used"),
         ({"loss_type": ["sppo", "sft"], "use_weighting": True}, "weights belong to pairs"),
         ({"beta": 0.0}, "`beta` must be positive"),
     ],

@@ -1,4 +1,4 @@
-"""Prompts for generation: read from any dataset, templated once, and none of them lost without a word."""
+"""Load and tokenise prompts for generation; every skipped prompt is recorded with its reason."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class PromptSet:
     duplicates: int = 0
 
     def skip(self, number: int, prompt_id: str | None, reason: str, detail: str) -> None:
-        """Note that a row gets no samples."""
+        """Record that a row gets no samples."""
         self.skipped.append({"row": number, "prompt_id": prompt_id, "reason": reason, "detail": detail})
 
     def reasons(self) -> Counter[str]:
-        """How many rows were skipped for each reason."""
+        """Count the skipped rows by reason."""
         return Counter(row["reason"] for row in self.skipped)
 
 
@@ -47,8 +47,7 @@ def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequenc
     Args:
         source: where the rows are.
         column: holds the prompt, a string or a list of messages. A dataset without a `prompt` column gives the prompts
-            of
-            its conversations (`messages`) or pairs (`chosen`, `rejected`).
+            of its conversations (`messages`) or pairs (`chosen`, `rejected`).
         off_policy_columns: columns of responses, see `off_policy_candidates`.
 
     Raises:
@@ -94,7 +93,7 @@ def _read_prompt(row: Row, column: str) -> Row:
 
 
 def _renumbered(given: list[Candidate], more: list[Candidate]) -> list[Candidate]:
-    """`more` without what is there already, numbered on within each source."""
+    """Return those of `more` that are new, numbered on within each source."""
     texts = {(candidate["source"], candidate["text"]) for candidate in given}
     counts = Counter(candidate["source"] for candidate in given)
     new = []
@@ -108,7 +107,7 @@ def _renumbered(given: list[Candidate], more: list[Candidate]) -> list[Candidate
 def tokenize(
     prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, *, template: bool, context: int | None
 ) -> PromptSet:
-    """`prompts` with the token ids of each; those that cannot be sampled are put among the skipped.
+    """Add token ids to the prompts; those that cannot be sampled join the skipped.
 
     Args:
         prompts: as read.
@@ -135,9 +134,6 @@ def tokenize(
             prompts.items.append({**kept, "prompt_ids": encoded.prompt_ids})
     prompts.skipped.sort(key=lambda row: row["row"])
     if not prompts.items:
-        raise ValueError(f"No prompt can be used ({_told(prompts)}).")
+        reasons = ", ".join(f"{count} rows: {reason}" for reason, count in prompts.reasons().most_common())
+        raise ValueError(f"No prompt can be used ({reasons}).")
     return prompts
-
-
-def _told(prompts: PromptSet) -> str:
-    return ", ".join(f"{count} rows: {reason}" for reason, count in prompts.reasons().most_common())

@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefopt.data.messages import BadRow, Fault, TextOrMessages
 from prefopt.files import content_hash
@@ -67,6 +67,17 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model given by name or folder, with a pad token.
+
+    Raises:
+        ValueError: see `prepare_tokenizer`.
+    """
+    return prepare_tokenizer(
+        AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    )
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -32,7 +32,7 @@ class PromptName:
     exact: str
 
 
-def prompt_text_key(prompt: TextOrMessages) -> str:
+def prompt_identity(prompt: TextOrMessages) -> str:
     """Hash the roles and texts of a prompt, whatever their white space and letter case."""
     turns = [
         (turn["role"], " ".join(str(turn.get("content") or "").split()).casefold()) for turn in as_messages(prompt)
@@ -50,7 +50,7 @@ def prompt_name(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | Non
     exact = content_hash(repr(sorted(row.items(), key=str)) if written is None else written)
     if prompt is None and ids and tokenizer is not None:
         prompt = str(tokenizer.decode(ids, skip_special_tokens=True))
-    return PromptName(exact if prompt is None else prompt_text_key(prompt), exact)
+    return PromptName(exact if prompt is None else prompt_identity(prompt), exact)
 
 
 def hold_out(

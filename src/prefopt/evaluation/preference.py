@@ -1,4 +1,4 @@
-"""Whether a model by itself, without a reference, finds chosen answers likelier than rejected ones."""
+"""Preference accuracy of a model by itself, without a reference: chosen answers likelier than rejected ones."""
 
 from __future__ import annotations
 
@@ -12,28 +12,22 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from prefopt.data import tokenize_pairs
-from prefopt.references.filling import (
-    ReferenceModel,
-    choose_layout,
-    group_scorer,
-    load_tokenizer,
-    plan_batches,
-    prepare_model,
-)
-from prefopt.scoring.layouts import Group
+from prefopt.data.encoding import load_tokenizer
+from prefopt.references.filling import ReferenceModel, group_scorer, plan_batches, prepare_model
+from prefopt.scoring.layouts import Group, choose_layout
 
 GPU_TOKENS, CPU_TOKENS = 16384, 1024  # of one forward
 
 
 @dataclass(frozen=True)
 class PreferenceResult:
-    """What a model says of pairs, by log pi(y|x) alone.
+    """Accuracy and margin of a model on pairs, by log pi(y|x) alone.
 
     Attributes:
         accuracy: share of pairs with log pi(chosen) > log pi(rejected), summed over tokens.
         margin: mean of log pi(chosen) - log pi(rejected), nats.
-        accuracy_per_token, margin_per_token: the same of means over each answer's tokens, which length does not
-            favour.
+        accuracy_per_token: the same of means over each answer's tokens, which length does not favour.
+        margin_per_token: likewise.
         pairs: how many could be used.
     """
 
@@ -82,11 +76,11 @@ def preference_accuracy(
 def _logps(
     model: str | ReferenceModel, groups: Sequence[Group], pad_token_id: int, *, dtype: str, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) summed log-probs of chosen and of rejected, the same on every process."""
+    """Compute (N,) summed log-probs of chosen and of rejected, the same on every process."""
     state = PartialState()
     module, config = prepare_model(model, dtype=dtype, padded=False, accelerator=None)
     longest = max(len(group.prompt) + len(completion) for group in groups for completion in group.completions)
-    layout = choose_layout(config, pad_token_id=pad_token_id, batch_layout="auto", longest_sequence=longest)
+    layout, _ = choose_layout("auto", config, pad_token_id=pad_token_id, longest_sequence=longest)
     score = group_scorer(module, config, layout, device=state.device, dtype=getattr(torch, dtype))
     sizes = [group.shared_length if layout.name == "packed" else 2 * longest for group in groups]
     batches = plan_batches(sizes, max_tokens or (CPU_TOKENS if state.device.type == "cpu" else GPU_TOKENS))

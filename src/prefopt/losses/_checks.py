@@ -1,4 +1,4 @@
-"""Checks that every loss makes before it computes: shapes, then hyperparameters; and the common dtype."""
+"""Checks that every loss runs before it computes: shapes, then hyperparameters; and the common dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_shapes(expected: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors whose shapes do not agree with one another.
+    """Check that the shapes of tensors agree with one another.
 
     Args:
         expected: for each argument, its shape in letters, as in `"K,B"`; one letter means one size everywhere. Several
@@ -47,7 +47,7 @@ def _shown_shape(value: object) -> str:
 
 
 def in_float(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in their common dtype, float32 at least (float64 stays float64)."""
+    """Cast tensors to their common dtype, float32 at least (float64 stays float64)."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -55,26 +55,26 @@ def in_float(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def per_pair(**tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, each checked to be (B,) with one B, in their common float dtype."""
+    """Check that each tensor is (B,) with one B, and cast all to their common float dtype."""
     check_shapes(dict.fromkeys(tensors, "B"), tensors)
     return in_float(*tensors.values())
 
 
 def check_positive(**values: float) -> None:
-    """Refuse a hyperparameter that is not a finite number above 0."""
+    """Raise a ValueError for a hyperparameter that is not a finite number above 0."""
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a finite number above 0, got {value}.")
 
 
 def check_not_negative(**values: float) -> None:
-    """Refuse a hyperparameter that is not a finite number of at least 0."""
+    """Raise a ValueError for a hyperparameter that is not a finite number of at least 0."""
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a name that is not one of `choices`."""
+    """Raise a ValueError for a name that is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

@@ -1,10 +1,8 @@
 """Several reference models: mixtures of references, losses over references, and the trust region of MRPO.
 
 Letters: K references, B pairs. Weights are (K,) for the whole set or (K, B) per example, at least 0, with sum 1 over
-the
-references; they never carry a gradient. Log-probabilities are sums over a completion in nats, or nats per token or
-byte
-where the caller normalises; all of one call in the same unit.
+the references; they never carry a gradient. Log-probabilities are sums over a completion in nats, or nats per token or
+byte where the caller normalises; all of one call in the same unit.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ _LARGEST_EXPONENT = 80.0  # exp of it still leaves room for beta in float32, who
 
 
 def mixture_logps(ref_logps: Tensor, weights: Tensor, *, mode: str) -> Tensor:
-    """Log-probability of one completion under a mixture of references, to stand in for a single reference's.
+    """Compute the log-probability of one completion under a mixture of references, to stand in for a single one's.
 
         harmonic:   -logsumexp_k(log a_k - l_k), the weighted harmonic mean of the probabilities (MRPO)
         geometric:  sum_k a_k l_k, exact for a weighted sum of reverse KL penalties
@@ -58,7 +56,7 @@ def mixture_logps(ref_logps: Tensor, weights: Tensor, *, mode: str) -> Tensor:
 
 
 def multi_dpo_loss(policy_margins: Tensor, ref_margins: Tensor, weights: Tensor, *, beta: float) -> Tensor:
-    """The weighted mean of the DPO losses against each reference (MDPO).
+    """Compute the weighted mean of the DPO losses against each reference (MDPO).
 
         sum_k a_k [ -log sigmoid(beta (D - D_k)) ],   D = log-probability of chosen minus rejected
 
@@ -102,14 +100,13 @@ def forward_kl_loss(
     beta: float,
     max_exponent: float,
 ) -> Tensor:
-    """Experimental: preference loss for a reward penalised by the forward KL from several references.
+    """Compute (experimental) the preference loss for a reward penalised by the forward KL from several references.
 
         r(y) = -beta exp(min(l_mix(y) - l(y), max_exponent)) + const,   l_mix = logsumexp_k(log a_k + l_k)
         loss = -log sigmoid(r(chosen) - r(rejected))
 
     The optimum of E r - beta sum_k a_k KL(pi_k || pi) is pi = beta pi_mix / (lambda - r). The exponent overflows on
-    sums
-    over long completions, so it is capped; a completion beyond the cap gets no gradient. Prefer scores per token.
+    sums over long completions, so it is capped; a completion beyond the cap gets no gradient. Prefer scores per token.
 
     Args:
         policy_chosen_logps: (B,) log-probabilities l of the policy.
@@ -190,9 +187,9 @@ def _clip(logps: Tensor, anchor: int, eps: Tensor) -> Tensor:
 
 
 def _shares(weights: Tensor, like: Tensor) -> Tensor:
-    """The weights as (K, B), without gradient and in the dtype of the scores that they weigh.
+    """Return the weights as (K, B), without gradient and in the dtype of the scores that they weigh.
 
-    Their values are checked in host memory only: on a device a look would wait for the whole forward pass.
+    Their values are checked in host memory only: on a device the check would wait for the whole forward pass.
     """
     weights = weights.detach()
     if weights.device.type == "cpu" and weights.numel() > 0:

@@ -1,9 +1,8 @@
 """Losses of the margin between chosen and rejected: the DPO family.
 
 Letters: B pairs. A log-ratio is log pi(y|x) - log pi_ref(y|x) summed over completion tokens, in nats; a *mean*
-log-ratio
-is that divided by the number of completion tokens. h = chosen - rejected. Nothing is reduced: each function returns
-(B,).
+log-ratio is that divided by the number of completion tokens. h = chosen - rejected. Nothing is reduced: each function
+returns (B,).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from prefopt.losses._checks import check_not_negative, check_positive, per_pair
 def dpo_loss(
     chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Direct preference optimization: logistic regression on the margin of implicit rewards.
+    """Compute the DPO loss: logistic regression on the margin of implicit rewards.
 
         -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)
 
@@ -52,7 +51,7 @@ def dpo_loss(
 
 
 def hinge_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
-    """Hinge on the margin: no gradient once a pair is separated by 1 / beta nats.
+    """Compute the hinge loss of the margin: no gradient once a pair is separated by 1 / beta nats.
 
         max(0, 1 - beta h)
 
@@ -77,13 +76,13 @@ def hinge_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: fl
 def robust_dpo_loss(
     chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
-    """DPO made unbiased under labels that are flipped with a known probability.
+    """Compute a DPO loss that is unbiased under labels that are flipped with a known probability.
 
         [ -(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h) ] / (1 - 2 eps)
 
     Its expectation over flipped labels is the clean DPO loss; single values may be negative. eps = 0.5 is a division
     by
-    zero and above it the sign turns: TRL only warns there, we refuse.
+    zero and above it the sign turns: TRL only warns there, this raises.
 
     Args:
         chosen_logratios: (B,) nats.
@@ -111,7 +110,7 @@ def robust_dpo_loss(
 def exo_pair_loss(
     chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
-    """Reverse KL from the policy's preference over the pair to the smoothed label (1 - eps, eps).
+    """Compute the reverse KL (EXO) from the policy's preference over the pair to the smoothed label (1 - eps, eps).
 
         q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps),   q = sigmoid(beta h)
 
@@ -119,7 +118,7 @@ def exo_pair_loss(
         chosen_logratios: (B,) nats.
         rejected_logratios: (B,) nats.
         beta: strength of the pull to the reference, above 0.
-        label_smoothing: eps in (0, 0.5]; the paper uses 1e-3. At 0 the divergence is infinite, so 0 is refused.
+        label_smoothing: eps in (0, 0.5]; the paper uses 1e-3. At 0 the divergence is infinite, so 0 raises.
 
     Returns:
         (B,) losses; 0 where q = 1 - eps.
@@ -143,7 +142,7 @@ def exo_pair_loss(
 
 
 def discopop_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, tau: float = 0.05) -> Tensor:
-    """The log-ratio modulated loss: logistic for misordered pairs, exponential for ordered ones.
+    """Compute the log-ratio modulated loss (DiscoPOP): logistic for misordered pairs, exponential for ordered ones.
 
         -log sigmoid(beta h) (1 - m) + exp(-beta h) m,   m = sigmoid(beta h / tau)
 
@@ -175,7 +174,7 @@ def discopop_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
 
 
 def ipo_loss(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float) -> Tensor:
-    """Identity preference optimization: regress the margin per token onto 1 / (2 beta).
+    """Compute the IPO loss: regress the margin per token onto 1 / (2 beta).
 
         (h - 1 / (2 beta))^2
 
@@ -201,7 +200,7 @@ def ipo_loss(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, 
 
 
 def sigmoid_norm_loss(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float) -> Tensor:
-    """Length-normalised DPO.
+    """Compute length-normalised DPO.
 
         -log sigmoid(beta h), h per token
 
@@ -227,7 +226,7 @@ def sigmoid_norm_loss(chosen_mean_logratios: Tensor, rejected_mean_logratios: Te
 def simpo_loss(
     chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float, gamma_beta_ratio: float
 ) -> Tensor:
-    """Simple preference optimization: no reference, a target margin instead.
+    """Compute the SimPO loss: no reference, a target margin instead.
 
         -log sigmoid(beta (p_chosen - p_rejected - gamma / beta)),   p = mean log-probability per token
 
@@ -251,7 +250,7 @@ def simpo_loss(
 
 
 def nca_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
-    """Noise contrastive alignment of a pair: tell each completion apart from samples of the reference.
+    """Compute the NCA loss of a pair: tell each completion apart from samples of the reference.
 
         -log sigmoid(c) - 1/2 log sigmoid(-c) - 1/2 log sigmoid(-r)
 
@@ -275,7 +274,7 @@ def nca_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
 
 
 def bco_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
-    """Binary classifier optimization of a pair: chosen completions are 1, rejected are 0.
+    """Compute the BCO loss of a pair: chosen completions are 1, rejected are 0.
 
         -log sigmoid(c) - log sigmoid(-r)
 
@@ -300,7 +299,7 @@ def bco_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
 
 
 def anchored_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
-    """Anchored preference optimization for chosen completions that are better than the model's own.
+    """Compute anchored preference optimization for chosen completions better than the model's own.
 
         1 - sigmoid(c) + sigmoid(r)
 
@@ -325,7 +324,7 @@ def anchored_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, 
 
 
 def anchored_down_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
-    """Anchored preference optimization for chosen completions that are worse than the model's own.
+    """Compute anchored preference optimization for chosen completions worse than the model's own.
 
         sigmoid(c) + 1 - sigmoid(c - r)
 

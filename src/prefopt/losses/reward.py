@@ -14,7 +14,7 @@ _KINDS = ("logistic", "difference")
 
 
 def ranked_pairs(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Which responses of a prompt are better than which: [b, i, j] is True where i has the higher score.
+    """Return which responses of a prompt rank above which: [b, i, j] is True where i has the higher score.
 
     Args:
         scores: (B, R), higher is better; ties rank neither way.
@@ -91,7 +91,7 @@ def adversarial_reward_loss(
     mask: Tensor | None = None,
     kind: str = "logistic",
 ) -> Tensor:
-    """Reward model loss of adversarial preference optimization: human pairs, and golden against sampled answers.
+    """Compute the adversarial reward model loss: human pairs, and golden against sampled answers.
 
         human_coeff * ranking_loss(c = 1 - a) + adversarial_coeff / num_samples * ranking_loss(c = a)
 
@@ -129,7 +129,7 @@ def adversarial_reward_loss(
 def bradley_terry_loss(
     chosen_rewards: Tensor, rejected_rewards: Tensor, *, tau: float = 1.0, margin: Tensor | None = None
 ) -> Tensor:
-    """Bradley-Terry likelihood of the preference, with temperature and margin.
+    """Compute the negative Bradley-Terry log-likelihood of the preference, with temperature and margin.
 
         -log sigmoid((chosen - rejected - margin) / tau)
 
@@ -157,7 +157,7 @@ def bradley_terry_loss(
 def general_preference_score(
     chosen_embeddings: Tensor, rejected_embeddings: Tensor, scales: Tensor | None = None
 ) -> Tensor:
-    """How much one response is preferred to another, from their preference embeddings; antisymmetric, may be cyclic.
+    """Score one response over another from their preference embeddings; antisymmetric, may be cyclic.
 
         sum_k scale_k (c_2k r_2k+1 - c_2k+1 r_2k)
 
@@ -187,7 +187,7 @@ def general_preference_score(
 
 
 def general_preference_loss(preference_scores: Tensor, *, tau: float, margin: Tensor | None = None) -> Tensor:
-    """Likelihood of the preference under a general preference model.
+    """Compute the negative log-likelihood of the preference under a general preference model.
 
         -log sigmoid((score - margin) / tau)
 
@@ -211,7 +211,7 @@ def general_preference_loss(preference_scores: Tensor, *, tau: float, margin: Te
 
 
 def rrhf_loss(mean_logps: Tensor, scores: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Rank responses to align: a hinge on every pair of responses that the policy orders against the scores.
+    """Compute the RRHF loss: a hinge on every pair of responses that the policy orders against the scores.
 
         sum over score_i < score_j of max(0, p_i - p_j)
 
@@ -237,7 +237,7 @@ def rrhf_loss(mean_logps: Tensor, scores: Tensor, *, mask: Tensor | None = None)
 
 
 def _differences(values: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, R, R) value_i - value_j in float; padded responses count as 0, lest their contents reach the gradient."""
+    """Return (B, R, R) value_i - value_j in float; padded responses count as 0 and get no gradient."""
     (values,) = in_float(values)
     if mask is not None:
         values = values.masked_fill(~mask.bool(), 0.0)

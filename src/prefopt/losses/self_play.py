@@ -20,7 +20,7 @@ def sppo_loss(
     *,
     beta: float,
 ) -> Tensor:
-    """Self-play preference optimization with soft win probabilities.
+    """Compute the SPPO loss with soft win probabilities.
 
         1/2 [ (chosen - (p_chosen - 1/2) / beta)^2 + (rejected - (p_rejected - 1/2) / beta)^2 ]
 
@@ -28,7 +28,7 @@ def sppo_loss(
         chosen_logratios: (B,) nats.
         rejected_logratios: (B,) nats.
         chosen_win_prob: (B,) probability in [0, 1] that the chosen completion beats a sample of the policy. The range
-            is for whoever builds the data to check: looking at values here would stall the device.
+            is for whoever builds the data to check: checking values here would stall the device.
         rejected_win_prob: (B,) the same for the rejected completion.
         beta: 1 / eta, above 0 (0.001 in the paper's runs).
 
@@ -53,7 +53,7 @@ def sppo_loss(
 def sppo_single_loss(
     chosen_logratios: Tensor, rejected_logratios: Tensor, chosen_over_rejected_prob: Tensor, *, beta: float
 ) -> Tensor:
-    """SPPO with the one probability that chosen beats rejected, used for both.
+    """Compute the SPPO loss with the one probability that chosen beats rejected, used for both.
 
         1/2 [ (chosen - (P - 1/2) / beta)^2 + (rejected + (P - 1/2) / beta)^2 ]
 
@@ -82,7 +82,7 @@ def sppo_single_loss(
 
 
 def sppo_hard_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
-    """SPPO for plain pairs: the chosen completion always wins, the rejected one never does.
+    """Compute the SPPO loss of plain pairs: the chosen completion always wins, the rejected one never does.
 
         (chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2
 
@@ -115,7 +115,7 @@ def gpo_loss(
     beta: float,
     max_target: float | None = None,
 ) -> Tensor:
-    """General preference optimization: regress each log-ratio onto its completion's average preference score.
+    """Compute the GPO loss: regress each log-ratio onto its completion's average preference score.
 
         1/2 [ (chosen - t_chosen)^2 + (rejected - t_rejected)^2 ],   t = clip(score / beta, -max_target, max_target)
 

@@ -10,14 +10,13 @@ from prefopt.losses._checks import check_positive, per_pair
 def wpo_pair_weights(
     chosen_mean_aligned_logps: Tensor, rejected_mean_aligned_logps: Tensor, *, max_weight: float | None = 1.0
 ) -> Tensor:
-    """Weight of a pair: how likely the present policy is to write both of its completions.
+    """Compute the weight of a pair: how likely the present policy is to write both of its completions.
 
         w = min(exp(omega_chosen + omega_rejected), max_weight), without gradient
 
     With sampled alignment omega = mean_t [log p_t(y_t) - log sum_v p_t(v)^2], which is about 0 for text that the
-    policy
-    would sample itself, so that on-policy pairs weigh about 1. The weighted loss is still divided by the number of
-    pairs, not by the sum of weights.
+    policy would sample itself, so that on-policy pairs weigh about 1. The weighted loss is still divided by the number
+    of pairs, not by the sum of weights.
 
     Args:
         chosen_mean_aligned_logps: (B,) omega of the chosen completion, nats per completion token.

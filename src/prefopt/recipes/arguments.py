@@ -157,12 +157,14 @@ class DatasetArguments:
 class RunArguments:
     """How a run is kept apart from others, and what its batches add up to."""
 
-    method: str | None = setting(None, "The method that the recipe is written for; `prefopt check` reads it.")
+    method: str | None = setting(
+        None, "The method that the recipe is written for; `prefopt check` reads it.", decides_result=False
+    )
     global_batch_size: int | None = setting(
         None,
         "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from their number.",
     )
-    overwrite_output_dir: bool = setting(False, "Replace the run that output_dir holds.")
+    overwrite_output_dir: bool = setting(False, "Replace the run that output_dir holds.", decides_result=False)
     chat_template: str | None = setting(None, "A chat template instead of the tokenizer's own.")
     ref_model_name_or_path: str | None = setting(None, "The reference model; by default the policy before training.")
     ref_model_revision: str | None = setting(None, "Revision of ref_model_name_or_path.")

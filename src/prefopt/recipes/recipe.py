@@ -1,4 +1,4 @@
-"""From settings to dataclasses: every key is known, every value has the right type, or the user reads one line."""
+"""From settings to dataclasses: every key is known and every value has the right type, or one line says why not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from prefopt.arguments import default_of, missing
 from prefopt.recipes.convert import convert, is_required, unknown_key
 from prefopt.recipes.legacy import LEGACY_KEYS, translate
 from prefopt.recipes.source import BASE_KEY, Setting, read_settings, split_recipe
@@ -52,11 +53,6 @@ class Recipe:
     places: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
-    def drop(self, key: str) -> Any:
-        """Take `key` out and return its value (`None` when it was not given)."""
-        self.places.pop(key, None)
-        return self.values.pop(key, None)
-
 
 def apply_environment(settings: list[Setting]) -> list[Setting]:
     """Set the variables of the `env:` mappings, and return the settings without them.
@@ -74,7 +70,7 @@ def apply_environment(settings: list[Setting]) -> list[Setting]:
 
 
 def load_settings(words: list[str]) -> tuple[str | None, list[Setting]]:
-    """The name of the recipe among `words`, and all settings, with `env:` applied."""
+    """Return the name of the recipe among `words`, and all settings, with `env:` applied."""
     name, rest = split_recipe(words)
     return name, apply_environment(read_settings(name, rest))
 
@@ -85,7 +81,7 @@ def read_recipe(words: list[str], classes: Sequence[type]) -> Recipe:
 
 
 def parse_settings(name: str | None, settings: list[Setting], classes: Sequence[type]) -> Recipe:
-    """The recipe of a command whose arguments are the fields of `classes`.
+    """Make the recipe of a command whose arguments are the fields of `classes`.
 
     Args:
         name: what the user called the recipe, or `None`.
@@ -106,7 +102,7 @@ def parse_settings(name: str | None, settings: list[Setting], classes: Sequence[
 
 
 def collect(name: str | None, settings: list[Setting], classes: Sequence[type], problems: list[str]) -> Recipe:
-    """As `parse_settings`, with every problem appended to `problems` instead of raising at the first."""
+    """Make a recipe as `parse_settings` does, but append every problem to `problems` instead of raising."""
     fields, hints = _fields(classes), _hints(classes)
     recipe = Recipe(name)
     settings = translate(settings, set(fields), recipe.notices, problems)
@@ -140,38 +136,34 @@ def _read(setting: Setting, fields: dict[str, dataclasses.Field[Any]], hints: di
 
 
 def _choose_alternatives(recipe: Recipe, levels: dict[str, int], problems: list[str]) -> None:
-    """Where several ways of saying one thing are given, keep the one from the latest source."""
+    """Keep the way from the latest source where several ways of saying one thing are given."""
     for ways in ALTERNATIVES:
         given = {way: max(levels[key] for key in way if key in levels) for way in ways if way[0] in levels}
-        if len(given) < 2:
-            continue
-        latest = max(given.values())
-        kept = [way for way, level in given.items() if level == latest]
-        if len(kept) > 1:
-            problems.append(
-                f"{recipe.places[kept[1][0]]}: {kept[1][0]} and {kept[0][0]} are two ways to say one thing; give one."
-            )
-        for way in given:
-            if way not in kept:
-                notice = f"{recipe.places[kept[0][0]]}: {kept[0][0]} replaces {way[0]} of {recipe.places[way[0]]}."
-                recipe.notices.append(notice)
-                for key in way:
-                    recipe.drop(key)
+        latest_first = sorted(given, key=lambda way: -given[way])
+        for way in latest_first[1:]:
+            kept, other = latest_first[0][0], way[0]
+            if given[way] == given[latest_first[0]]:
+                problems.append(f"{recipe.places[other]}: {other} and {kept} are two ways to say one thing; give one.")
+                continue
+            recipe.notices.append(f"{recipe.places[kept]}: {kept} replaces {other} of {recipe.places[other]}.")
+            for key in way:
+                recipe.values.pop(key, None)
+                recipe.places.pop(key, None)
 
 
 def build(recipe: Recipe, classes: Sequence[type]) -> tuple[Any, ...]:
-    """One instance of each class of `classes` from the recipe's values.
+    """Make an instance of each class of `classes` from the recipe's values.
 
     Raises:
-        ValueError: a value that the class itself refuses, or a required key that is missing; with the place.
+        ValueError: a value that the class itself rejects, or a required key that is missing; with the recipe's name.
     """
     instances = []
     for cls in classes:
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+        fields = _fields([cls])
         given = {key: value for key, value in recipe.values.items() if key in fields}
         for name, declared in fields.items():
             if name not in given and is_required(declared):
-                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
+                raise ValueError(missing(name))
         try:
             instances.append(cls(**given))
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -181,19 +173,17 @@ def build(recipe: Recipe, classes: Sequence[type]) -> tuple[Any, ...]:
 
 
 def resolved_yaml(recipe: Recipe, classes: Sequence[type], *, without_defaults: frozenset[str] = frozenset()) -> str:
-    """The recipe as YAML that can be run again: what was set, then the defaults of everything else.
+    """Write the recipe as YAML that can be run again: what was set, then the defaults of everything else.
 
     Secrets are left out, and so are fields whose default is nothing or that are named in `without_defaults`.
     """
     given = {key: plain(value) for key, value in recipe.values.items() if key not in SECRETS}
-    defaults = {}
-    for key, declared in _fields(classes).items():
-        if key in recipe.values or key in SECRETS or key in without_defaults or is_required(declared):
-            continue
-        factory = declared.default_factory
-        value = declared.default if factory is dataclasses.MISSING else factory()
-        if value is not None:
-            defaults[key] = plain(value)
+    defaults = {
+        key: plain(default_of(declared))
+        for key, declared in _fields(classes).items()
+        if key not in {*recipe.values, *SECRETS, *without_defaults} and not is_required(declared)
+    }
+    defaults = {key: value for key, value in defaults.items() if value is not None}
     parts = ["# Set by the recipe or on the command line.", _dump(given)]
     if defaults:
         parts += ["\n# Defaults of the versions in package_versions.json.", _dump(defaults)]
@@ -205,15 +195,12 @@ def _dump(values: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A converted value as YAML and JSON have it."""
+    """Return a converted value as YAML and JSON have it."""
     if isinstance(value, Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if getattr(value, f.name) is not None
-        }
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = {name: part for name, part in parts.items() if part is not None}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,14 +1,11 @@
 """From hidden states to completion scores, inside the model's own forward.
 
 `install_scoring` gives a causal LM a second way through its forward: called with `score_index` and `score_targets`, it
-runs the backbone,
-gathers the positions that predict a scored token, and folds the LM head over them in tiles. Whole-sequence logits
-never exist, for
-policy or reference. Because the path lies inside `model.forward`, wrappers (PEFT, DDP, DeepSpeed, FSDP2) see one
-ordinary forward and
-synchronise gradients as usual.
+runs the backbone, gathers the positions that predict a scored token, and folds the LM head over them in tiles.
+Whole-sequence logits never exist, for policy or reference. Because the path lies inside `model.forward`, wrappers
+(PEFT, DDP, DeepSpeed, FSDP2) see one ordinary forward and synchronise gradients as usual.
 
-Letters: C completions, S scored tokens, H hidden width, V vocabulary, E experts.
+Letters: C completions, S scored tokens, N rows, T tokens of a row, H hidden width, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -23,10 +20,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import has_compiled_regions
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from prefopt._trl import (
     CPU_LOGPROB_TILE,
@@ -36,110 +33,15 @@ from prefopt._trl import (
 )
 from prefopt.scoring.attention import PackedMask, by_parts, packed_attention_mask
 
-_TOLERANCE = 0.03  # of the largest logit; bf16 rounds to 0.004
-
-
-def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
-    """How a model turns LM-head outputs into logits: (soft cap or None, factor), the factor applied first."""
-    text = config.get_text_config()
-
-    def first(*names: str) -> float | None:
-        return next((float(v) for name in names if (v := getattr(text, name, None)) is not None), None)
-
-    softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    factor = first("logit_scale", "output_multiplier", "lm_head_multiplier")
-    if factor is not None:
-        return softcap, factor
-    scaling = first("logits_scaling")
-    if scaling is not None:
-        return softcap, scaling if text.model_type == "hyperclovax" else 1 / scaling
-    return softcap, 1.0
-
-
-def logits_of(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, scale: float
-) -> torch.Tensor:
-    """The logits (S, V), float32, of hidden states (S, H) under an LM head (V, H) and the transform of `logit_transform`."""
-    bias = None if bias is None else bias.to(hidden.dtype)
-    logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float() * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def check_logits(model: PreTrainedModel) -> None:
-    """Make sure that the model's own forward makes of a hidden state the logits that the scoring path makes of it.
-
-    Weights that are sharded, or not there yet, are not looked at.
-
-    Raises:
-        ValueError: it makes others (a further layer before the head, a scale of its own), or it has no backbone to
-            call.
-    """
-    backbone, head = model.base_model, model.get_output_embeddings()
-    if backbone is model or head is None:
-        raise ValueError(f"{type(model).__name__} has no backbone with an LM head of its own, so it cannot be scored.")
-    weight = head.weight
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or weight.device.type == "meta":
-        return
-    draw = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    hidden = draw.to(weight.device, weight.dtype)
-    with torch.no_grad():
-        # large logits, so that a soft cap shows
-        hidden = hidden * (20 / nn.functional.linear(hidden, weight).float().abs().max().clamp_min(1e-6)).to(
-            weight.dtype
-        )
-        theirs = _own_logits(model, backbone, hidden)
-        if theirs is None:
-            return
-        ours = logits_of(hidden, weight, head.bias, *logit_transform(model.config))
-    gap = ((theirs - ours).abs().max() / ours.abs().max()).item()
-    if not gap <= _TOLERANCE:
-        raise ValueError(
-            f"{type(model).__name__} does more to its logits than the scoring path knows (they differ by {gap:.0%}), "
-            "so its log-probs would "
-            "be wrong."
-        )
-
-
-def _own_logits(model: PreTrainedModel, backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor | None:
-    """What `model.forward` makes of a hidden state (1, H), (1, V) float32; None where it goes another way than through its backbone's forward."""
-    kept, calls = backbone.__dict__.get("forward"), []
-
-    def forward(*args: Any, **kwargs: Any) -> _Outputs:
-        calls.append(args)
-        return _Outputs(last_hidden_state=hidden[None])
-
-    backbone.forward = forward
-    try:
-        ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        return logits if calls else None
-    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError):
-        return None
-    finally:
-        if kept is None:
-            del backbone.forward
-        else:
-            backbone.forward = kept
-
-
-class _Outputs(SimpleNamespace):
-    """A backbone's outputs: the hidden state, and None for whatever else is asked of it."""
-
-    def __getattr__(self, name: str) -> Any:
-        return None
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.last_hidden_state
-
-
 ALIGNMENTS = ("sampled", "greedy", "none")
 VOCAB_STATISTICS = ("entropy", "mean_logits", "is_top1")
-_GREEDY_CHUNK = 1024
+_GREEDY_CHUNK = 1024  # positions whose whole logits exist at a time
+_TOLERANCE = 0.03  # of the largest logit; bf16 rounds to 0.004
 
 
 @dataclass
 class CompletionScores(ModelOutput):
-    """What one forward says of each completion; every field is float32.
+    """Scores of each completion of a batch; every field is float32.
 
     Attributes:
         logps: (C,) log-probability summed over the scored tokens (weighted by `score_weights` where the batch has
@@ -148,56 +50,57 @@ class CompletionScores(ModelOutput):
         mean_aligned_logps: (C,) WPO's log-weight of the completion, mean over tokens, without gradient; None unless
             asked for.
         entropy, mean_logits, top1: (C,) sums over tokens of the predictive entropy (nats), of the mean logit over the
-            vocabulary,
-            and of whether the token was the model's first choice; None unless asked for. Without gradient.
+            vocabulary, and of whether the token was the model's first choice; None unless asked for. Without gradient.
         aux_loss: () MoE load-balancing loss of the batch; None for dense models.
     """
 
-    logps: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
-    mean_aligned_logps: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    mean_logits: torch.Tensor | None = None
-    top1: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
+    # the first two are always there; ModelOutput allows one field without a default
+    logps: Tensor
+    counts: Tensor = None  # type: ignore[assignment]
+    mean_aligned_logps: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    top1: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+# ---- the scoring path -----------------------------------------------------------------------------------------------
 
 
 def install_scoring(model: PreTrainedModel) -> None:
-    """Add the scoring path to `model.forward`; call it on the base model, before any wrapper. Calling it twice changes nothing.
+    """Add the scoring path to `model.forward`; call it on the base model, before any wrapper. Idempotent.
 
     The path is a bound method, so that a deep copy of the model scores with its own weights.
 
     Raises:
-        ValueError: the model's logits are not what the path would take them for.
+        ValueError: the model's logits are not those that the path computes.
     """
     if "_plain_forward" in model.__dict__:
         return
     check_logits(model)
-    model._plain_forward = model.forward
-    model.forward = types.MethodType(_scoring_forward(type(model)), model)
+    patched: Any = model
+    patched._plain_forward = model.forward
+    patched.forward = types.MethodType(_scoring_forward(patched.__class__), model)
 
 
 @functools.cache
-def _scoring_forward(model_class: type[PreTrainedModel]) -> Callable[..., object]:
+def _scoring_forward(model_class: Any) -> Callable[..., Any]:
     @functools.wraps(model_class.forward)
-    def forward(self, *args, score_index: torch.Tensor | None = None, **kwargs):
+    def forward(self: Any, *args: Any, score_index: Tensor | None = None, **kwargs: Any) -> Any:
         if score_index is None:
             return self._plain_forward(*args, **kwargs)
         # PEFT adds `inputs_embeds=None`, ...
         given = {name: value for name, value in kwargs.items() if value is not None}
         return _score(self, score_index=score_index, **given)
 
-    # generate() validates its arguments against the signature; accelerate would unwrap `__wrapped__` down to the plain
-    # forward
+    # generate() checks its arguments against the signature; accelerate would unwrap `__wrapped__` to the plain forward
     forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
     return forward
 
 
-def attention_mask_of(
-    model: nn.Module, batch: dict[str, torch.Tensor], *, attn_implementation: str, dtype: torch.dtype
-):
-    """The `attention_mask` of a layout's batch for `model`; a packed one is built once per implementation and kept in the batch."""
+def attention_mask_of(model: nn.Module, batch: dict[str, Any], *, attn_implementation: str, dtype: torch.dtype) -> Any:
+    """Return the `attention_mask` of a batch for `model`; a packed one is built once and kept in the batch."""
     if "group_ids" not in batch:
         return batch["attention_mask"]
     key = f"packed_mask_{attn_implementation}"
@@ -212,7 +115,7 @@ def attention_mask_of(
 
 def score_completions(
     model: nn.Module,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
     *,
     attn_implementation: str,
     dtype: torch.dtype = torch.float32,
@@ -224,10 +127,9 @@ def score_completions(
 
     Args:
         model: a model that `install_scoring` has prepared, or a wrapper around one.
-        batch: what a layout made (`scoring.layouts.Layout.collate`), on the model's device; optionally `score_weights`
-            (S,), the weight
-            of each scored token in `logps`. The packed attention mask is built once and kept in the batch, for the
-            reference's sake.
+        batch: made by a layout (`scoring.layouts.Layout.collate`), on the model's device; optionally `score_weights`
+            (S,), the weight of each scored token in `logps`. The packed attention mask is built once and kept in the
+            batch, for the reference's sake.
         attn_implementation: the model's attention implementation; chooses the form of the packed mask.
         dtype: the model's dtype (the additive mask of "eager" needs it).
         alignment: WPO's alignment, one of `ALIGNMENTS`, or None for no weights.
@@ -237,7 +139,7 @@ def score_completions(
     Returns:
         The scores, C = number of completions in the batch.
     """
-    return model(
+    scores: CompletionScores = model(
         input_ids=batch["input_ids"],
         attention_mask=attention_mask_of(model, batch, attn_implementation=attn_implementation, dtype=dtype),
         position_ids=batch["position_ids"],
@@ -250,32 +152,30 @@ def score_completions(
         vocab_statistics=vocab_statistics,
         aux_token_weights=batch["token_weights"] if aux_loss else None,
     )
+    return scores
 
 
 def _score(
     model: PreTrainedModel,
     *,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    position_ids: torch.Tensor,
-    score_index: torch.Tensor,
-    score_targets: torch.Tensor,
-    score_completions: torch.Tensor,
+    score_index: Tensor,
+    score_targets: Tensor,
+    score_completions: Tensor,
     num_completions: int,
-    score_weights: torch.Tensor | None = None,
+    score_weights: Tensor | None = None,
     alignment: str | None = None,
     vocab_statistics: bool = False,
-    aux_token_weights: torch.Tensor | None = None,
+    aux_token_weights: Tensor | None = None,
+    **inputs: Tensor,
 ) -> CompletionScores:
-    extra = {} if aux_token_weights is None else {"output_router_logits": True}
-    outputs = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **extra
-    )
+    """Run the backbone on `inputs` (ids, mask, positions), and score the targets from its hidden states."""
+    routers = {} if aux_token_weights is None else {"output_router_logits": True}
+    outputs = model.base_model(**inputs, use_cache=False, **routers)
     hidden = outputs.last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
     tokens = _token_scores(model, hidden, score_targets, alignment=alignment, vocab_statistics=vocab_statistics)
 
-    def per_completion(values: torch.Tensor) -> torch.Tensor:
+    def per_completion(values: Tensor) -> Tensor:
         return values.new_zeros(num_completions).index_add(0, score_completions, values)
 
     counts = per_completion(torch.ones_like(tokens["logps"]))
@@ -288,37 +188,34 @@ def _score(
         scores.mean_logits = per_completion(tokens["mean_logits"])
         scores.top1 = per_completion(tokens["is_top1"])
     if aux_token_weights is not None:
-        scores.aux_loss = load_balancing_loss(
-            outputs.router_logits, aux_token_weights.reshape(-1), top_k=_experts_per_token(model)
-        )
+        top_k = model.config.get_text_config().num_experts_per_tok
+        scores.aux_loss = load_balancing_loss(outputs.router_logits, aux_token_weights.reshape(-1), top_k=top_k)
     return scores
 
 
-def token_logps(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (S,) float32 of `targets` (S,) from the hidden states (S, H) that predict them; call it inside `model.forward`."""
+# ---- the LM head ----------------------------------------------------------------------------------------------------
+
+
+def token_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return log-probs (S,) float32 of `targets` (S,) from the hidden states (S, H) that predict them.
+
+    Call it inside `model.forward`, where the head's weights are gathered.
+    """
     return _token_scores(model, hidden, targets, alignment=None, vocab_statistics=False)["logps"]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernel's tiles are no graph
 def _token_scores(
-    model: PreTrainedModel,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    alignment: str | None,
-    vocab_statistics: bool,
-) -> dict[str, torch.Tensor]:
-    """Per-token log-probs and statistics (each (S,) float32) from the hidden states (S, H) that predict `targets` (S,)."""
-    wanted = (
-        *(("log_sum_sq_probs",) if alignment == "sampled" else ()),
-        *(VOCAB_STATISTICS if vocab_statistics else ()),
-    )
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, *, alignment: str | None, vocab_statistics: bool
+) -> dict[str, Tensor]:
+    """Return per-token log-probs and statistics, each (S,) float32, of `targets` (S,) under hidden states (S, H)."""
     head = model.get_output_embeddings()
     weight, bias = head.weight, head.bias
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None
     softcap, scale = logit_transform(model.config)
+    wanted = (("log_sum_sq_probs",) if alignment == "sampled" else ()) + (VOCAB_STATISTICS if vocab_statistics else ())
     with maybe_gather_lm_head_ctx(weight, bias):
         chunk = min(_tile_width(hidden), weight.shape[0])
         logps, entropy, log_sum_sq, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
@@ -337,17 +234,15 @@ def _token_scores(
     return tokens
 
 
-def _tile_width(hidden: torch.Tensor) -> int:
-    """Vocabulary columns of one tile of the log-prob kernel for hidden states (S, H)."""
+def _tile_width(hidden: Tensor) -> int:
+    """Return the vocabulary columns of one tile of the log-prob kernel for hidden states (S, H)."""
     if hidden.device.type != "cpu":
         return LOGPROB_CHUNK_SIZE
     return max(CPU_LOGPROB_TILE // max(len(hidden), 1), 128)
 
 
-def _largest_logps(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, scale: float
-) -> torch.Tensor:
-    """Log max_v p(v) of each position, (S,) float32, in chunks of positions."""
+def _largest_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """Return log max_v p(v) of each position, (S,) float32, in chunks of positions."""
     largest = []
     for chunk in hidden.split(_GREEDY_CHUNK):
         logits = logits_of(chunk, weight, bias, softcap, scale)
@@ -355,14 +250,8 @@ def _largest_logps(
     return torch.cat(largest)
 
 
-def _experts_per_token(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().num_experts_per_tok
-
-
-def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...], token_weights: torch.Tensor, *, top_k: int
-) -> torch.Tensor:
-    """Load-balancing loss of a mixture of experts over the real tokens of a batch.
+def load_balancing_loss(router_logits: tuple[Tensor, ...], token_weights: Tensor, *, top_k: int) -> Tensor:
+    """Compute the load-balancing loss of a mixture of experts over the real tokens of a batch.
 
     E * sum_{k, e} f_{k,e} * p_e, where f_{k,e} is the share of tokens whose k-th choice is expert e, and p_e the mean
     router probability.
@@ -370,8 +259,7 @@ def load_balancing_loss(
     Args:
         router_logits: for each MoE layer, (N*T, E).
         token_weights: (N*T,) in how many sequences each token stands, 0 for padding; a shared prompt counts once per
-            completion, so
-            that packed and padded batches give the same loss.
+            completion, so that packed and padded batches give the same loss.
         top_k: experts per token.
 
     Returns:
@@ -386,3 +274,97 @@ def load_balancing_loss(
     share = (chosen * weights[..., None]).sum(0) / weights.sum()
     mean_prob = (probs * weights).sum(0) / weights.sum()
     return probs.shape[-1] * (share * mean_prob).sum()
+
+
+# ---- logits: how a model makes them, and whether the scoring path makes the same ------------------------------------
+
+
+def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
+    """Return how a model turns LM-head outputs into logits: (soft cap or None, factor); the factor comes first."""
+    text = config.get_text_config()
+
+    def first(*names: str) -> float | None:
+        return next((float(v) for name in names if (v := getattr(text, name, None)) is not None), None)
+
+    softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    factor = first("logit_scale", "output_multiplier", "lm_head_multiplier")
+    if factor is not None:
+        return softcap, factor
+    scaling = first("logits_scaling")
+    if scaling is not None:
+        return softcap, scaling if text.model_type == "hyperclovax" else 1 / scaling
+    return softcap, 1.0
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """Compute logits (S, V) float32 of hidden states (S, H) under an LM head (V, H) and a `logit_transform`."""
+    bias = None if bias is None else bias.to(hidden.dtype)
+    logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float() * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def check_logits(model: PreTrainedModel) -> None:
+    """Check that the scoring path's LM head reproduces the model's own logits on one random hidden state.
+
+    Sharded weights, and weights that are not loaded yet, are not checked.
+
+    Raises:
+        ValueError: the logits differ (a further layer before the head, a scale of its own), or the model has no
+            backbone to call.
+    """
+    backbone, head = model.base_model, model.get_output_embeddings()
+    if backbone is model or head is None:
+        raise ValueError(f"{type(model).__name__} has no backbone with a separate LM head, so it cannot be scored.")
+    weight = head.weight
+    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or weight.device.type == "meta":
+        return
+    draw = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden = draw.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        # large logits, so that a soft cap shows
+        largest = nn.functional.linear(hidden, weight).float().abs().max().clamp_min(1e-6)
+        hidden = hidden * (20 / largest).to(weight.dtype)
+        theirs = _model_logits(model, backbone, hidden)
+        if theirs is None:
+            return
+        ours = logits_of(hidden, weight, head.bias, *logit_transform(model.config))
+    gap = ((theirs - ours).abs().max() / ours.abs().max()).item()
+    if not gap <= _TOLERANCE:
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than the scoring path knows (they differ by {gap:.0%}), "
+            "so its log-probs would be wrong."
+        )
+
+
+class _Outputs(SimpleNamespace):
+    """Stands in for a backbone's outputs: the hidden state, and None for every other attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+    def __getitem__(self, index: Any) -> Tensor:
+        hidden: Tensor = self.last_hidden_state
+        return hidden
+
+
+def _model_logits(model: PreTrainedModel, backbone: nn.Module, hidden: Tensor) -> Tensor | None:
+    """Run `model.forward` on a fixed hidden state (1, H); return logits (1, V), or None without a backbone call."""
+    kept, calls = backbone.__dict__.get("forward"), []
+
+    def forward(*args: Any, **kwargs: Any) -> _Outputs:
+        calls.append(args)
+        return _Outputs(last_hidden_state=hidden[None])
+
+    patched: Any = backbone
+    patched.forward = forward
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+        return logits if calls else None
+    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError):
+        return None
+    finally:
+        if kept is None:
+            del patched.forward
+        else:
+            patched.forward = kept

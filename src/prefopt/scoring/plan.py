@@ -1,13 +1,10 @@
-"""Which pairs go into which micro-batch of which rank: a pure function of (seed, epoch, step).
+"""Plan of an epoch: which pairs go into which micro-batch of which rank, as a function of (seed, epoch, step).
 
 Every optimizer step holds the same number of groups (`groups_per_step`), except the last of an epoch, and every rank
-runs exactly
-`micro_batches` micro-batches in it. Within a step, groups are dealt to micro-batches so that ranks and micro-batches
-carry nearly the same
-number of tokens. A micro-batch that gets no group in the last step runs one group at weight zero, so that each group
-counts exactly once
-and no rank waits for another. Nothing here needs communication: every rank computes the whole plan and takes its own
-part.
+runs exactly `micro_batches` micro-batches in it. Within a step, groups are dealt to micro-batches so that ranks and
+micro-batches carry nearly the same number of tokens. A micro-batch that gets no group in the last step runs one group
+at weight zero, so that each group counts exactly once and no rank waits for another. Nothing here needs communication:
+every rank computes the whole plan and takes its own part.
 """
 
 from __future__ import annotations
@@ -136,7 +133,7 @@ class BatchPlan(torch.utils.data.Sampler):
         return self._row_lengths
 
     def step(self, epoch: int, step: int) -> list[list[MicroBatch]]:
-        """The micro-batches of one optimizer step, [rank][micro-batch]."""
+        """Return the micro-batches of one optimizer step, [rank][micro-batch]."""
         indices = self._step_indices(epoch, step)
         tokens = sum(self.lengths[index].first_scored for index in indices)
         ranked = sum(self.lengths[index].ranked_pairs for index in indices)
@@ -154,7 +151,7 @@ class BatchPlan(torch.utils.data.Sampler):
         return list(order[step * self.groups_per_step : (step + 1) * self.groups_per_step])
 
     def _deal(self, indices: list[int]) -> list[list[int]]:
-        """Divide a step's groups among all micro-batches; neighbours in the list run at the same time on different ranks."""
+        """Divide a step's groups among all micro-batches; neighbours in the list run at the same time on all ranks."""
         parts = self.micro_batches * self.world_size
         if self.max_tokens_per_row is None:
             # groups of like length share a padded micro-batch; sizes differ by at most one

@@ -22,13 +22,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from prefopt import files
-from prefopt.scoring.attention import by_parts, why_not_packed
-from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
+from prefopt.scoring.attention import by_parts
+from prefopt.scoring.layouts import Layout, choose_layout
 from prefopt.scoring.plan import BatchPlan, GroupLengths
 from prefopt.trainers.checkpoints import check_saved_shapes, last_checkpoint
 from prefopt.trainers.collators import PlannedBatches, only
@@ -38,44 +38,6 @@ from prefopt.trainers.policy import base_model_of
 
 CPU_ROW_TOKENS = 1024
 """Capacity of a packed row on a CPU where its mask is dense: it costs the square of the row."""
-
-
-def choose_layout(
-    wanted: str,
-    config: PretrainedConfig,
-    *,
-    pad_token_id: int,
-    pad_to_multiple_of: int,
-    share_prompt: bool,
-    longest_sequence: int,
-    against_packing: str | None,
-) -> tuple[Layout, str | None]:
-    """The layout of a run, and why it is padded where packing would have been tried.
-
-    Args:
-        wanted: "auto", "packed" or "padded".
-        config: the model's config, with its attention implementation.
-        pad_token_id, pad_to_multiple_of: of the padded layout.
-        share_prompt: of the packed layout.
-        longest_sequence: longest prompt + completion of the data, in tokens.
-        against_packing: a reason that the caller knows.
-
-    Raises:
-        ValueError: "packed" was demanded and cannot be exact.
-    """
-    padded = PaddedLayout(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
-    if wanted == "padded":
-        return padded, None
-    reason = against_packing or why_not_packed(
-        config, implementation=config._attn_implementation, longest_sequence=longest_sequence
-    )
-    if reason is None:
-        return PackedLayout(pad_token_id, share_prompt=share_prompt), None
-    if wanted == "packed":
-        raise ValueError(
-            f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
-        )
-    return padded, reason
 
 
 def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int, dense: bool) -> int:

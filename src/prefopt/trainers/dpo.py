@@ -34,7 +34,8 @@ class DPOTrainer(PreferenceTrainer):
         "citation": """
 @inproceedings{rafailov2023direct,
     title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
-    author    = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Manning, Christopher D. and Ermon, Stefano and Finn, Chelsea},
+    author    = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Manning, Christopher D. and Ermon, Stefano
+                 and Finn, Chelsea},
     booktitle = {NeurIPS},
     year      = 2023,
 }""",

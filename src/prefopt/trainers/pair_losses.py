@@ -1,17 +1,36 @@
-"""The pair losses by name: how a trainer's numbers reach the pure functions of `prefopt.losses`."""
+"""The pair losses by name: what each one reads, and the pure function of `prefopt.losses` that it is.
+
+To add one, write the function, add a line to `PAIR_LOSSES`, and a field to the config for a new hyperparameter.
+
+Letters: B pairs, K references.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from torch import Tensor
 
 from prefopt import losses
 
-if TYPE_CHECKING:
-    from prefopt.trainers.config import PreferenceConfig
+Pair = tuple[Tensor, Tensor]
+"""One (B,) tensor for the chosen completions and one for the rejected."""
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """Summed log-probs of chosen and rejected under K references, each (K, B) float32, in nats.
+
+    Attributes:
+        chosen_logps, rejected_logps: (K, B).
+        weights: (K,) or (K, B), of the references; None where there is one.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -25,88 +44,133 @@ class PairScores:
         chosen_mean_aligned_logps, rejected_mean_aligned_logps: (B,) WPO's log-weights, or None.
     """
 
-    chosen_logps: torch.Tensor
-    rejected_logps: torch.Tensor
-    chosen_counts: torch.Tensor
-    rejected_counts: torch.Tensor
-    ref_chosen_logps: torch.Tensor
-    ref_rejected_logps: torch.Tensor
-    chosen_mean_aligned_logps: torch.Tensor | None = None
-    rejected_mean_aligned_logps: torch.Tensor | None = None
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_counts: Tensor
+    rejected_counts: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_mean_aligned_logps: Tensor | None = None
+    rejected_mean_aligned_logps: Tensor | None = None
 
     @property
-    def chosen_logratios(self) -> torch.Tensor:
+    def chosen_logratios(self) -> Tensor:
         """(B,) log pi / pi_ref of the chosen completions."""
         return self.chosen_logps - self.ref_chosen_logps
 
     @property
-    def rejected_logratios(self) -> torch.Tensor:
+    def rejected_logratios(self) -> Tensor:
         """(B,) log pi / pi_ref of the rejected completions."""
         return self.rejected_logps - self.ref_rejected_logps
 
-    @property
-    def mean_logratios(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B,) log-ratios per completion token, chosen and rejected."""
+    def logratios(self) -> Pair:
+        """Return the log-ratios of both completions."""
+        return self.chosen_logratios, self.rejected_logratios
+
+    def mean_logratios(self) -> Pair:
+        """Return the log-ratios of both completions per completion token."""
         return self.chosen_logratios / self.chosen_counts, self.rejected_logratios / self.rejected_counts
 
+    def mean_logps(self) -> Pair:
+        """Return the policy's log-probs of both completions per completion token."""
+        return self.chosen_logps / self.chosen_counts, self.rejected_logps / self.rejected_counts
 
-def _ratios(loss: Callable[..., torch.Tensor], *settings: str) -> Callable[..., torch.Tensor]:
-    """A loss of (chosen, rejected) log-ratios that reads `settings` from the config."""
+    def mean_aligned_logps(self) -> Pair:
+        """Return WPO's log-weights of both completions."""
+        assert self.chosen_mean_aligned_logps is not None and self.rejected_mean_aligned_logps is not None
+        return self.chosen_mean_aligned_logps, self.rejected_mean_aligned_logps
 
-    def apply(pair: PairScores, config: PreferenceConfig, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        keywords = {name: getattr(config, name) for name in settings}
-        return loss(pair.chosen_logratios, pair.rejected_logratios, beta=config.beta, **keywords)
-
-    return apply
-
-
-def _simpo(pair: PairScores, config: PreferenceConfig, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-    return losses.simpo_loss(
-        pair.chosen_logps / pair.chosen_counts,
-        pair.rejected_logps / pair.rejected_counts,
-        beta=config.beta,
-        gamma_beta_ratio=config.gamma_beta_ratio,
-    )
+    def margins(self) -> Pair:
+        """Return log p(chosen) - log p(rejected) under the policy, and under the reference."""
+        return self.chosen_logps - self.rejected_logps, self.ref_chosen_logps - self.ref_rejected_logps
 
 
-def _aot(pair: PairScores, config: PreferenceConfig, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-    return losses.aot_loss(
-        pair.chosen_logps - pair.rejected_logps,
-        pair.ref_chosen_logps - pair.ref_rejected_logps,
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-    )
+@dataclass(frozen=True)
+class LossSetting:
+    """A field of the config that a loss takes as a keyword.
+
+    Attributes:
+        name: the config's field.
+        interval: values that the loss can use, as in "(0, 0.5]"; None: any.
+        keyword: the function's keyword where it has another name.
+        why: ends the message about a value outside.
+    """
+
+    name: str
+    interval: str | None = None
+    keyword: str = ""
+    why: str = ""
+
+    def check(self, value: float, loss_type: str) -> None:
+        """Raise a ValueError where `value` is outside of the interval."""
+        if self.interval is None:
+            return
+        low, high = (float(bound) for bound in self.interval[1:-1].split(","))
+        above = low < value if self.interval.startswith("(") else low <= value
+        below = value < high if self.interval.endswith(")") else value <= high
+        if not (above and below):
+            raise ValueError(
+                f"{self.name} must lie in {self.interval} for `loss_type: {loss_type}`, not {value}{self.why}."
+            )
 
 
-def _discopop(pair: PairScores, config: PreferenceConfig, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-    return losses.discopop_loss(
-        pair.chosen_logratios, pair.rejected_logratios, beta=config.beta, tau=config.discopop_tau
-    )
+@dataclass(frozen=True)
+class PairLoss:
+    """A loss of pairs.
+
+    Attributes:
+        function: the pure function; it takes what `reads` returns, then `columns`, then `beta` and `settings`.
+        reads: which numbers of a pair it takes.
+        columns: columns of the data that it takes, (B,) each.
+        settings: fields of the config that it takes.
+        needs_reference: False if it takes no log-probs of the reference.
+        sorts_batch: it sorts the batch, so that its values belong to no pair.
+    """
+
+    function: Callable[..., Tensor]
+    reads: Callable[[PairScores], Pair] = PairScores.logratios
+    columns: tuple[str, ...] = ()
+    settings: tuple[LossSetting, ...] = ()
+    needs_reference: bool = True
+    sorts_batch: bool = False
+
+    def __call__(self, pair: PairScores, config: Any, columns: Mapping[str, Tensor]) -> Tensor:
+        """Return the losses (B,) of the pairs under the settings of `config`."""
+        data = [*self.reads(pair), *(columns[name] for name in self.columns)]
+        keywords = {setting.keyword or setting.name: getattr(config, setting.name) for setting in self.settings}
+        return self.function(*data, beta=config.beta, **keywords)
+
+    def check_settings(self, config: Any, loss_type: str) -> None:
+        """Raise a ValueError where a setting of `config` is outside of what the loss can use."""
+        for setting in self.settings:
+            setting.check(getattr(config, setting.name), loss_type)
 
 
-PairLoss = Callable[[PairScores, Any, dict[str, torch.Tensor]], torch.Tensor]
-
-SFT = "sft"
-"""The loss name that adds the mean negative log-prob of chosen tokens; the trainer computes it over the optimizer step."""
-SORTING_LOSSES = ("aot", "aot_unpaired")
-"""Losses that sort the batch, so that their values belong to no pair."""
-REFERENCE_FREE_LOSSES = ("simpo", SFT)
+_SMOOTHING = LossSetting("label_smoothing", "[0, 0.5]")
+_FLIPPED = LossSetting("label_smoothing", "[0, 0.5)")
+_EXO_SMOOTHING = LossSetting("label_smoothing", "(0, 0.5]", why=" (the loss is infinite at 0; its paper uses 1e-3)")
+_TAU = LossSetting("discopop_tau", "(0, 1]", keyword="tau")
+_GAMMA = LossSetting("gamma_beta_ratio", "[0, inf)")
 
 # TRL's names; `apo_zero` and `apo_down` are Anchored PO
 PAIR_LOSSES: dict[str, PairLoss] = {
-    "sigmoid": _ratios(losses.dpo_loss, "label_smoothing"),
-    "hinge": _ratios(losses.hinge_loss),
-    "ipo": lambda pair, config, columns: losses.ipo_loss(*pair.mean_logratios, beta=config.beta),
-    "sigmoid_norm": lambda pair, config, columns: losses.sigmoid_norm_loss(*pair.mean_logratios, beta=config.beta),
-    "exo_pair": _ratios(losses.exo_pair_loss, "label_smoothing"),
-    "nca_pair": _ratios(losses.nca_pair_loss),
-    "robust": _ratios(losses.robust_dpo_loss, "label_smoothing"),
-    "bco_pair": _ratios(losses.bco_pair_loss),
-    "sppo_hard": _ratios(losses.sppo_hard_loss),
-    "aot": _aot,
-    "aot_unpaired": _ratios(losses.aot_unpaired_loss, "label_smoothing"),
-    "apo_zero": _ratios(losses.anchored_zero_loss),
-    "apo_down": _ratios(losses.anchored_down_loss),
-    "discopop": _discopop,
-    "simpo": _simpo,
+    "sigmoid": PairLoss(losses.dpo_loss, settings=(_SMOOTHING,)),
+    "hinge": PairLoss(losses.hinge_loss),
+    "ipo": PairLoss(losses.ipo_loss, PairScores.mean_logratios),
+    "sigmoid_norm": PairLoss(losses.sigmoid_norm_loss, PairScores.mean_logratios),
+    "exo_pair": PairLoss(losses.exo_pair_loss, settings=(_EXO_SMOOTHING,)),
+    "nca_pair": PairLoss(losses.nca_pair_loss),
+    "robust": PairLoss(losses.robust_dpo_loss, settings=(_FLIPPED,)),
+    "bco_pair": PairLoss(losses.bco_pair_loss),
+    "sppo_hard": PairLoss(losses.sppo_hard_loss),
+    "aot": PairLoss(losses.aot_loss, PairScores.margins, settings=(_SMOOTHING,), sorts_batch=True),
+    "aot_unpaired": PairLoss(losses.aot_unpaired_loss, settings=(_SMOOTHING,), sorts_batch=True),
+    "apo_zero": PairLoss(losses.anchored_zero_loss),
+    "apo_down": PairLoss(losses.anchored_down_loss),
+    "discopop": PairLoss(losses.discopop_loss, settings=(_TAU,)),
+    "simpo": PairLoss(losses.simpo_loss, PairScores.mean_logps, settings=(_GAMMA,), needs_reference=False),
 }
+
+SFT = "sft"
+"""Adds the mean negative log-prob of chosen tokens; the trainer computes it over the whole optimizer step."""
+REFERENCE_FREE_LOSSES = (SFT, *(name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference))

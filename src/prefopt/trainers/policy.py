@@ -1,4 +1,4 @@
-"""From what a user gives as `model` to the policy that trains: loading, adapters, the scoring path."""
+"""Make the policy that trains from a user's `model`: loading, adapters, the scoring path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from prefopt.scoring.attention import load_with_flex_attention
@@ -24,28 +24,25 @@ def load_model(
     args: Any,
     quantization_config: Any = None,
     loader: Callable[..., PreTrainedModel] = create_model_from_path,
-):
-    """The model itself, loaded where `model` is a name or folder.
+) -> PreTrainedModel | PeftModel:
+    """Load the model where `model` is a name or folder; return one in memory unchanged.
 
     Args:
         model: hub name, local folder, or a model in memory (a `PeftModel` too).
         args: trainer config; `model_init_kwargs`, `trust_remote_code` and `batch_layout` are read.
-        quantization_config: passed to the loader; with a model in memory it is refused.
-        loader: what loads a name or folder, given the settings as keywords.
+        quantization_config: passed to the loader.
+        loader: loads a name or folder, given the settings as keywords.
 
     Raises:
-        ValueError: settings for loading together with a model in memory.
+        ValueError: settings for loading were given together with a model in memory.
     """
     init = dict(args.model_init_kwargs or {})
     if not isinstance(model, str):
-        if init:
-            raise ValueError(
-                "`model_init_kwargs` says how to load a model, but a loaded `model` was given. Drop one of them."
-            )
-        if quantization_config is not None:
-            raise ValueError(
-                "`quantization_config` says how to load a model, but a loaded `model` was given. Drop one of them."
-            )
+        for name, value in (("model_init_kwargs", init), ("quantization_config", quantization_config)):
+            if value:
+                raise ValueError(
+                    f"`{name}` says how to load a model, but a loaded `model` was given. Drop one of them."
+                )
         return model
     if quantization_config is not None:
         init["quantization_config"] = quantization_config
@@ -58,7 +55,7 @@ def load_model(
 
 
 def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with the model."""
+    """Load the tokenizer that was saved with the model."""
     name = get_config_model_id(model.config)
     if not name:
         raise ValueError("The model was not loaded from a name or folder: give its tokenizer as `processing_class`.")
@@ -67,7 +64,7 @@ def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedT
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding with its end token where it has no pad token (padding is masked by position, never by its id).
+    """Set the tokenizer's pad token to its end token where it has none; padding is masked by position, never by id.
 
     Raises:
         ValueError: it has neither.
@@ -80,12 +77,15 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model under an adapter, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """Return the transformers model under an adapter, or the model itself."""
+    if not isinstance(model, PeftModel):
+        return model
+    base: Any = model.get_base_model()
+    return base
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model's present weights that does not train, with the scoring path.
+    """Copy the model with its present weights, frozen and with the scoring path.
 
     Raises:
         ValueError: the weights are sharded already, so that no rank could copy them.
@@ -100,7 +100,9 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return reference.requires_grad_(False).eval()
 
 
-def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: PeftConfig | None):
+def with_adapter(
+    model: PreTrainedModel | PeftModel, args: Any, peft_config: PeftConfig | None
+) -> PreTrainedModel | PeftModel:
     """Put the scoring path into the base model, then the adapter around it.
 
     Returns:
@@ -108,8 +110,8 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
             it as adapter "ref".
 
     Raises:
-        ValueError: an adapter on a model that has one, on the LM head, or of a kind that adds virtual tokens; nothing
-            that trains.
+        ValueError: the adapter is on a model that has one, on the LM head, or of a kind that adds virtual tokens; or
+            no parameter is trainable.
     """
     install_scoring(base_model_of(model))
     if peft_config is not None:
@@ -117,11 +119,10 @@ def with_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Pef
     elif isinstance(model, PeftModel):
         _copy_adapter(model)
     if isinstance(model, PeftModel):
-        if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
+        if isinstance(base_model_of(model).get_output_embeddings(), BaseTunerLayer):
             raise ValueError(
                 "An adapter on `lm_head` would be ignored: log-probs are computed from `lm_head.weight`. Remove "
-                "`lm_head` from "
-                "`target_modules`, or name it in `modules_to_save`."
+                "`lm_head` from `target_modules`, or name it in `modules_to_save`."
             )
         _choose_checkpointing(args)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -146,9 +147,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Peft
             "`peft_config`."
         )
     if peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{peft_config.peft_type.value} adds virtual tokens, which these trainers do not score. Use LoRA."
-        )
+        kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+        raise ValueError(f"{kind} adds virtual tokens, which these trainers do not score. Use LoRA.")
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(
             model,
@@ -161,7 +161,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Peft
 
 
 def _copy_adapter(model: PeftModel) -> None:
-    """Keep the active adapter's present weights as a second, frozen adapter."""
+    """Copy the active adapter's present weights into a second, frozen adapter."""
     trained = model.active_adapter
     if REFERENCE_ADAPTER in model.peft_config:  # of an earlier trainer on this model
         model.delete_adapter(REFERENCE_ADAPTER)
@@ -176,7 +176,7 @@ def _copy_adapter(model: PeftModel) -> None:
 
 
 def _choose_checkpointing(args: Any) -> None:
-    """ZeRO-3 with adapters needs re-entrant checkpointing; say so."""
+    """Make gradient checkpointing re-entrant where ZeRO-3 and an adapter need it, and print that."""
     if args.gradient_checkpointing and is_deepspeed_zero3_enabled():
         if args.selective_checkpointing:
             raise ValueError(

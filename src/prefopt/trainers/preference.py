@@ -1,16 +1,19 @@
 """The spine of all pair methods: score the policy, score the reference, apply the pair loss.
 
 Read `PreferenceTrainer.step_loss` first; a method overrides one of the functions that it calls.
+
+Letters: B pairs, K references.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from prefopt import losses as pure
@@ -20,60 +23,63 @@ from prefopt.trainers.base import BaseTrainer, describe_wrapping
 from prefopt.trainers.collators import REFERENCE_COLUMNS, CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
-from prefopt.trainers.pair_losses import PAIR_LOSSES, REFERENCE_FREE_LOSSES, SFT, SORTING_LOSSES, PairLoss, PairScores
-from prefopt.trainers.policy import (
-    load_model,
-    load_tokenizer,
-    with_adapter,
-    with_pad_token,
+from prefopt.trainers.pair_losses import (
+    PAIR_LOSSES,
+    REFERENCE_FREE_LOSSES,
+    SFT,
+    PairLoss,
+    PairScores,
+    ReferenceScores,
 )
-from prefopt.trainers.reference import Reference, check_given_scores, reference_module, with_reference_scores
+from prefopt.trainers.policy import load_model, load_tokenizer, with_adapter, with_pad_token
+from prefopt.trainers.reference import Reference, attach_scores, check_given_scores, has_scores, reference_module
 
 SIDES = ("chosen", "rejected")
 
+__all__ = ["PreferenceTrainer", "ReferenceScores"]
 
-def record_pairs(
-    sums: MetricSums, pair: PairScores, scores: CompletionScores, real: torch.Tensor, *, beta: float
-) -> None:
-    """Rewards, log-probs, lengths, and the vocabulary statistics where the scores have them.
+
+def record_pairs(sums: MetricSums, pair: PairScores, scores: CompletionScores, real: Tensor, *, beta: float) -> None:
+    """Add rewards, log-probs, lengths, and the vocabulary statistics where the scores have them.
 
     Args:
         sums: where the metrics are added.
         pair: (B,) scores of the pairs.
         scores: (2B,) scores of their completions, chosen and rejected in turn.
         real: (B,) False for a pair that only fills a micro-batch.
-        beta: what turns log-ratios into rewards.
+        beta: turns log-ratios into rewards.
     """
-    rewards = dict(zip(SIDES, (beta * pair.chosen_logratios, beta * pair.rejected_logratios)))
-    logps = dict(zip(SIDES, (pair.chosen_logps, pair.rejected_logps)))
-    counts = dict(zip(SIDES, (pair.chosen_counts, pair.rejected_counts)))
-    sums.add_mean("rewards/margins", rewards["chosen"] - rewards["rejected"], real)
-    sums.add_mean("rewards/accuracies", (rewards["chosen"] > rewards["rejected"]).float(), real)
-    for offset, side in enumerate(SIDES):
-        sums.add_mean(f"rewards/{side}", rewards[side], real)
-        sums.add_mean(f"logps/{side}", logps[side], real)
-        sums.add_mean(f"lengths/{side}", counts[side], real)
-        if scores.entropy is not None:
-            tokens = counts[side] * real
-            sums.add_mean(f"logits/{side}", scores.mean_logits[offset::2] / counts[side], tokens)
-            sums.add_mean("entropy", scores.entropy[offset::2] / counts[side], tokens)
+    rewards = [beta * logratios for logratios in pair.logratios()]
+    logps, counts = (pair.chosen_logps, pair.rejected_logps), (pair.chosen_counts, pair.rejected_counts)
+    sums.add_mean("rewards/margins", rewards[0] - rewards[1], real)
+    sums.add_mean("rewards/accuracies", (rewards[0] > rewards[1]).float(), real)
+    for number, side in enumerate(SIDES):
+        sums.add_mean(f"rewards/{side}", rewards[number], real)
+        sums.add_mean(f"logps/{side}", logps[number], real)
+        sums.add_mean(f"lengths/{side}", counts[number], real)
+        if scores.entropy is not None and scores.mean_logits is not None:
+            tokens = counts[number] * real
+            sums.add_mean(f"logits/{side}", scores.mean_logits[number::2] / counts[number], tokens)
+            sums.add_mean("entropy", scores.entropy[number::2] / counts[number], tokens)
     if scores.top1 is not None:
-        sums.add_mean("mean_token_accuracy", scores.top1[0::2] / counts["chosen"], counts["chosen"] * real)
+        sums.add_mean("mean_token_accuracy", scores.top1[0::2] / counts[0], counts[0] * real)
 
 
 def record_weights(
-    sums: MetricSums, weights: torch.Tensor, pair: PairScores, real: torch.Tensor, *, max_weight: float | None
+    sums: MetricSums, weights: Tensor, pair: PairScores, real: Tensor, *, max_weight: float | None
 ) -> None:
-    """Statistics of WPO's weights (B,); `effective_pairs` follows from the sums once they are reduced over ranks."""
+    """Add statistics of WPO's weights (B,); `effective_pairs` follows from the sums of all ranks."""
     sums.add_mean("wpo/weight_mean", weights, real)
     sums.add_min("wpo/weight_min", weights, real)
     sums.add_max("wpo/weight_max", weights, real)
     kept = torch.where(real, weights, 0.0)
     sums.add_total("wpo/_sum", kept)
     sums.add_total("wpo/_sum_of_squares", kept.square())
-    unclamped = (pair.chosen_mean_aligned_logps + pair.rejected_mean_aligned_logps).exp()
-    clamped = unclamped > max_weight if max_weight is not None else torch.zeros_like(unclamped)
-    sums.add_mean("wpo/clamped_fraction", clamped.float(), real)
+    clamped = torch.zeros_like(weights)
+    if max_weight is not None:
+        chosen, rejected = pair.mean_aligned_logps()
+        clamped = ((chosen + rejected).exp() > max_weight).float()
+    sums.add_mean("wpo/clamped_fraction", clamped, real)
 
 
 def effective_pairs(values: dict[str, torch.Tensor]) -> None:
@@ -82,51 +88,17 @@ def effective_pairs(values: dict[str, torch.Tensor]) -> None:
         values["wpo/effective_pairs"] = values.pop("wpo/_sum").square() / values.pop("wpo/_sum_of_squares")
 
 
-@dataclass(frozen=True)
-class ReferenceScores:
-    """Summed log-probs of chosen and rejected under K references, each (K, B) float32, in nats."""
-
-    chosen_logps: torch.Tensor
-    rejected_logps: torch.Tensor
-
-
-def check_arguments(trainer_class: type[PreferenceTrainer], model, ref_model, args, data_collator, processing_class):
-    """Refuse arguments of another kind than a pair trainer needs."""
-    if not isinstance(args, trainer_class.config_class):
-        needed, given = trainer_class.config_class.__name__, type(args)
-        raise ValueError(
-            f"{trainer_class.__name__} needs a prefopt.{needed}, which has all fields of TRL's, not a "
-            f"{given.__module__}.{given.__name__}."
-        )
-    if isinstance(ref_model, str):
-        raise ValueError(
-            f"`ref_model` must be a model in memory: `AutoModelForCausalLM.from_pretrained({ref_model!r})`."
-        )
-    if ref_model is not None and ref_model is model:
-        raise ValueError(
-            "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a copy."
-        )
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"`processing_class` must be a tokenizer, not a {type(processing_class).__name__}: only text is read."
-        )
-    if data_collator is not None and args.ld_alpha is not None:
-        raise ValueError("`ld_alpha` would not reach the batches of a `data_collator`: use one or the other.")
-
-
 class PreferenceTrainer(BaseTrainer):
     """Base of the pair methods; the constructor takes TRL's `DPOTrainer` arguments in TRL's order.
 
     Args:
         model: hub name or folder, a causal LM in memory, or a `PeftModel`.
         ref_model: the reference; None: the model's present weights (for a fresh adapter the model without it, for a
-            trained adapter a
-            frozen copy of it).
+            trained adapter a frozen copy of it).
         args: the method's config; default: its defaults.
         data_collator: a collator in TRL's form, instead of the planned layouts; batches are then padded.
         train_dataset, eval_dataset: preference rows in any form that `prefopt.data` reads, or tokenised pairs;
-            `eval_dataset` may be a
-            dict of data sets.
+            `eval_dataset` may be a dict of data sets.
         processing_class: the tokenizer; default: the one saved with the model.
         compute_metrics: called after an evaluation; `predictions` is (pairs, 2), the rewards of chosen and rejected.
         callbacks, optimizers: as for `transformers.Trainer`.
@@ -134,45 +106,45 @@ class PreferenceTrainer(BaseTrainer):
         peft_config: the adapter to train.
 
     Raises:
-        ValueError: something in the arguments cannot work; the message says what and how to mend it.
+        ValueError: the arguments cannot work; the message says what is wrong and how to fix it.
     """
 
     config_class = PreferenceConfig
-    pair_loss_table: dict[str, PairLoss] = PAIR_LOSSES
+    pair_loss_table: Mapping[str, PairLoss] = PAIR_LOSSES
     metric_minima = ("wpo/weight_min",)
     metric_maxima = ("wpo/weight_max",)
+    args: PreferenceConfig
+    model: PreTrainedModel
 
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
         ref_model: PreTrainedModel | None = None,
         args: PreferenceConfig | None = None,
-        data_collator=None,
+        data_collator: Callable[..., Any] | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics=None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers=(None, None),
-        quantization_config=None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
         if args is None:
             args = self.config_class()
-        check_arguments(type(self), model, ref_model, args, data_collator, processing_class)
+        self._check_arguments(model, ref_model, args, data_collator, processing_class)
         self.check_settings(args)
         set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
         self.tokenization_reports: dict[str, Any] = {}
-        # with the tokenizer at hand, mistakes in the data are found before any weights are loaded
-        loaded = None if processing_class is not None else load_model(model, args, quantization_config)
-        processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
-        self._args_for_data = args, processing_class
-        train_dataset = self._prepare(train_dataset, "train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
+        if processing_class is None:
+            loaded = load_model(model, args, quantization_config)
+            tokenizer = with_pad_token(load_tokenizer(loaded, args))
+            train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, tokenizer)
         else:
-            eval_dataset = self._prepare(eval_dataset, "eval")
-        if loaded is None:
+            # mistakes in the data are found before any weights are loaded
+            tokenizer = with_pad_token(processing_class)
+            train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, tokenizer)
             loaded = load_model(model, args, quantization_config)
         self.reference_is_initial = ref_model is None
         reference = reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
@@ -183,52 +155,40 @@ class PreferenceTrainer(BaseTrainer):
             collate=CustomCollator(data_collator) if data_collator else PairCollator(ld_alpha=args.ld_alpha),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._vocab_statistics = args.vocab_metrics
-        text_config = policy.config.get_text_config().to_dict()
-        coefficient = args.router_aux_loss_coef
-        self._aux_coefficient = text_config.get("router_aux_loss_coef", 0.0) if coefficient is None else coefficient
-        if self._aux_coefficient and "router_aux_loss_coef" not in text_config:
-            raise ValueError(
-                f"`router_aux_loss_coef` is set, but {policy.config.model_type} is not a mixture of experts."
-            )
+        self._aux_coefficient = _router_coefficient(policy, args)
         self._margin_checked = False
         if args.precompute_ref_log_probs:
-            self._use_cached_scores(reference)
+            self._attach_scores_to_all(reference)
             reference = None
-        self.reference = Reference(self, reference) if self.needs_reference else None
+        self.reference = Reference(reference, policy, self.accelerator) if self.needs_reference else None
 
     @property
-    def ref_model(self):
+    def ref_model(self) -> nn.Module | None:
         """The reference as a module; None where the policy holds it or its scores are cached."""
         return None if self.reference is None else self.reference.module
 
-    # ---- the spine
-    # -------------------------------------------------------------------------------------------------------------
+    # ---- the spine --------------------------------------------------------------------------------------------------
 
-    def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `BaseTrainer.step_loss`; predictions are the (B, 2) rewards of chosen and rejected."""
+    def step_loss(self, model: nn.Module, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a micro-batch; predictions are the (B, 2) rewards. See `BaseTrainer.step_loss`."""
         scores = self.score_completions(model, batch)  # policy, one forward
         reference = self.reference_scores(batch)  # live, adapter off, or cached
         pair = self.pair_scores(scores, reference, batch)
-        if not self._margin_checked:
-            self._margin_checked = True
-            check_initial_margin(self, pair)
+        self._check_initial_margin(pair)
         losses = self.pair_losses(pair, reference, batch)  # (B,), what most methods override
         self.watch_finite(losses, batch, sums)
         total = torch.where(batch["real"], losses, 0.0).sum()
         loss = self.reduce(total, batch) + self._token_terms(pair, scores, batch, sums)
         self.record(losses, pair, scores, batch, sums)
-        rewards = torch.stack(
-            [self.args.beta * pair.chosen_logratios, self.args.beta * pair.rejected_logratios], dim=1
-        )
+        rewards = torch.stack([self.args.beta * logratios for logratios in pair.logratios()], dim=1)
         return loss, rewards.detach()
 
-    def score_completions(self, model, batch: dict[str, Any]) -> CompletionScores:
+    def score_completions(self, model: nn.Module, batch: dict[str, Any]) -> CompletionScores:
         """Score all completions of the batch under the policy."""
         return score_completions(
             model,
@@ -236,42 +196,39 @@ class PreferenceTrainer(BaseTrainer):
             attn_implementation=self.attn_implementation,
             dtype=self.model.dtype,
             alignment=self.args.weight_alignment if self.args.use_weighting else None,
-            vocab_statistics=self._vocab_statistics,
+            vocab_statistics=self.args.vocab_metrics,
             aux_loss=bool(self._aux_coefficient),
         )
 
     def reference_scores(self, batch: dict[str, Any]) -> ReferenceScores:
-        """Score all completions of the batch under the reference, or read what was cached: (K, B) each."""
+        """Score all completions of the batch under the reference, or read cached scores: (K, B) each."""
         if self.args.precompute_ref_log_probs:
             return ReferenceScores(batch["ref_chosen_logps"], batch["ref_rejected_logps"])
         if self.reference is None:
             zeros = torch.zeros(1, len(batch["row_ids"]), device=self.args.device)
             return ReferenceScores(zeros, zeros)
-        logps = self.reference.logps(batch)
+        logps = self.reference.logps(batch, self.model_wrapped)
         return ReferenceScores(logps[None, 0::2], logps[None, 1::2])
 
     def pair_scores(self, scores: CompletionScores, reference: ReferenceScores, batch: dict[str, Any]) -> PairScores:
         """Divide the scores into chosen and rejected, beside one reference log-prob each."""
-        ref_chosen, ref_rejected = self.mix_references(reference, batch)
         aligned = scores.mean_aligned_logps
         return PairScores(
-            chosen_logps=scores.logps[0::2],
-            rejected_logps=scores.logps[1::2],
-            chosen_counts=scores.counts[0::2],
-            rejected_counts=scores.counts[1::2],
-            ref_chosen_logps=ref_chosen,
-            ref_rejected_logps=ref_rejected,
-            chosen_mean_aligned_logps=None if aligned is None else aligned[0::2],
-            rejected_mean_aligned_logps=None if aligned is None else aligned[1::2],
+            scores.logps[0::2],
+            scores.logps[1::2],
+            scores.counts[0::2],
+            scores.counts[1::2],
+            *self.mix_references(reference, batch),
+            *((None, None) if aligned is None else (aligned[0::2], aligned[1::2])),
         )
 
-    def mix_references(self, reference: ReferenceScores, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One log-prob (B,) for chosen and for rejected from the K references."""
+    def mix_references(self, reference: ReferenceScores, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return one log-prob (B,) for chosen and for rejected from the K references."""
         assert reference.chosen_logps.shape[0] == 1, "several references need a mixture"
         return reference.chosen_logps[0], reference.rejected_logps[0]
 
-    def pair_losses(self, pair: PairScores, reference: ReferenceScores, batch: dict[str, Any]) -> torch.Tensor:
-        """The loss of each pair, (B,): the weighted sum of `loss_type`, times WPO's weights where they are on."""
+    def pair_losses(self, pair: PairScores, reference: ReferenceScores, batch: dict[str, Any]) -> Tensor:
+        """Compute each pair's loss, (B,): the weighted sum of `loss_type`, times WPO's weights where they are on."""
         total = torch.zeros_like(pair.chosen_logps)
         for name, weight in self._weighted_losses():
             if name != SFT:
@@ -279,70 +236,52 @@ class PreferenceTrainer(BaseTrainer):
         weights = self.pair_weights(pair)
         return total if weights is None else total * weights
 
-    def pair_weights(self, pair: PairScores) -> torch.Tensor | None:
-        """WPO's weight of each pair, (B,), without gradient; None where `use_weighting` is off."""
+    def pair_weights(self, pair: PairScores) -> Tensor | None:
+        """Compute WPO's weight of each pair, (B,), without gradient; None where `use_weighting` is off."""
         if not self.args.use_weighting:
             return None
-        return pure.wpo_pair_weights(
-            pair.chosen_mean_aligned_logps, pair.rejected_mean_aligned_logps, max_weight=self.args.max_weight
-        )
+        return pure.wpo_pair_weights(*pair.mean_aligned_logps(), max_weight=self.args.max_weight)
 
     def record(
-        self, losses: torch.Tensor, pair: PairScores, scores: CompletionScores, batch: dict[str, Any], sums: MetricSums
+        self, losses: Tensor, pair: PairScores, scores: CompletionScores, batch: dict[str, Any], sums: MetricSums
     ) -> None:
         """Add this micro-batch's metrics."""
         real = batch["real"]
         record_pairs(sums, pair, scores, real, beta=self.args.beta)
-        if self.args.use_weighting:
-            record_weights(sums, self.pair_weights(pair), pair, real, max_weight=self.args.max_weight)
+        weights = self.pair_weights(pair)
+        if weights is not None:
+            record_weights(sums, weights, pair, real, max_weight=self.args.max_weight)
         if not self.model.training:
             sums.add_mean("loss", losses, real)
 
-    def describe_run(self) -> str:
-        """One line on processes, wrapping, batches and reference."""
-        if self.args.precompute_ref_log_probs:
-            reference = "cached scores"
-        elif self.reference is None:
-            reference = "none"
-        elif self.reference.module is None:
-            reference = "the policy with its adapter off or exchanged"
-        else:
-            reference = f"live, {describe_wrapping(self.reference.module)}"
-        return f"{super().describe_run()[:-1]}; reference: {reference}."
+    def _check_initial_margin(self, pair: PairScores) -> None:
+        """Check before the first step that a reference which is the initial policy scores like it.
 
-    # ---- what the spine needs
-    # --------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def check_settings(cls, args: PreferenceConfig) -> None:
-        """See `BaseTrainer.check_settings`."""
-        unknown = [name for name in args.loss_type if name not in cls.pair_loss_table and name != SFT]
-        if unknown:
-            names = ", ".join(sorted([*cls.pair_loss_table, SFT]))
-            raise ValueError(f"Unknown loss_type {unknown[0]!r} for {cls.__name__}. Known: {names}.")
-        if args.use_weighting and (clash := [n for n in args.loss_type if n in SORTING_LOSSES or n == SFT]):
+        Raises:
+            ValueError: it does not.
+        """
+        args = self.args
+        if self._margin_checked:
+            return
+        self._margin_checked = True
+        live = self.needs_reference and not args.precompute_ref_log_probs
+        if not (self.reference_is_initial and live and self.state.global_step == 0 and args.disable_dropout):
+            return
+        tolerance = 1e-3 if self.model.dtype == torch.float32 and not (args.bf16 or args.fp16) else 2e-2
+        policy = torch.stack([pair.chosen_logps, pair.rejected_logps])
+        reference = torch.stack([pair.ref_chosen_logps, pair.ref_rejected_logps])
+        gap = ((policy - reference).abs() / (1 + reference.abs())).max().item()
+        if not gap <= tolerance:
             raise ValueError(
-                f"WPO's weights belong to pairs, and {clash[0]!r} has no value per pair. Turn `use_weighting` off, or "
-                "drop that loss."
+                "Before the first step the reference does not score like the policy (relative difference "
+                f"{gap:.2g}). The model changed after the trainer was built, or the reference is another model; pass "
+                "`ref_model` if that is meant."
             )
-        if "exo_pair" in args.loss_type and not args.label_smoothing > 0:
-            raise ValueError("`exo_pair` needs `label_smoothing` above 0; its paper recommends 1e-3.")
-        one = torch.ones(1)
-        for name in set(args.loss_type) & set(PAIR_LOSSES):
-            PAIR_LOSSES[name](PairScores(one, one, one, one, one, one), args, {})  # each loss knows its own ranges
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any of the losses reads the reference."""
-        return not set(self.args.loss_type) <= set(REFERENCE_FREE_LOSSES)
-
-    def _weighted_losses(self) -> list[tuple[str, float]]:
-        return list(zip(self.args.loss_type, self.args.loss_weights or [1.0] * len(self.args.loss_type)))
 
     def _token_terms(
         self, pair: PairScores, scores: CompletionScores, batch: dict[str, Any], sums: MetricSums
-    ) -> torch.Tensor:
-        """Terms that are no loss of a pair: the SFT term (mean over the step's chosen tokens) and the MoE auxiliary loss."""
+    ) -> Tensor:
+        """Compute the terms that belong to no pair: SFT (mean over the step's chosen tokens) and the MoE loss."""
         real = batch["real"]
         terms = torch.zeros((), device=real.device)
         for name, weight in self._weighted_losses():
@@ -357,17 +296,115 @@ class PreferenceTrainer(BaseTrainer):
             sums.add_mean("aux_loss", scores.aux_loss.expand(1), real.sum()[None])
         return terms
 
-    def derive_metrics(self, values: dict[str, torch.Tensor]) -> None:
-        """See `BaseTrainer.derive_metrics`; the loss of an evaluation gets the terms that belong to no pair."""
+    def _weighted_losses(self) -> list[tuple[str, float]]:
+        return list(zip(self.args.loss_type, self.args.loss_weights or [1.0] * len(self.args.loss_type)))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses reads the reference."""
+        return not set(self.args.loss_type) <= set(REFERENCE_FREE_LOSSES)
+
+    def derive_metrics(self, values: dict[str, Tensor]) -> None:
+        """Add to an evaluation's loss the terms that belong to no pair; see `BaseTrainer.derive_metrics`."""
         effective_pairs(values)
         if "loss" in values:
             sft = values.pop("_sft", 0.0) * dict(self._weighted_losses()).get(SFT, 0.0)
             values["loss"] = values["loss"] + sft + self._aux_coefficient * values.get("aux_loss", 0.0)
 
-    # ---- data ------------------------------------------------------------------------------------------------------------------
+    # ---- checks and words -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _check_arguments(
+        cls,
+        model: Any,
+        ref_model: Any,
+        args: Any,
+        data_collator: Any,
+        processing_class: Any,
+    ) -> None:
+        """Raise a ValueError where an argument is of another kind than a pair trainer needs."""
+        if not isinstance(args, cls.config_class):
+            needed, given = cls.config_class.__name__, type(args)
+            raise ValueError(
+                f"{cls.__name__} needs a prefopt.{needed}, which has all fields of TRL's, not a "
+                f"{given.__module__}.{given.__name__}."
+            )
+        if isinstance(ref_model, str):
+            raise ValueError(
+                f"`ref_model` must be a model in memory: `AutoModelForCausalLM.from_pretrained({ref_model!r})`."
+            )
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a "
+                "copy."
+            )
+        if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"`processing_class` must be a tokenizer, not a {type(processing_class).__name__}: only text is read."
+            )
+        if data_collator is not None and args.ld_alpha is not None:
+            raise ValueError("`ld_alpha` would not reach the batches of a `data_collator`: use one or the other.")
+
+    @classmethod
+    def check_settings(cls, args: PreferenceConfig) -> None:
+        """Check the losses and their settings; see `BaseTrainer.check_settings`."""
+        table, names = cls.pair_loss_table, args.loss_type
+        if unknown := [name for name in names if name not in table and name != SFT]:
+            known = ", ".join(sorted([*table, SFT]))
+            raise ValueError(f"Unknown loss_type {unknown[0]!r} for {cls.__name__}. Known: {known}.")
+        if args.use_weighting and (clash := [name for name in names if name == SFT or table[name].sorts_batch]):
+            raise ValueError(
+                f"WPO's weights belong to pairs, and {clash[0]!r} has no value per pair. Turn `use_weighting` off, or "
+                "drop that loss."
+            )
+        for name in names:
+            if name != SFT:
+                table[name].check_settings(args, name)
+
+    @classmethod
+    def check_data(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
+        """See `BaseTrainer.check_data`."""
+        cls.check_columns(dataset, args, name)
+
+    @classmethod
+    def check_columns(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
+        """Check the columns of tokenised pairs that the losses need."""
+        if args.precompute_ref_log_probs:
+            check_given_scores(dataset, name)
+
+    def why_not_packed(self) -> str | None:
+        """Name a user's collator, which makes padded batches, as the reason against packing."""
+        return "a `data_collator` was given" if isinstance(self.collate, CustomCollator) else None
+
+    def describe_run(self) -> str:
+        """Describe processes, wrapping, batches and reference in one line."""
+        if self.args.precompute_ref_log_probs:
+            reference = "cached scores"
+        elif self.reference is None:
+            reference = "none"
+        elif self.reference.module is None:
+            reference = "the policy with its adapter off or exchanged"
+        else:
+            reference = f"live, {describe_wrapping(self.reference.module)}"
+        return f"{super().describe_run()[:-1]}; reference: {reference}."
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _prepare_all(
+        self,
+        train_dataset: Dataset | None,
+        eval_dataset: Dataset | dict[str, Dataset] | None,
+        args: PreferenceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> tuple[Dataset | None, Dataset | dict[str, Dataset] | None]:
+        self._args_for_data = args, tokenizer
+        train_dataset = self._prepare(train_dataset, "train")
+        if isinstance(eval_dataset, dict):
+            return train_dataset, {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
+        return train_dataset, self._prepare(eval_dataset, "eval")
 
     def _prepare(self, dataset: Dataset | None, name: str) -> Dataset | None:
-        """Tokenised pairs of `dataset`, with the columns that the method needs."""
+        """Tokenise `dataset` and check the columns that the method needs."""
         if dataset is None:
             return None
         if isinstance(dataset, IterableDataset):
@@ -381,7 +418,7 @@ class PreferenceTrainer(BaseTrainer):
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
             truncation_mode=args.truncation_mode,
-            on_bad_row=args.on_bad_row,
+            on_bad_row=cast(Any, args.on_bad_row),
             num_proc=args.dataset_num_proc,
             name=name,
         )
@@ -389,26 +426,32 @@ class PreferenceTrainer(BaseTrainer):
         self.check_columns(dataset, args, name)
         return dataset
 
-    @classmethod
-    def check_data(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
-        """See `BaseTrainer.check_data`."""
-        cls.check_columns(dataset, args, name)
+    def _attach_scores(
+        self, datasets: Mapping[str, Dataset], module: PreTrainedModel | PeftModel | None
+    ) -> dict[str, Dataset]:
+        return attach_scores(
+            datasets,
+            module=module,
+            policy=self.model,
+            args=self.args,
+            accelerator=self.accelerator,
+            layout=self.layout,
+            longest=max(
+                (g.packed for dataset in datasets.values() if not has_scores(dataset) for g in self.lengths(dataset)),
+                default=0,
+            ),
+        )
 
-    @classmethod
-    def check_columns(cls, dataset: Dataset, args: PreferenceConfig, name: str) -> None:
-        """Refuse data without the columns that the losses need."""
-        if args.precompute_ref_log_probs:
-            check_given_scores(dataset, name)
-
-    def _use_cached_scores(self, reference) -> None:
-        """Give every data set the columns of cached reference scores."""
+    def _attach_scores_to_all(self, module: PreTrainedModel | PeftModel | None) -> None:
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         datasets = {"train": self.train_dataset, **named}
-        done = with_reference_scores(self, {name: d for name, d in datasets.items() if d is not None}, reference)
+        done = self._attach_scores({name: d for name, d in datasets.items() if d is not None}, module)
         self.train_dataset = done.pop("train", None)
         self.eval_dataset = done if isinstance(self.eval_dataset, dict) else done.get("eval")
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate; a data set given here is prepared like the one of the constructor."""
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare_late(dataset, name) for name, dataset in eval_dataset.items()}
@@ -419,42 +462,27 @@ class PreferenceTrainer(BaseTrainer):
     def _prepare_late(self, dataset: Dataset, name: str) -> Dataset:
         """Prepare a data set that comes after the constructor."""
         prepared = self._prepare(dataset, name)
+        assert prepared is not None
         if not self.args.precompute_ref_log_probs or REFERENCE_COLUMNS[0] in prepared.column_names:
             return prepared
         policy_is_reference = self.state.global_step == 0 or isinstance(self.model, PeftModel)
         if not (self.reference_is_initial and policy_is_reference):
             raise ValueError(
                 f"The {name} data has no cached reference scores, and the reference is no longer at hand: give it to "
-                "the constructor as "
-                "`eval_dataset`, or turn `precompute_ref_log_probs` off."
+                "the constructor as `eval_dataset`, or turn `precompute_ref_log_probs` off."
             )
-        return with_reference_scores(self, {name: prepared}, None)[name]
-
-    def why_not_packed(self) -> str | None:
-        """A user's collator makes padded batches."""
-        return "a `data_collator` was given" if isinstance(self.collate, CustomCollator) else None
+        return self._attach_scores({name: prepared}, None)[name]
 
 
-def check_initial_margin(trainer: PreferenceTrainer, pair: PairScores) -> None:
-    """Before the first step, a reference that is the initial policy must score like it.
+def _router_coefficient(policy: PreTrainedModel | PeftModel, args: PreferenceConfig) -> float:
+    """Return the weight of the MoE load-balancing loss; 0 for a dense model.
 
     Raises:
-        ValueError: it does not.
+        ValueError: `router_aux_loss_coef` is set for a dense model.
     """
-    args = trainer.args
-    live = trainer.needs_reference and not args.precompute_ref_log_probs
-    if not (trainer.reference_is_initial and live and trainer.state.global_step == 0 and args.disable_dropout):
-        return
-    tolerance = 1e-3 if trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16) else 2e-2
-    for policy, reference in (
-        (pair.chosen_logps, pair.ref_chosen_logps),
-        (pair.rejected_logps, pair.ref_rejected_logps),
-    ):
-        gap = ((policy - reference).abs() / (1 + reference.abs())).max().item()
-        if not gap <= tolerance:
-            raise ValueError(
-                f"Before the first step the reference does not score like the policy (relative difference {gap:.2g}). "
-                "The model "
-                "changed after the trainer was built, or the reference is another model; pass `ref_model` if that is "
-                "meant."
-            )
+    config = policy.config.get_text_config().to_dict()
+    default = config.get("router_aux_loss_coef", 0.0)
+    coefficient: float = default if args.router_aux_loss_coef is None else args.router_aux_loss_coef
+    if coefficient and "router_aux_loss_coef" not in config:
+        raise ValueError(f"`router_aux_loss_coef` is set, but {policy.config.model_type} is not a mixture of experts.")
+    return coefficient

@@ -1,14 +1,15 @@
-"""The reference of a pair trainer: a frozen module, the policy without its adapter, or scores that were kept on disk."""
+"""The reference of a pair trainer: a frozen module, the policy without its adapter, or scores cached on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -18,6 +19,7 @@ from prefopt._trl import prepare_deepspeed, prepare_fsdp
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
+from prefopt.scoring.layouts import Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.base import CPU_ROW_TOKENS
 from prefopt.trainers.collators import REFERENCE_COLUMNS
@@ -25,99 +27,100 @@ from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of, frozen_copy, load_model
 
-if TYPE_CHECKING:
-    from prefopt.trainers.preference import PreferenceTrainer
-
 LARGEST_LOGP = 0.01  # 0, and room for rounding in bfloat16
 GPU_ROW_TOKENS = 16384
-"""Tokens of one forward of the reference pass on a GPU: no gradient is kept, so it can be larger than a training row."""
+"""Tokens of one forward of the reference pass on a GPU: no gradient is kept, so it can exceed a training row."""
 
 
 class Reference:
     """Scores micro-batches under the reference.
 
     Args:
-        trainer: whose policy holds the reference where there is no module.
         module: a frozen model with its scoring path, not yet sharded; None: the policy with its adapter off, or with
-            the frozen copy of
-            an adapter that it was given with.
+            the frozen copy of an adapter that it was given with.
+        policy: the policy, not yet wrapped.
+        accelerator: shards or moves `module` as it does the policy.
     """
 
-    def __init__(self, trainer: PreferenceTrainer, module: nn.Module | None) -> None:
-        self.trainer = trainer
-        self.config = None if module is None else base_model_of(module).config
-        self.module = None if module is None else self._shard(module)
+    def __init__(
+        self, module: PreTrainedModel | PeftModel | None, policy: PreTrainedModel | PeftModel, accelerator: Accelerator
+    ) -> None:
+        self.policy = policy
+        self.config = base_model_of(module or policy).config
+        self.module = None if module is None else shard(module, accelerator)
 
-    def _shard(self, module: nn.Module) -> nn.Module:
-        accelerator = self.trainer.accelerator
-        if self.trainer.is_deepspeed_enabled:
-            return prepare_deepspeed(module, accelerator)
-        if self.trainer.is_fsdp_enabled:
-            return prepare_fsdp(module, accelerator)
-        return accelerator.prepare_model(module, evaluation_mode=True)
-
-    def logps(self, batch: dict[str, Any]) -> torch.Tensor:
-        """(C,) float32 summed log-probs of the batch's completions."""
-        trainer = self.trainer
-        with torch.no_grad(), self.in_place(trainer.model_wrapped) as (model, config):
-            return score_completions(
-                model, batch, attn_implementation=config._attn_implementation, dtype=trainer.model.dtype
-            ).logps
+    def logps(self, batch: dict[str, Any], wrapped_policy: nn.Module) -> torch.Tensor:
+        """Return the summed log-probs (C,) float32 of the batch's completions."""
+        with torch.no_grad(), self._scoring_model(wrapped_policy) as model:
+            implementation, dtype = self.config._attn_implementation, base_model_of(self.policy).dtype
+            return score_completions(model, batch, attn_implementation=implementation, dtype=dtype).logps
 
     @contextlib.contextmanager
-    def in_place(self, wrapped_policy: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-        """The model to score with, and its config, while the context is open."""
+    def _scoring_model(self, wrapped_policy: nn.Module) -> Iterator[nn.Module]:
         if self.module is not None:
-            yield self.module, self.config
+            yield self.module
             return
-        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        training = policy.training
-        policy.eval()  # neither dropout nor checkpointing
+        training = self.policy.training
+        self.policy.eval()  # neither dropout nor checkpointing
         try:
-            with adapter_of_reference(policy):
-                yield wrapped_policy, policy.config
+            with adapter_of_reference(self.policy):
+                yield wrapped_policy
         finally:
-            policy.train(training)
+            self.policy.train(training)
+
+
+def shard(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Wrap a frozen model for the processes of the run, as the policy is."""
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(module, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        sharded: Any = prepare_fsdp(module, accelerator)
+        return sharded
+    return accelerator.prepare_model(module, evaluation_mode=True)
 
 
 def reference_module(
     model: str | nn.Module,
     loaded: PreTrainedModel | PeftModel,
-    ref_model: PreTrainedModel | None,
+    ref_model: PreTrainedModel | PeftModel | None,
     args: PreferenceConfig,
     quantization_config: Any,
     peft_config: PeftConfig | None,
-) -> PreTrainedModel | None:
-    """The reference as a module of its own, or None where the policy holds it, its scores are cached, or no loss reads it.
+) -> PreTrainedModel | PeftModel | None:
+    """Return the reference as a separate module, or None where the policy holds it, it is cached, or no loss reads it.
 
     Args:
-        model: what the user gave as the policy, a name or a module.
+        model: the policy as the user gave it, a name or a module.
         loaded: the same, loaded.
-        ref_model, args, quantization_config, peft_config: the trainer's arguments.
+        ref_model: the user's reference, or None.
+        args: the trainer's config.
+        quantization_config: for loading the policy by name.
+        peft_config: the adapter that the policy will get.
 
     Raises:
-        ValueError: a reference that no loss would read.
+        ValueError: `ref_model` was given and no loss reads it.
     """
-    free = set(args.loss_type) <= set(REFERENCE_FREE_LOSSES)
+    no_reference = set(args.loss_type) <= set(REFERENCE_FREE_LOSSES)
+    reference: PreTrainedModel | PeftModel
     if ref_model is not None:
-        if free:
+        if no_reference:
             raise ValueError(
                 f"`ref_model` would not be used: {', '.join(args.loss_type)} has no reference. Leave it out."
             )
-        install_scoring(base_model_of(ref_model))
-        return ref_model.requires_grad_(False).eval()
-    if args.precompute_ref_log_probs or free or peft_config is not None or isinstance(loaded, PeftModel):
+        reference = ref_model
+    elif args.precompute_ref_log_probs or no_reference or peft_config is not None or isinstance(loaded, PeftModel):
         return None
-    if isinstance(model, str) and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+    elif isinstance(model, str) and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         reference = load_model(model, args, quantization_config)  # the policy's weights are sharded already
-        install_scoring(reference)
-        return reference.requires_grad_(False).eval()
-    return frozen_copy(loaded)
+    else:
+        return frozen_copy(loaded)
+    install_scoring(base_model_of(reference))
+    return reference.requires_grad_(False).eval()
 
 
 @contextlib.contextmanager
 def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
-    """While open, a policy scores as its reference does; a policy without an adapter is its own reference until it trains."""
+    """Have a PEFT policy score as its reference (adapter off, or the frozen copy). No-op without an adapter."""
     if not isinstance(policy, PeftModel):
         yield
         return
@@ -134,7 +137,7 @@ def adapter_of_reference(policy: nn.Module) -> Iterator[None]:
 
 
 def check_given_scores(dataset: Dataset, name: str) -> None:
-    """Refuse reference scores that came with the data and cannot be those of its completions.
+    """Check reference scores that came with the data.
 
     Args:
         dataset: tokenised pairs.
@@ -153,8 +156,7 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
             if isinstance(score, list) and len(score) > 1:
                 raise ValueError(
                     f"The {name} data has the scores of several references in {column}: keep those of the one that "
-                    "this run starts "
-                    "from, or use `multi-reference-dpo`, which takes several."
+                    "this run starts from, or use `multi-reference-dpo`, which takes several."
                 )
             score, count = (value[0] if isinstance(value, list) and value else value for value in (score, count))
             wrong = ""
@@ -174,61 +176,85 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
                 )
 
 
-def with_reference_scores(
-    trainer: PreferenceTrainer, datasets: dict[str, Dataset], module: nn.Module | None
+def has_scores(dataset: Dataset) -> bool:
+    """Check whether a dataset has both columns of reference scores."""
+    return set(REFERENCE_COLUMNS[:2]) <= set(dataset.column_names)
+
+
+def attach_scores(
+    datasets: Mapping[str, Dataset],
+    *,
+    module: PreTrainedModel | PeftModel | None,
+    policy: PreTrainedModel | PeftModel,
+    args: PreferenceConfig,
+    accelerator: Accelerator,
+    layout: Layout,
+    longest: int,
 ) -> dict[str, Dataset]:
-    """The data sets with the columns of cached reference scores; what the cache lacks is scored now, by all ranks.
+    """Add the columns of cached reference scores to tokenised pairs; all ranks score what the cache lacks.
 
     Args:
-        trainer: built, not yet training.
-        datasets: tokenised pairs by name; one that has the columns is left as it is.
+        datasets: tokenised pairs by name; one that has the columns is returned unchanged.
         module: the reference, or None: the policy's present weights are.
+        policy: the policy, not yet trained.
+        args: the trainer's config.
+        accelerator: the trainer's.
+        layout: the trainer's.
+        longest: tokens of the longest pair.
 
     Returns:
-        The data sets under the same names.
+        The datasets under the same names.
     """
-    missing = {
-        name: dataset
-        for name, dataset in datasets.items()
-        if not set(REFERENCE_COLUMNS[:2]) <= set(dataset.column_names)
-    }
+    done = dict(datasets)
+    missing = [name for name, dataset in datasets.items() if not has_scores(dataset)]
     if not missing:
-        return datasets
-    args, accelerator = trainer.args, trainer.accelerator
-    model = module if module is not None else trainer.model
+        return done
+    model = policy if module is None else module
     base = base_model_of(model)
-    dtype = str(base.dtype).removeprefix("torch.")
-    if accelerator.mixed_precision != "no":
-        dtype = f"{dtype}/{accelerator.mixed_precision}"
-    adapter = None
-    if isinstance(model, PeftModel):
-        own = REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
-        adapter = own if module is None else model.active_adapter
     scorer = token_scorer(
-        model, base.config, name=base.config._name_or_path or "in memory", dtype=dtype, adapter=adapter
+        model,
+        base.config,
+        name=base.config._name_or_path or "in memory",
+        dtype=_precision(base.dtype, accelerator),
+        adapter=_scoring_adapter(model, is_policy=module is None),
     )
-    longest = max(group.packed for dataset in missing.values() for group in trainer.lengths(dataset))
     tokens = max(longest, CPU_ROW_TOKENS if args.device.type == "cpu" else GPU_ROW_TOKENS)
     folder = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
-    engine = prepare_deepspeed(model, accelerator) if trainer.is_deepspeed_enabled else model.to(args.device)
+    sharded = accelerator.state.deepspeed_plugin is not None
+    unsharded: Any = model
+    engine = prepare_deepspeed(model, accelerator) if sharded else unsharded.to(args.device)
     score = group_scorer(
         engine,
         base.config,
-        trainer.layout,
+        layout,
         device=args.device,
         dtype=base.dtype,
         row_length=-(-tokens // 128) * 128 if args.device.type == "cuda" else None,
         autocast=accelerator.autocast,
     )
-    done = dict(datasets)
     with adapter_of_reference(model) if module is None else contextlib.nullcontext():
-        for name, dataset in missing.items():
+        for name in missing:
             done[name], scored = cached_reference_scores(
-                dataset, score, scorer, folder, max_tokens=tokens, padded=trainer.layout.name == "padded"
+                datasets[name], score, scorer, folder, max_tokens=tokens, padded=layout.name == "padded"
             )
-            if trainer.is_world_process_zero():
-                read = 2 * len(dataset) - scored
+            if accelerator.is_main_process:
+                read = 2 * len(datasets[name]) - scored
                 print(f"Reference scores of the {name} data: {read} read from {folder}, {scored} scored now.")
-    if engine is not model:
+    if sharded:
         engine.destroy()
     return done
+
+
+def _precision(dtype: torch.dtype, accelerator: Accelerator) -> str:
+    """Return weights' dtype and autocast's, as the cache's keys hold them."""
+    weights = str(dtype).removeprefix("torch.")
+    return weights if accelerator.mixed_precision == "no" else f"{weights}/{accelerator.mixed_precision}"
+
+
+def _scoring_adapter(model: nn.Module, *, is_policy: bool) -> str | None:
+    """Return the name of the adapter that is on while `model` scores as the reference, or None."""
+    if not isinstance(model, PeftModel):
+        return None
+    if is_policy:
+        return REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
+    return model.active_adapter
