@@ -15,6 +15,7 @@ from prefopt.data.messages import (
     BadRow,
     Fault,
     TextOrMessages,
+    check_answers,
     clean_template_kwargs,
     clean_text,
     clean_tools,
@@ -182,6 +183,9 @@ def normalise_pair(row: Mapping[str, Any]) -> Row:
         raise BadRow(Fault.IDENTICAL_COMPLETIONS, "`chosen` and `rejected` are the same")
     if isinstance(prompt, list) and not prompt:
         raise BadRow(Fault.EMPTY_PROMPT, "`chosen` and `rejected` share no turn, and there is no `prompt`")
+    if is_blank(prompt) and "prompt" in row:  # whole texts without a common beginning are kept, as TRL keeps them
+        raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is blank")
+    check_answers(prompt, [chosen, rejected])
     context = context_of(row)
     texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return {"row_id": row_id(prompt, [chosen, rejected], context), **texts, **context, **method_values(row)}
@@ -198,9 +202,9 @@ def normalise_prompt(row: Mapping[str, Any]) -> Row:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         prompt = _pair_texts(row)[0]
     elif "prompt" in row or "messages" not in row:
-        prompt = clean_text(row.get("prompt"), "prompt")
+        prompt = _text(row, "prompt")
     else:
-        messages = clean_text(row["messages"], "messages")
+        messages = _text(row, "messages")
         answered = isinstance(messages, list) and messages and messages[-1]["role"] == "assistant"
         prompt = messages[:-1] if answered else messages
     if is_blank(prompt):
@@ -232,6 +236,9 @@ def normalise_comparison(row: Mapping[str, Any]) -> Row:
     for place, response in enumerate(responses):
         if is_blank(response):
             raise BadRow(Fault.EMPTY_RESPONSE, f"response {place} of {len(responses)} is empty")
+    if is_blank(prompt):
+        raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is blank")
+    check_answers(prompt, responses)
     context = context_of(row)
     identity = row_id(prompt, responses, {**context, "scores": scores})
     values = {"scores": scores, **comparison_values(row)}
@@ -291,16 +298,20 @@ def number(value: Any, column: str) -> float | list[float | None] | None:
     """Return a value as a float, or (of a reference column) as a list of them; None stays None.
 
     Raises:
-        BadRow: it is no number.
+        BadRow: it is no number, or not a finite one.
     """
+    is_flat = isinstance(value, list) and not any(isinstance(item, list) for item in value)
+    if is_flat and column in REFERENCE_COLUMNS:
+        return [number(item, column) for item in value]  # type: ignore[misc]
     if value is None:
         return None
-    if isinstance(value, list) and column in REFERENCE_COLUMNS:
-        return [None if item is None else float(item) for item in value]
     try:
-        return float(value)
+        converted = float(value)
     except (TypeError, ValueError) as error:
         raise BadRow(Fault.WRONG_TYPE, f"`{column}` is not a number: {value!r}") from error
+    if not math.isfinite(converted):
+        raise BadRow(Fault.BAD_NUMBER, f"`{column}` is {converted}")
+    return converted
 
 
 def check_scores(value: Any, num_responses: int) -> list[float]:
@@ -333,15 +344,17 @@ def comparison_values(row: Mapping[str, Any]) -> Row:
 def _pair_texts(row: Mapping[str, Any]) -> PromptAndResponses:
     if "chosen" not in row and "messages" in row:
         return _from_conversation(row)
-    chosen, rejected = clean_text(row.get("chosen"), "chosen"), clean_text(row.get("rejected"), "rejected")
-    prompt = clean_text(row["prompt"], "prompt") if "prompt" in row else None
-    return split_prompt(prompt, [chosen, rejected])
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    return split_prompt(_text(row, "prompt") if "prompt" in row else None, [chosen, rejected])
+
+
+def _text(row: Mapping[str, Any], field: str) -> TextOrMessages:
+    return clean_text(row.get(field), field, clean_tools(row.get("tools")))
 
 
 def _from_conversation(row: Mapping[str, Any]) -> PromptAndResponses:
     """Read `messages`, which end with the chosen answer, beside `rejected_response` (ms-swift's form)."""
-    messages = clean_text(row["messages"], "messages")
-    rejected = clean_text(row.get("rejected_response"), "rejected_response")
+    messages, rejected = _text(row, "messages"), _text(row, "rejected_response")
     if isinstance(messages, str) or not messages or messages[-1]["role"] != "assistant":
         raise BadRow(Fault.MISSING_FIELD, "`messages` does not end with an assistant turn, the chosen answer")
     answer: TextOrMessages = [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) else rejected
@@ -351,8 +364,9 @@ def _from_conversation(row: Mapping[str, Any]) -> PromptAndResponses:
 def _from_responses(row: Mapping[str, Any]) -> PromptAndResponses:
     if not isinstance(row["responses"], list):
         raise BadRow(Fault.WRONG_TYPE, f"`responses` is not a list: {row['responses']!r}")
-    responses = [clean_text(response, "responses") for response in row["responses"]]
-    prompt = clean_text(row.get("prompt"), "prompt")
+    tools = clean_tools(row.get("tools"))
+    responses = [clean_text(response, "responses", tools) for response in row["responses"]]
+    prompt = _text(row, "prompt")
     return split_prompt(prompt, responses) if responses else (prompt, [])
 
 
