@@ -37,7 +37,7 @@ from prefopt.data.rows import (
 from prefopt.files import content_hash
 
 # part of the cache key: raise it whenever the same input would give other ids
-VERSION = 2
+VERSION = 3
 OUTCOME = "_outcome"
 
 
@@ -235,7 +235,7 @@ class RowTokenizer:
         """
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
         clean, read = zip(*(self.read(row, schema) for row in rows))
-        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer)]
+        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer, strict=True)]
         ids = id_columns(groups, self.kind, self.tokenizer)
         # prompts keep the columns of their rows as they were
         kept = [{**row, "row_id": c["row_id"]} for row, c in zip(rows, clean)] if self.kind == "prompts" else clean
