@@ -66,6 +66,7 @@ class ScoringSettings:
         batch_layout: "auto", "packed" or "padded".
         max_tokens: tokens of one forward.
         num_proc: processes that tokenise.
+        show_progress: with rate and time left.
     """
 
     root: Path
@@ -74,6 +75,7 @@ class ScoringSettings:
     batch_layout: str = "auto"
     max_tokens: int = 16384
     num_proc: int | None = None
+    show_progress: bool = True
 
 
 @dataclass
@@ -203,7 +205,8 @@ def _score(
         dtype=getattr(torch, dtype),
         row_length=longest_row if compiled else None,
     )
-    fill(cache, groups, score, max_tokens=settings.max_tokens, padded=layout.name == "padded")
+    padded, shown = layout.name == "padded", settings.show_progress
+    fill(cache, groups, score, max_tokens=settings.max_tokens, padded=padded, show_progress=shown)
     report.batched_vs_single = _compare_single(cache, groups, score)
 
 

@@ -235,7 +235,13 @@ def attach_scores(
     with adapter_of_reference(model) if module is None else contextlib.nullcontext():
         for name in missing:
             done[name], scored = cached_reference_scores(
-                datasets[name], score, scorer, folder, max_tokens=tokens, padded=layout.name == "padded"
+                datasets[name],
+                score,
+                scorer,
+                folder,
+                max_tokens=tokens,
+                padded=layout.name == "padded",
+                show_progress=not args.disable_tqdm,
             )
             if accelerator.is_main_process:
                 read = 2 * len(datasets[name]) - scored
