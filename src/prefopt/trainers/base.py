@@ -95,6 +95,21 @@ def selective_contexts():
     return create_selective_checkpoint_contexts(list(KEPT))
 
 
+TRAINING, EVALUATION = "train", "eval"
+"""Names of the data sets in messages, reports and checks."""
+
+
+def evaluation_name(key: str) -> str:
+    """Return the name of an evaluation set given under `key`: its metrics' prefix, which no training set can have."""
+    return f"{EVALUATION}_{key}"
+
+
+def name_of_prefix(metric_key_prefix: str) -> str:
+    """Return the name of a set that is evaluated under this prefix: the prefix, unless it does not name evaluations."""
+    prefix = metric_key_prefix
+    return prefix if prefix == EVALUATION or prefix.startswith(f"{EVALUATION}_") else evaluation_name(prefix)
+
+
 def use_selective_checkpointing(model) -> None:
     """Have a model that checkpoints its layers keep matrix products and attention, and recompute norms and activations only.
 
@@ -252,9 +267,16 @@ class BaseTrainer(Trainer):
     # ---- batches
     # ---------------------------------------------------------------------------------------------------------------
 
+    def _named_datasets(self) -> dict[str, Dataset]:
+        evaluations = self.eval_dataset
+        if isinstance(evaluations, dict):
+            named = {evaluation_name(key): dataset for key, dataset in evaluations.items()}
+        else:
+            named = {EVALUATION: evaluations}
+        return {name: d for name, d in ({TRAINING: self.train_dataset} | named).items() if d is not None}
+
     def _datasets(self) -> list[Dataset]:
-        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        return [dataset for dataset in (self.train_dataset, *evaluations.values()) if dataset is not None]
+        return list(self._named_datasets().values())
 
     def lengths(self, dataset: Dataset) -> list[GroupLengths]:
         """Token counts of every example of `dataset`, counted once."""

@@ -23,7 +23,7 @@ from prefopt.arguments import check_settings, setting
 from prefopt.data.tokenization import TokenizationReport, tokenize_comparisons
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
-from prefopt.trainers.base import BaseTrainer
+from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, evaluation_name, name_of_prefix
 from prefopt.trainers.collators import in_rows, step_columns
 from prefopt.trainers.config import BatchConfig, refuse_set
 from prefopt.trainers.policy import add_adapter, load_tokenizer, with_pad_token
@@ -160,7 +160,7 @@ class ComparisonData:
         if dataset is None or any(dataset is made for made in self._made):
             return dataset
         if isinstance(dataset, dict):
-            prepared: Any = {key: self.prepare(each, key) for key, each in dataset.items()}
+            prepared: Any = {key: self.prepare(each, evaluation_name(key)) for key, each in dataset.items()}
         else:
             prepared, self.reports[name] = tokenize_comparisons(
                 dataset,
@@ -243,8 +243,8 @@ class ComparisonTrainer(BaseTrainer):
         loaded = self.load(model, args, quantization_config)
         processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
         self.data = ComparisonData(args, processing_class, self.check_rows)
-        train_dataset = self.data.prepare(train_dataset, "train")
-        eval_dataset = self.data.prepare(eval_dataset, "eval")
+        train_dataset = self.data.prepare(train_dataset, TRAINING)
+        eval_dataset = self.data.prepare(eval_dataset, EVALUATION)
         if peft_config is not None:
             loaded = add_adapter(loaded, args, self.adapter_config(peft_config, loaded))
         if args.disable_dropout:
@@ -288,5 +288,5 @@ class ComparisonTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """Evaluate; a data set given here is tokenised like the one of the constructor."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = self.data.prepare(eval_dataset, metric_key_prefix)
+            eval_dataset = self.data.prepare(eval_dataset, name_of_prefix(metric_key_prefix))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

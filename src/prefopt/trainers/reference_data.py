@@ -17,6 +17,7 @@ from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
 from prefopt.references.text import read_checks, text_scorer
 from prefopt.references.weights import fixed_weights
+from prefopt.trainers.base import TRAINING
 from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 from prefopt.trainers.reference_weighting import ReferenceTable
@@ -48,7 +49,7 @@ def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> t
     Args:
         dataset: tokenised pairs, uncut.
         args: names the references and the cache.
-        name: of the set; the references' health is checked on "train".
+        name: of the set; the references' health is checked on the training set.
 
     Raises:
         ValueError: scores are missing or not usable, or a reference is quarantined.
@@ -62,7 +63,7 @@ def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> t
         if args.process_index == 0:
             print(f"{name}: scores of {len(scorers)} references taken from {root}; {report}.", flush=True)
     check_scores(dataset, args, name)
-    if name == "train":
+    if name == TRAINING:
         check_health(dataset, args, checks)
     return dataset, report
 
