@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from prefopt.references.cache import SIDES, UNSCORABLE, ScoreCache, Scorer, Scores, explain_missing, ids_key, text_keys
-from prefopt.references.filling import ScoreGroups, fill, pair_lengths, shared_lookup, unscored_groups
+from prefopt.references.filling import ScoreGroups, fill, on_all_ranks, pair_lengths, shared_lookup, unscored_groups
 from prefopt.references.fingerprints import module_fingerprint
 
 
@@ -78,6 +78,7 @@ def cached_reference_scores(
     keys = [[ids_key(*row) for row in side] for side in columns]
     unscored = [~shared_lookup(cache, side).found for side in keys]
     if groups := unscored_groups(dataset, keys, unscored):
+        on_all_ranks(lambda: cache.check_writable(2 * len(groups)))
         fill(cache, groups, score, max_tokens=max_tokens, padded=padded, show_progress=show_progress)
     for side, side_keys in zip(SIDES, keys):
         name = f"ref_{side}_logps"

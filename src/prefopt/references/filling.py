@@ -186,6 +186,19 @@ def fill(
         )
 
 
+def on_all_ranks(check: Callable[[], None]) -> None:
+    """Run a check on every rank and raise its ValueError on all of them, so that none waits for the others."""
+    faults = []
+    try:
+        check()
+    except ValueError as error:
+        faults.append(str(error))
+    if PartialState().num_processes > 1:
+        faults = gather_object(faults)
+    if faults:
+        raise ValueError(faults[0])
+
+
 def _record(cache: ScoreCache, members: Sequence[UnscoredGroup], logps: torch.Tensor) -> list[str]:
     """Add the finite scores to the cache; return a description of each other one."""
     values, bad = iter(logps.tolist()), []

@@ -22,7 +22,7 @@ from prefopt._transformers import attention_of
 from prefopt.data.encoding import load_tokenizer, prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
-from prefopt.files import read_json, write_json
+from prefopt.files import read_object, write_json
 from prefopt.references.cache import (
     SIDES,
     UNSCORABLE,
@@ -39,6 +39,7 @@ from prefopt.references.filling import (
     UnscoredGroup,
     fill,
     group_scorer,
+    on_all_ranks,
     pair_lengths,
     prepare_model,
     shared_lookup,
@@ -172,6 +173,7 @@ def score_reference(
     # the main process has written its notes, and all ranks read the same records from here on
     PartialState().wait_for_everyone()
     if groups:
+        on_all_ranks(lambda: cache.check_writable(2 * len(groups)))  # before anything is loaded
         _score(cache, groups, reference, tokenizer.pad_token_id, settings, report, accelerator)
         _write_checks(cache, report)
         if torch.cuda.is_available():
@@ -235,7 +237,7 @@ def _plan(
     faults = rows["fault"] if "fault" in rows.column_names else [None] * len(rows)
     refused = {row_id for row_id, fault in zip(rows["row_id"], faults) if not fault} - set(row_ids)
     report.refused = len(refused)
-    _note(cache, notes | dict.fromkeys(sorted(refused), UNSCORABLE))
+    on_all_ranks(lambda: _note(cache, notes | dict.fromkeys(sorted(refused), UNSCORABLE)))
     return unscored_groups(tokenised, keys, unscored)
 
 
@@ -280,7 +282,7 @@ def _write_checks(cache: ScoreCache, report: ScoringReport) -> None:
 def read_checks(root: Path, scorer: Scorer) -> dict[str, Any]:
     """Return the notes beside the scores: `rows`, `not_prefix`, `batched_vs_single`; empty without any."""
     path = root / scorer.key / CHECKS_FILE
-    return dict(read_json(path)) if path.exists() else {}
+    return read_object(path, remedy="delete this file") if path.exists() else {}
 
 
 def found_scores(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[tuple[Scorer, list[Scores]]]:
