@@ -256,9 +256,9 @@ def number(value: Any, column: str) -> float | list[float | None] | None:
     """
     if value is None:
         return None
-    if isinstance(value, list) and column in REFERENCE_COLUMNS:
-        return [None if item is None else float(item) for item in value]
     try:
+        if isinstance(value, list) and column in REFERENCE_COLUMNS:
+            return [None if item is None else float(item) for item in value]
         return float(value)
     except (TypeError, ValueError) as error:
         raise BadRow(Fault.WRONG_TYPE, f"`{column}` is not a number: {value!r}") from error
