@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ _IRRELEVANT = frozenset(
         "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
+# modules that hold the weights of adapters, each under its adapter's name
+_ADAPTER_PARTS = (r"lora_\w+", "modules_to_save", "prompt_encoder")
 # read while loading or tokenising; nothing else of a repository is downloaded
 _NEEDED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
 # the weights once more in Mistral's own format, which transformers neither loads nor downloads
@@ -160,11 +163,13 @@ def _adapter_scales(model: nn.Module, adapter: str) -> list[float]:
 
 
 def _named_tensors(model: nn.Module, adapter: str | None) -> list[tuple[str, torch.Tensor]]:
+    # by the place where adapters keep their weights: an adapter may be called like any module of the model
+    own = None if adapter is None else re.compile(rf"\.({'|'.join(_ADAPTER_PARTS)})\.{re.escape(adapter)}(\.|$)")
     found = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        counts = adapter is not None and f".{adapter}." in f"{name}."
+        counts = own is not None and own.search(name) is not None
         if not counts and any(part in name for part in ("lora_", ".modules_to_save.", "prompt_encoder.")):
             continue
         for wrapper in ("module.", "base_model.model.", "_orig_mod."):
