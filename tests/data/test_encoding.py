@@ -158,7 +158,9 @@ def test_groups_of_any_size_and_prompts_alone_share_their_prompt_ids():
     for style in ("mistral", "gemma2", "chatml", "zephyr"):
         tokenizer = tiny_tokenizer(style)
         prompt = turns("Is it?")
-        three, none = encode_groups([TextGroup(prompt, [answer("a"), answer("b"), answer("c")]), TextGroup(prompt)], tokenizer)
+        three, none = encode_groups(
+            [TextGroup(prompt, [answer("a"), answer("b"), answer("c")]), TextGroup(prompt)], tokenizer
+        )
         assert len(three.completion_ids) == 3
         assert none == EncodedGroup(three.prompt_ids, [], True)
 

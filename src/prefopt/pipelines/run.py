@@ -24,7 +24,7 @@ from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines import adversarial, self_play
 from prefopt.pipelines.commands import Commands, as_script
 from prefopt.pipelines.stages import Runner, Stage, table
-from prefopt.recipes.convert import Text, unknown_key
+from prefopt.recipes.convert import parsed, unknown_key
 from prefopt.recipes.recipe import build, load_settings, parse_settings, plain
 from prefopt.recipes.source import Setting
 
@@ -156,7 +156,7 @@ def _put(mapping: Any, path: list[str], value: Any, where: str) -> Any:
 def _parsed(value: Any) -> Any:
     if isinstance(value, list):
         return [_parsed(item) for item in value]
-    return yaml.safe_load(value) if isinstance(value, Text) else value
+    return parsed(value)
 
 
 def check_launchers(launchers: dict[str, str], stages: list[Stage]) -> None:

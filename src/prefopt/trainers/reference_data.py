@@ -13,13 +13,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.holdout import fill_with_prompts, prompt_name
+from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.references.cache import SIDES, default_folder
 from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
 from prefopt.references.text import read_checks, text_scorer
 from prefopt.references.weights import fixed_weights
 from prefopt.trainers.base import TRAINING
-from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 from prefopt.trainers.reference import is_number
 from prefopt.trainers.reference_weighting import ReferenceTable
@@ -86,12 +86,7 @@ def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> 
             )
         count = count or len(values[0])  # without names, of the first row
         least = 0.0 if column.endswith("counts") else -math.inf
-
-        def usable(numbers: Any) -> bool:
-            right = isinstance(numbers, list) and len(numbers) == count
-            return right and all(is_number(each) and least < each < math.inf for each in numbers)
-
-        wrong = next((row for row, numbers in enumerate(values) if not usable(numbers)), None)
+        wrong = next((row for row, numbers in enumerate(values) if not _are_numbers(numbers, count, least)), None)
         if wrong is not None:
             raise ValueError(
                 f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be "
@@ -99,6 +94,11 @@ def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> 
             )
     if args.reference_weights is not None:
         fixed_weights(args.reference_weights, count)
+
+
+def _are_numbers(values: Any, count: int, least: float) -> bool:
+    right = isinstance(values, list) and len(values) == count
+    return right and all(is_number(each) and least < each < math.inf for each in values)
 
 
 def hold_out_by_prompt(
