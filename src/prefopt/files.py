@@ -94,6 +94,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_object(path: str | os.PathLike[str], *, remedy: str) -> dict[str, Any]:
+    """Read the JSON object in a file that prefopt wrote.
+
+    Raises:
+        ValueError: the file is damaged; the message names it and ends with the remedy.
+    """
+    try:
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object): {remedy}.")
+    return value
+
+
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write `rows` to `path`, one JSON object a line, atomically; gzip where the name ends in .gz."""
     with atomic_path(path) as temporary, _opener(path)(temporary, "wt", encoding="utf-8") as file:

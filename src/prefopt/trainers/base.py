@@ -50,6 +50,15 @@ METHOD_STATE_FILE = "method_state.json"
 _TOTALS = ("num_tokens", "perf/tokens")  # metrics that are added up over the steps of a log, not averaged
 
 
+TRAINING, EVALUATION = "train", "eval"
+"""Names of the data sets in messages, reports and checks."""
+
+
+def evaluated(name: str) -> str:
+    """Return the name of an evaluation set in reports and checks, which no training set has, even if it is "train"."""
+    return name if name.startswith(EVALUATION) else f"{EVALUATION}/{name}"
+
+
 class BaseTrainer(HookedTrainer):
     """Base of all trainers here; see the module's docstring.
 
@@ -171,9 +180,16 @@ class BaseTrainer(HookedTrainer):
 
     # ---- batches
 
+    def _named_datasets(self) -> dict[str, Dataset]:
+        evaluations = self.eval_dataset
+        if isinstance(evaluations, dict):
+            named = {evaluated(key): dataset for key, dataset in evaluations.items()}
+        else:
+            named = {EVALUATION: evaluations}
+        return {name: d for name, d in ({TRAINING: self.train_dataset} | named).items() if d is not None}
+
     def _datasets(self) -> list[Dataset]:
-        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        return [dataset for dataset in (self.train_dataset, *evaluations.values()) if dataset is not None]
+        return list(self._named_datasets().values())
 
     def lengths(self, dataset: Dataset) -> list[GroupLengths]:
         """Return the token counts of every example of `dataset`, counted once."""
