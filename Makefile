@@ -3,10 +3,12 @@
 #
 #   make quickstart        train a tiny chat model with WPO on this machine's CPU (about two minutes)
 #   make test              the whole offline test suite
-#   make quality           what CI checks: lint, format, types;  make style mends the first two
+#   make quality           what CI checks: lint, format, types, imports;  make style fixes the first two
 #   make bench             our padded path against TRL's DPOTrainer on this machine
+#   make test-oldest       the fast tests on the oldest versions that pyproject.toml allows (an environment of its own)
+#   make test-newest       the fast tests on the newest versions that the index has (an environment of its own)
 #
-# PYTHON picks the interpreter (3.11 to 3.13), TORCH_INDEX where pip looks for further torch builds.
+# PYTHON picks the interpreter (3.11 to 3.14), TORCH_INDEX where pip looks for further torch builds.
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +24,7 @@ RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOK
 SOURCES := src tests scripts benchmarks examples docs/file_tree.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup style quality test quickstart bench clean
+.PHONY: help setup style quality test test-oldest test-newest quickstart bench clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -30,8 +32,8 @@ help:
 setup: $(READY)
 
 $(READY): constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-		{ echo "prefopt: constraints.txt needs Python 3.11 to 3.13; name one, as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+		{ echo "prefopt: constraints.txt needs Python 3.11 to 3.14; name one, as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (once; a few minutes)"
 	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch setuptools wheel
@@ -47,10 +49,19 @@ quality: $(READY)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	PYTHONPATH=src $(BIN)/lint-imports
 	$(BIN)/python docs/file_tree.py --check
 
 test: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+
+# RESOLVE takes further words for uv, such as --override FILE for a build of torch that is at hand.
+test-oldest test-newest: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(PYTHON) -m venv .venv-$(@:test-%=%)
+	$(BIN)/uv pip install --quiet --python .venv-$(@:test-%=%) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		--resolution $(if $(findstring oldest,$@),lowest-direct,highest) --upgrade $(RESOLVE) --editable '.[dev]'
+	$(RUN) OMP_NUM_THREADS=1 .venv-$(@:test-%=%)/bin/python -m pytest -n 2 --dist worksteal
 
 quickstart: $(READY)
 	$(RUN) $(BIN)/python examples/quickstart/quickstart.py

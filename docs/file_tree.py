@@ -1,7 +1,7 @@
-"""Writes the file tree of README.md: one line a file, each with the first sentence that the file says about itself.
+"""Writes the file tree of docs/architecture.md: one line a file, each with the first sentence that the file says about itself.
 
 python docs/file_tree.py            (part of `make style`)
-python docs/file_tree.py --check    (exit status 1 where README.md is out of date)
+python docs/file_tree.py --check    (exit status 1 where docs/architecture.md is out of date)
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def shorten(text: str) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    page = ROOT / "docs/architecture.md"
+    text = page.read_text()
     before, rest = text.split(BEGIN)
     updated = f"{before}{BEGIN}\n{file_tree()}\n{END}{rest.split(END)[1]}"
     if "--check" in sys.argv:
         if updated != text:
-            print("README.md: the file tree is out of date; run `make style`.")
+            print("docs/architecture.md: the file tree is out of date; run `make style`.")
         return int(updated != text)
-    readme.write_text(updated)
+    page.write_text(updated)
     return 0
 
 

@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from prefopt.data.encoding import with_pad_token
 from prefopt.files import write_json, write_text
 from prefopt.launch import is_launched, tell, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.trainers.checkpoints import is_whole, last_checkpoint
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
-from prefopt.trainers.policy import load_model, with_pad_token
+from prefopt.trainers.policy import load_model
 
 RECIPE_FILE = "recipe.yaml"
 # beside weights and checkpoints; a leftover would describe another model (an adapter's config) or another run (its
@@ -452,14 +453,6 @@ def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArgu
 def torch_dtype(model_args: ModelConfig) -> Any:
     """The recipe's dtype as `from_pretrained` takes it."""
     return getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
-
-
-def model_options(model_args: ModelConfig) -> dict[str, Any]:
-    """How the weights are loaded."""
-    options: dict[str, Any] = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    if model_args.attn_implementation is not None:
-        options["attn_implementation"] = model_args.attn_implementation
-    return options
 
 
 def load_reference(run_args: RunArguments, args: Any) -> Any:

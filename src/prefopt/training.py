@@ -29,12 +29,12 @@ from prefopt.run import (
     check_reference,
     load_tokenizer,
     missing_packages,
-    model_options,
     open_folder,
     pair_models,
     resolved_recipe,
     single_model,
 )
+from prefopt.trainers.config import model_options
 
 TOKENIZERS = {"pairs": tokenize_pairs, "comparisons": tokenize_comparisons}
 

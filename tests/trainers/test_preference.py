@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import importlib.metadata
 import math
 import re
 from types import SimpleNamespace
@@ -600,7 +601,7 @@ def test_a_saved_model_loads_in_plain_transformers_with_its_card(tmp_path):
         "2406.11827",
         "| beta | 0.1 |",
         "| max_weight | 1.0 |",
-        "prefopt 0.1.0",
+        f"prefopt {importlib.metadata.version('prefopt')}",
         "@inproceedings{zhou2024wpo",
     ):
         assert expected in card

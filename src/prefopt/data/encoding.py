@@ -41,7 +41,7 @@ class EncodedGroup:
     prompt_is_prefix: bool = True
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Give `tokenizer` a pad token where it has none: its end token, as TRL does. Changes it in place and returns it.
 
     Padding is masked by position and never by id, so that an end token that is scored stays scored.
@@ -49,11 +49,22 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     Raises:
         ValueError: there is neither a pad token nor an end token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has neither a pad token nor an end token; set `tokenizer.pad_token`.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Check that `tokenizer` has an end token, which plain text needs, and give it a pad token (`with_pad_token`).
+
+    Raises:
+        ValueError: there is no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
+    return with_pad_token(tokenizer)
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput, cached_file, logging
 
+from prefopt._transformers import share_tied_weights
 from prefopt.losses.reward import general_preference_score
 from prefopt.models.heads import RECORD, Float32Linear, HeadedModel
 from prefopt.scoring.logprobs import token_logps
@@ -127,7 +128,7 @@ class GeneralPreferenceModel(HeadedModel):
             self.prompt_head = Float32Linear(hidden_size, record["dim"] // 2)
         if record["lm_head"]:
             self.lm_head = nn.Linear(hidden_size, self.config.get_text_config().vocab_size, bias=False)
-            self._tied_weights_keys = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]._tied_weights_keys
+            share_tied_weights(self, like=MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)])
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Float32Linear):  # the released code's initialisation of both heads

@@ -23,6 +23,14 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from prefopt._transformers import (
+    attention_of,
+    class_members,
+    drop_weight_conversions,
+    initialise,
+    model_from_config,
+    set_attention,
+)
 from prefopt.files import read_json, write_json
 
 POOLINGS = ("last", "eos", "mean", "max")
@@ -152,7 +160,7 @@ class HeadedModel:
         """A model with random weights for a causal LM's config; `settings` are those of the head (see `defaults`)."""
         config = type(config).from_dict(config.to_dict())
         cls._set_record(config, {**cls.defaults, **settings})
-        return cls._concrete(type(config))._from_config(config)
+        return model_from_config(cls._concrete(type(config)), config)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, new_head: bool = False, **settings: Any) -> HeadedModel:
@@ -186,13 +194,7 @@ class HeadedModel:
             path, config=config, output_loading_info=True, **mapping, **settings
         )
         cls._check_loaded(path, report, new_head=new_head)
-        # transformers would give the weights their old names back when it saves
-        kept = [
-            each
-            for each in model._weight_conversions or []
-            if not set(each.source_patterns) & set(cls.published_names)
-        ]
-        model._weight_conversions = kept
+        drop_weight_conversions(model, cls.published_names)
         return model
 
     @classmethod
@@ -205,15 +207,15 @@ class HeadedModel:
         cls._set_record(
             config, {**cls.defaults, **{name: value for name, value in settings.items() if value is not None}}
         )
-        config._attn_implementation = module.config._attn_implementation
+        set_attention(config, attention_of(module.config))
         with torch.device("meta"):
-            model = cls._concrete(type(config))._from_config(config)
+            model = model_from_config(cls._concrete(type(config)), config)
         setattr(model, model.base_model_prefix, module.base_model)
         for name in cls.head_names:
             if (head := getattr(model, name, None)) is None:
                 continue
             head.to_empty(device=module.device)
-            model._init_weights(head)
+            initialise(model, head)
             theirs = getattr(module, name, None)
             if theirs is not None and theirs.weight.shape == head.weight.shape:
                 head.load_state_dict({"weight": theirs.weight.detach()})
@@ -284,7 +286,7 @@ class HeadedModel:
         model = cls.from_pretrained(base, new_head=True, **record, **settings)
         merged = PeftModel.from_pretrained(model, path).merge_and_unload()
         # an adapter that is trained on top of it belongs to this folder, and not to the base alone
-        merged.name_or_path = merged.config._name_or_path = str(path)
+        merged.name_or_path = merged.config.name_or_path = str(path)
         return merged
 
     # --- saving
@@ -369,13 +371,7 @@ def _concrete_class(mixin: type[HeadedModel], config_class: type[PretrainedConfi
     parent = next(base for base in MODEL_MAPPING[config_class].__mro__[1:] if issubclass(base, PreTrainedModel))
     members = {
         "base_model_prefix": causal.base_model_prefix,
-        "_keys_to_ignore_on_load_unexpected": [
-            r"^lm_head\.",
-            r"^embed_out\.",
-            *(parent._keys_to_ignore_on_load_unexpected or []),
-        ],
-        # what is named here is not quantised; without it only the last module of a model would be spared
-        "_keep_in_fp32_modules": [*(parent._keep_in_fp32_modules or []), *mixin.head_names],
+        **class_members(parent, not_expected=[r"^lm_head\.", r"^embed_out\."], in_float32=mixin.head_names),
         "__module__": mixin.__module__,
     }
     return type(causal.__name__.removesuffix("ForCausalLM") + mixin.__name__, (mixin, parent), members)

@@ -26,11 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefopt._transformers import attention_of
 from prefopt._trl import prepare_deepspeed
 from prefopt.data.encoding import prepare_tokenizer
 from prefopt.references.cache import ScoreCache, Scores
-from prefopt.scoring.attention import load_with_flex_attention, why_not_packed
-from prefopt.scoring.layouts import Group, Layout, PackedLayout, PaddedLayout
+from prefopt.scoring.attention import load_with_flex_attention
+from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 
 logger = logging.getLogger(__name__)
@@ -53,26 +54,6 @@ class Job:
     def lengths(self) -> list[int]:
         """Tokens of prompt and completion together, for each completion."""
         return [len(self.group.prompt) + len(completion) for completion in self.group.completions]
-
-
-def choose_layout(
-    config: PretrainedConfig, *, pad_token_id: int, batch_layout: str, longest_sequence: int, share_prompt: bool = True
-) -> PackedLayout | PaddedLayout:
-    """The layout that scores a model's groups: packed where that is exact, unless the caller wants it padded.
-
-    Raises:
-        ValueError: "packed" was demanded of a model that cannot be packed exactly.
-    """
-    if batch_layout != "padded":
-        reason = why_not_packed(config, implementation=config._attn_implementation, longest_sequence=longest_sequence)
-        if reason is None:
-            return PackedLayout(pad_token_id, share_prompt=share_prompt)
-        if batch_layout == "packed":
-            raise ValueError(
-                f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
-            )
-        logger.info("References are scored padded, not packed: %s.", reason)
-    return PaddedLayout(pad_token_id)
 
 
 def group_scorer(
@@ -104,7 +85,7 @@ def group_scorer(
         training = model.training
         model.eval()
         with torch.no_grad(), autocast():
-            scores = score_completions(model, batch, attn_implementation=config._attn_implementation, dtype=dtype)
+            scores = score_completions(model, batch, attn_implementation=attention_of(config), dtype=dtype)
         model.train(training)
         assert scores.logps is not None
         return scores.logps.float().cpu()

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from prefopt._transformers import CONFIG_BOOKKEEPING
 from prefopt.files import content_hash, read_json, write_json
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -24,7 +25,7 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 # settings of a model that alter no score: where it came from, what trainers change in passing
 _IRRELEVANT = frozenset(
     {
-        "_attn_implementation", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+        *CONFIG_BOOKKEEPING, "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
         "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip

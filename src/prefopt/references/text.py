@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefopt._transformers import attention_of
 from prefopt.data.encoding import prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
@@ -41,7 +42,6 @@ from prefopt.references.filling import (
     Job,
     ReferenceModel,
     ScoreGroups,
-    choose_layout,
     fill,
     group_scorer,
     load_tokenizer,
@@ -51,7 +51,7 @@ from prefopt.references.filling import (
 )
 from prefopt.references.fingerprints import adapted_model, files_fingerprint, model_folder, module_fingerprint
 from prefopt.references.health import HealthCard, health_cards
-from prefopt.scoring.layouts import Group
+from prefopt.scoring.layouts import Group, choose_layout
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +186,11 @@ def score_reference(
         longest = max(max(job.lengths()) for job in jobs)
         pad = tokenizer.pad_token_id
         assert isinstance(pad, int)
-        layout = choose_layout(config, pad_token_id=pad, batch_layout=settings.batch_layout, longest_sequence=longest)
+        layout, reason = choose_layout(settings.batch_layout, config, pad_token_id=pad, longest_sequence=longest)
+        if reason is not None:
+            logger.info("References are scored padded, not packed: %s.", reason)
         device = PartialState().device
-        compiled = config._attn_implementation == "flex_attention"
+        compiled = attention_of(config) == "flex_attention"
         row_length = max(settings.max_tokens, max(job.group.shared_length for job in jobs)) if compiled else None
         dtype = getattr(torch, scorer.dtype)
         score = group_scorer(model, config, layout, device=device, dtype=dtype, row_length=row_length)

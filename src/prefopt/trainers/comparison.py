@@ -18,7 +18,7 @@ from prefopt.data.tokenization import TokenizationReport, tokenize_comparisons
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 from prefopt.trainers.collators import in_rows, step_columns
-from prefopt.trainers.config import BatchConfig, refuse_set
+from prefopt.trainers.config import BatchConfig, check_unset, choose_precision
 
 # TRL settings that would change a result here and have no counterpart: (field, value that means "off", what to do
 # instead)
@@ -47,12 +47,10 @@ class ComparisonConfig(BatchConfig, TRLRewardConfig):
     )
 
     def __post_init__(self) -> None:
-        self.choose_precision()
+        choose_precision(self)
         super().__post_init__()
         self.check_batching()
-        refuse_set(self, _REFUSED)
-        # the loss is finite or the run stops: Trainer's own filter would hide it
-        self.logging_nan_inf_filter = False
+        check_unset(self, _REFUSED)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def measure_policy(trainer: MultiReferenceDPOTrainer, dataset: Dataset, *, metri
     training = model.training
     model.eval()
     for (micro_batch,) in plan:
-        batch = trainer._prepare_inputs(batches[micro_batch])
+        batch = trainer.to_device(batches[micro_batch])
         with torch.no_grad(), trainer.compute_loss_context_manager():
             scores = score_completions(
                 model, batch, attn_implementation=trainer.attn_implementation, dtype=trainer.model.dtype

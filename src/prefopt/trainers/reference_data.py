@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
 from prefopt.references.text import read_checks, text_scorer
 from prefopt.references.weights import fixed_weights
-from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 from prefopt.trainers.reference_weighting import ReferenceTable
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from prefopt._trl import disable_dropout_in_model
+from prefopt.data.encoding import with_pad_token
 from prefopt.evaluation.calibration import reliability_diagram
 from prefopt.evaluation.preference_metrics import RowPrediction, preference_metrics
 from prefopt.files import write_json
@@ -36,7 +37,7 @@ from prefopt.trainers.comparison import (
     with_whole_margins,
 )
 from prefopt.trainers.metrics import MetricSums
-from prefopt.trainers.policy import add_adapter, base_model_of, load_model, load_tokenizer, with_pad_token
+from prefopt.trainers.policy import add_adapter, base_model_of, load_model, load_tokenizer
 
 
 @dataclass
@@ -184,11 +185,11 @@ class HeadTrainer(BaseTrainer):
         pooling = self.headed.head_record["pooling"]
         return f"pooling {pooling!r} reads whole rows" if pooling in ("mean", "max") else None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; beside an adapter also the head's record, which its folder has no config.json for."""
-        super().save_model(output_dir, _internal_call)
+    def after_model_saved(self, folder: Path) -> None:
+        """Save the head's record beside an adapter, whose folder has no config.json for it."""
+        super().after_model_saved(folder)
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and self.is_world_process_zero():
-            write_json(Path(output_dir or self.args.output_dir) / ADAPTER_RECORD, self.headed.head_record)
+            write_json(folder / ADAPTER_RECORD, self.headed.head_record)
 
     # ---- losses and metrics
     # ----------------------------------------------------------------------------------------------------

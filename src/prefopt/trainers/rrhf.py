@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from prefopt._trl import disable_dropout_in_model
+from prefopt.data.encoding import with_pad_token
 from prefopt.losses.reward import rrhf_loss
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.base import BaseTrainer
@@ -23,7 +24,7 @@ from prefopt.trainers.comparison import (
     with_whole_margins,
 )
 from prefopt.trainers.metrics import MetricSums
-from prefopt.trainers.policy import add_adapter, base_model_of, load_model, load_tokenizer, with_pad_token
+from prefopt.trainers.policy import add_adapter, base_model_of, load_model, load_tokenizer
 
 
 @dataclass
