@@ -37,7 +37,7 @@ def rank_main(rank: int, store: str, layout: str, tied: bool) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     batch = LAYOUTS[layout].collate([GROUPS[rank::2]])
-    score_completions(model, batch, attn_implementation="sdpa", alignment="sampled").logps.sin().sum().backward()
+    score_completions(model, batch, alignment="sampled").logps.sin().sum().backward()
     for (name, p), q in zip(model.named_parameters(), plain.parameters()):
         assert isinstance(p, DTensor) and p.to_local().numel() < p.numel(), name
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5, msg=name)

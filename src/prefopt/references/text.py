@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prefopt._transformers import attention_of
 from prefopt.data.encoding import prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
@@ -51,7 +50,8 @@ from prefopt.references.filling import (
 )
 from prefopt.references.fingerprints import adapted_model, files_fingerprint, model_folder, module_fingerprint
 from prefopt.references.health import HealthCard, health_cards
-from prefopt.scoring.layouts import Group, choose_layout
+from prefopt.scoring.layouts import Group
+from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_group
 
 logger = logging.getLogger(__name__)
 
@@ -180,20 +180,22 @@ def score_reference(
     # the main process has written its notes, and everyone looks at the same records from here on
     PartialState().wait_for_everyone()
     if jobs:
-        model, config = prepare_model(
-            reference, dtype=scorer.dtype, padded=settings.batch_layout == "padded", accelerator=accelerator
-        )
+        model, config = prepare_model(reference, dtype=scorer.dtype, accelerator=accelerator)
         longest = max(max(job.lengths()) for job in jobs)
         pad = tokenizer.pad_token_id
         assert isinstance(pad, int)
-        layout, reason = choose_layout(settings.batch_layout, config, pad_token_id=pad, longest_sequence=longest)
+        device = PartialState().device
+        tried = jobs[nearest_to_probe([job.group.shared_length for job in jobs])].group
+        layout, reason = choose_layout(
+            settings.batch_layout,
+            config,
+            pad_token_id=pad,
+            longest_sequence=longest,
+            probe=lambda packed: probe_group(model, tried, packed, device=device),
+        )
         if reason is not None:
             logger.info("References are scored padded, not packed: %s.", reason)
-        device = PartialState().device
-        compiled = attention_of(config) == "flex_attention"
-        row_length = max(settings.max_tokens, max(job.group.shared_length for job in jobs)) if compiled else None
-        dtype = getattr(torch, scorer.dtype)
-        score = group_scorer(model, config, layout, device=device, dtype=dtype, row_length=row_length)
+        score = group_scorer(model, layout, device=device)
         fill(cache, jobs, score, max_tokens=settings.max_tokens, padded=layout.name == "padded")
         report.batched_vs_single = _compare_single(cache, jobs, score)
         _write_checks(cache, report)

@@ -89,7 +89,7 @@ class ComparisonCollator:
     ) -> dict[str, Any]:
         """Collate `examples`, which are in the order of `micro_batch.indices`."""
         groups = [Group(e["prompt_ids"], e["response_ids"]) for e in examples]
-        batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch), row_length=micro_batch.row_length)
+        batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch))
         batch |= step_columns(examples, micro_batch)
         width = max(len(e["scores"]) for e in examples)
         levels = [[sorted(set(e["scores"])).index(score) for score in e["scores"]] for e in examples]

@@ -55,9 +55,7 @@ def measure_policy(trainer: MultiReferenceDPOTrainer, dataset: Dataset, *, metri
     for (micro_batch,) in plan:
         batch = trainer.to_device(batches[micro_batch])
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            scores = score_completions(
-                model, batch, attn_implementation=trainer.attn_implementation, dtype=trainer.model.dtype
-            )
+            scores = score_completions(model, batch)
             merit = _accuracy(scores) if metric == "accuracy" else _minus_loss(trainer, scores, batch)
         total += torch.where(batch["real"], merit, 0.0).sum()
     model.train(training)

@@ -171,7 +171,7 @@ class HeadTrainer(BaseTrainer):
 
     def run_model(self, model, batch: dict[str, Any], **inputs: Tensor):
         """One forward over the batch's responses, through whatever wraps the model."""
-        mask = attention_mask_of(model, batch, attn_implementation=self.attn_implementation, dtype=self.model.dtype)
+        mask = attention_mask_of(model, batch)
         return model(
             input_ids=batch["input_ids"],
             attention_mask=mask,

@@ -124,7 +124,7 @@ class RRHFTrainer(BaseTrainer):
 
     def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 1) ranking losses."""
-        scores = score_completions(model, batch, attn_implementation=self.attn_implementation, dtype=self.model.dtype)
+        scores = score_completions(model, batch)
         mean_logps = scores.logps / scores.counts  # (C,)
         ranking = rrhf_loss(as_table(mean_logps, batch), batch["ranks"], mask=batch["mask"])  # (B,)
         best_logps = scores.logps[batch["best"]]
