@@ -490,6 +490,39 @@ def test_cached_reference_scores_train_like_a_live_reference(tmp_path, capsys, p
             trainer.evaluate(preference_rows(3, seed=77))
 
 
+def test_numbers_of_a_batch_keep_their_dtype_under_deepspeed(tmp_path, monkeypatch):
+    """transformers casts floats of a batch to DeepSpeed's dtype: in bf16, -466.934 would be read as -466.0."""
+    rows = preference_rows(8)
+    make = {"rows": rows, "precompute_ref_log_probs": True, "ref_logps_dir": str(tmp_path / "scores")}
+    trainer = make_trainer(tmp_path, **make)
+    (loaded,) = [next(iter(trainer.get_train_dataloader()))]
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    trainer.is_deepspeed_enabled = True
+    batch = trainer.to_device(loaded)
+    for name, value in loaded.items():
+        if isinstance(value, torch.Tensor):
+            assert batch[name].dtype == value.dtype, name
+            assert torch.equal(batch[name], value), name
+    assert batch["ref_chosen_logps"].dtype == batch["token_weights"].dtype == torch.float32
+
+
+def test_cached_scores_that_are_not_the_policys_are_noticed(tmp_path):
+    trainer = make_trainer(tmp_path, precompute_ref_log_probs=True, ref_logps_dir=str(tmp_path / "scores"))
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="Before the first step the reference does not score like the policy"):
+        trainer.train()
+
+
+def test_scores_given_with_the_data_may_be_those_of_any_model(tmp_path):
+    first = make_trainer(tmp_path, precompute_ref_log_probs=True, ref_logps_dir=str(tmp_path / "scores"))
+    given = Dataset.from_list(list(first.train_dataset))
+    trainer = make_trainer(tmp_path, model=tiny_model(seed=4), rows=given, precompute_ref_log_probs=True, max_steps=1)
+    trainer.train()
+    assert abs(history(trainer, "rewards/margins")[0]) > 1e-4
+
+
 def test_a_reference_with_an_adapter_is_cached_with_it(tmp_path):
     def trained_adapter():
         model = get_peft_model(tiny_model(), lora())

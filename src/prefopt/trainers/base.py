@@ -15,11 +15,13 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
@@ -31,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from prefopt import files
 from prefopt._transformers import HookedTrainer
-from prefopt.scoring.attention import restore_attention
+from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_packing
 from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
@@ -65,6 +67,7 @@ class BaseTrainer(HookedTrainer):
     _tag_names: tuple[str, ...] = ("prefopt",)
     _name = ""
     _paper: Mapping[str, str] = {}
+    movable = (torch.Tensor, PackedRows)
     metric_minima: tuple[str, ...] = ()
     metric_maxima: tuple[str, ...] = ()
 
@@ -105,6 +108,7 @@ class BaseTrainer(HookedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        keep_float32_under_fsdp2(self.accelerator)
         parallel = self.accelerator.parallelism_config
         if parallel is not None and parallel.non_data_parallel_size > 1:
             raise ValueError(
@@ -534,6 +538,18 @@ def selective_contexts() -> Any:
     Only norms and activations are recomputed then: more memory, less time.
     """
     return create_selective_checkpoint_contexts(list(KEPT))
+
+
+def keep_float32_under_fsdp2(accelerator: Accelerator) -> None:
+    """Have FSDP2 return outputs as they are and reduce gradients in float32, before anything is sharded.
+
+    Under `mixed_precision: bf16` accelerate sets both to bf16: the root module would round log-probs of hundreds of
+    nats to 8 bits, and heads' rewards as well.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def describe_wrapping(model: Any) -> str:

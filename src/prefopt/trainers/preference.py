@@ -165,6 +165,7 @@ class PreferenceTrainer(BaseTrainer):
         )
         self._aux_coefficient = _router_coefficient(policy, args)
         self._margin_checked = False
+        self._scored_by_policy = False
         if args.precompute_ref_log_probs:
             self._attach_scores_to_all(reference)
             reference = None
@@ -265,8 +266,8 @@ class PreferenceTrainer(BaseTrainer):
         if self._margin_checked:
             return
         self._margin_checked = True
-        live = self.needs_reference and not args.precompute_ref_log_probs
-        if not (self.reference_is_initial and live and self.state.global_step == 0 and args.disable_dropout):
+        known = self._scored_by_policy if args.precompute_ref_log_probs else self.needs_reference
+        if not (self.reference_is_initial and known and self.state.global_step == 0 and args.disable_dropout):
             return
         tolerance = 1e-3 if self.model.dtype == torch.float32 and not (args.bf16 or args.fp16) else 2e-2
         policy = torch.stack([pair.chosen_logps, pair.rejected_logps])
@@ -450,6 +451,8 @@ class PreferenceTrainer(BaseTrainer):
         )
 
     def _attach_scores_to_all(self, module: PreTrainedModel | PeftModel | None) -> None:
+        # scores that came with the data may be those of any model
+        self._scored_by_policy = not any(has_scores(dataset) for dataset in self._datasets())
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         datasets = {"train": self.train_dataset, **named}
         done = self._attach_scores({name: d for name, d in datasets.items() if d is not None}, module)
