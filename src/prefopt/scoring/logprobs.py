@@ -100,6 +100,11 @@ def _scoring_forward(model_class: Any) -> Callable[..., Any]:
     return forward
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Check whether a rank holds only a part of a parameter (ZeRO-3, FSDP2)."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
 def has_scoring_path(model: nn.Module) -> bool:
     """Check whether `install_scoring` has prepared a model, wrapped or not."""
     return any("_plain_forward" in module.__dict__ for module in model.modules())
@@ -311,7 +316,7 @@ def check_logits(model: PreTrainedModel) -> None:
     if backbone is model or head is None:
         raise ValueError(f"{type(model).__name__} has no backbone with a separate LM head, so it cannot be scored.")
     weight = head.weight
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or weight.device.type == "meta":
+    if is_sharded(weight) or weight.device.type == "meta":
         return
     draw = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
     hidden = draw.to(weight.device, weight.dtype)

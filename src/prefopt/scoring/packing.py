@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from prefopt.scoring.attention import CannotPackError, restore_attention, transformers_model, use_packed_attention
 from prefopt.scoring.layouts import Group, Layout, PackedLayout, PaddedLayout
-from prefopt.scoring.logprobs import has_scoring_path, score_completions
+from prefopt.scoring.logprobs import has_scoring_path, is_sharded, score_completions
 
 _WINDOWS = {"gpt_neo": "window_size", "modernbert-decoder": "local_attention"}
 """The setting that is a model's sliding window, where it is not called `sliding_window`."""
@@ -152,20 +152,17 @@ def probe_packing(
     if difference <= layers * (EXACT_TOLERANCE if _computes_exactly(model, autocast) else ROUNDED_TOLERANCE):
         return None
     return (
-        f"a pair of the data scores differently packed and by the model's plain forward (by {difference:.2g} a token): the "
-        "model numbers positions itself, or does not pass the segments' boundaries to every layer"
+        f"a pair of the data scores differently packed and by the model's plain forward (by {difference:.2g} a token): "
+        "the model numbers positions itself, or does not pass the segments' boundaries to every layer"
     )
 
 
 def _packed_values(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Return the log-prob of every scored token (S,), or without a scoring path the hidden states (S, H)."""
     if has_scoring_path(model):
-        tokens = torch.arange(batch["score_targets"].numel(), device=batch["score_targets"].device)
-        # every token counts as a completion, so that errors of different tokens cannot cancel
-        return score_completions(model, {**batch, "score_completions": tokens, "last_index": tokens}).logps
+        return _token_logps(model, batch)
     use_packed_attention(model)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    return _hidden(model, batch, **inputs)
+    return _hidden(model, batch, **{name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")})
 
 
 def _plain_values(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -173,8 +170,17 @@ def _plain_values(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].long()}
     if not has_scoring_path(model):
         return _hidden(model, batch, **inputs)
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        # ZeRO-3 would prefetch the LM head in every later forward, which gathers it by itself
+        return _token_logps(model, {**batch, "position_ids": None})
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch["score_index"]].float()
     return logits.log_softmax(-1).gather(-1, batch["score_targets"][:, None])[:, 0]
+
+
+def _token_logps(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    tokens = torch.arange(batch["score_targets"].numel(), device=batch["score_targets"].device)
+    # every token counts as a completion, so that errors of different tokens cannot cancel
+    return score_completions(model, {**batch, "score_completions": tokens, "last_index": tokens}).logps
 
 
 def _hidden(model: nn.Module, batch: dict[str, Any], **inputs: Tensor) -> Tensor:
