@@ -28,6 +28,7 @@ from prefopt.candidates.tables import Again, to_dataset, write_parquet
 from prefopt.data.rows import Row
 from prefopt.files import atomic_path, content_hash, write_json, write_jsonl, write_text
 from prefopt.intervals import wilson_interval
+from prefopt.pages import escape
 
 FILTERS = ("empty", "duplicate", "length")
 TOO_FEW = "fewer than two candidates"
@@ -377,7 +378,7 @@ def markdown(summary: Mapping[str, Any], *, picture: str | None = None) -> str:
         "",
         f"{summary['pairs']} pairs from {prompts_with_pairs} of {prompts} prompts.",
         "",
-        *(f"**Warning:** {warning}\n" for warning in summary["warnings"]),
+        *(f"**Warning:** {escape(warning)}\n" for warning in summary["warnings"]),
     ]
     counts = {f"prompt dropped: {reason}": number for reason, number in summary["dropped_prompts"].items()}
     counts |= {f"candidate not eligible: {reason}": n for reason, n in summary["filtered_candidates"].items()}
@@ -389,11 +390,13 @@ def markdown(summary: Mapping[str, Any], *, picture: str | None = None) -> str:
         ("", *summary["gap"]),
         ([name, *(f"{value:.4g}" for value in spread.values())] for name, spread in spreads.items()),
     )
-    lines += _table(("mean over pairs", ""), ([name, f"{value:.4f}"] for name, value in summary["means"].items()))
+    lines += _table(
+        ("mean over pairs", ""), ([escape(name), f"{value:.4f}"] for name, value in summary["means"].items())
+    )
     chosen, rejected = summary["sources"]["chosen"], summary["sources"]["rejected"]
     lines += _table(
         ("source", "chosen", "rejected"),
-        ([name, str(chosen.get(name, 0)), str(rejected.get(name, 0))] for name in {**chosen, **rejected}),
+        ([escape(name), str(chosen.get(name, 0)), str(rejected.get(name, 0))] for name in {**chosen, **rejected}),
     )
     bias = summary["length_bias"]
     share = "no prompt has answers of different length"
@@ -405,7 +408,10 @@ def markdown(summary: Mapping[str, Any], *, picture: str | None = None) -> str:
         "",
     ]
     if "settings" in summary:
-        lines += ["Settings: " + ", ".join(f"{name} {value}" for name, value in summary["settings"].items()) + ".", ""]
+        lines += [
+            "Settings: " + ", ".join(f"{name} {escape(value)}" for name, value in summary["settings"].items()) + ".",
+            "",
+        ]
     return "\n".join([*lines, *([f"![lengths and gaps]({picture})", ""] if picture else [])])
 
 

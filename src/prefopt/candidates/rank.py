@@ -67,9 +67,7 @@ class _Ranked:
         "did; by default rankers read the raw prompt.",
     )
     shard_size: int | None = setting(
-        None,
-        "Prompts in a shard; by default between 16 and 256, by the number of prompts.",
-        at_least=1,
+        None, "Prompts in a shard; by default between 16 and 256, by the number of prompts.", at_least=1
     )
 
 

@@ -32,6 +32,7 @@ from prefopt.files import (
     write_jsonl,
     write_text,
 )
+from prefopt.waiting import announced_wait
 
 Row = dict[str, Any]
 FAILED = ".failed"  # there as soon as a shard has failed, in whichever process
@@ -321,7 +322,8 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self.group)
+        with announced_wait("the other processes"):  # which may have an hour of work more
+            torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
 
@@ -334,7 +336,8 @@ def current_processes() -> Processes:
     """
     # without `cpu`, accelerate takes each of several processes on a machine without accelerators to be alone
     use_cpu = bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available()
-    state = PartialState(cpu=use_cpu)
+    with announced_wait("the other processes to start"):
+        state = PartialState(cpu=use_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     assert state.num_processes == launched, f"accelerate sees {state.num_processes} of {launched} processes"
     group = None
