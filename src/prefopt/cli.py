@@ -18,6 +18,7 @@ from prefopt import __version__
 from prefopt.arguments import masked
 from prefopt.launch import (
     USER_MISTAKE,
+    end_with_launcher,
     exit_process,
     is_launched,
     launch,
@@ -195,6 +196,7 @@ def _run(words: list[str]) -> int:
 
 
 def _run_command(name: str, words: list[str]) -> int:
+    end_with_launcher()
     for message in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     command = COMMANDS[name]

@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -18,6 +19,11 @@ from prefopt.scoring.attention import load_with_flex_attention
 from prefopt.scoring.logprobs import install_scoring
 
 REFERENCE_ADAPTER = "ref"
+_RESERVED_NAMES = {
+    REFERENCE_ADAPTER: "the name of the frozen copy that is its reference",
+    "weight": "which PEFT cannot tell from the names of weights when it saves",
+    "bias": "which PEFT cannot tell from the names of weights when it saves",
+}
 
 
 def load_model(
@@ -167,16 +173,20 @@ def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Peft
 def _copy_adapter(model: PeftModel) -> None:
     """Copy the active adapter's present weights into a second, frozen adapter."""
     trained = model.active_adapter
+    if why := _RESERVED_NAMES.get(trained):
+        raise ValueError(f"The model's adapter is called {trained!r}, {why}: load it under another `adapter_name`.")
     if REFERENCE_ADAPTER in model.peft_config:  # of an earlier trainer on this model
         model.delete_adapter(REFERENCE_ADAPTER)
     model.add_adapter(REFERENCE_ADAPTER, model.peft_config[trained])
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if f".{trained}" in name:
-            copied = parameters[name.replace(f".{trained}", f".{REFERENCE_ADAPTER}")]
-            with torch.no_grad():
-                copied.copy_(parameter)
-            copied.requires_grad_(False)
+    # by the containers that hold one entry an adapter, as adapters may be called like any module of the model
+    for container in model.modules():
+        if isinstance(container, (nn.ModuleDict, nn.ParameterDict)) and {trained, REFERENCE_ADAPTER} <= {*container}:
+            entries: list[Any] = [container[REFERENCE_ADAPTER], container[trained]]
+            weights = [[each] if isinstance(each, nn.Parameter) else each.parameters() for each in entries]
+            for copied, parameter in zip(*weights):
+                with torch.no_grad():
+                    copied.copy_(parameter)
+                copied.requires_grad_(False)
 
 
 def _choose_checkpointing(args: Any) -> None:
