@@ -27,6 +27,7 @@ from prefopt.launch import (
     split_launch_settings,
     without_launch_words,
 )
+from prefopt.pages import printable
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import BEFORE_TRAINING, before_training, build, load_settings, parse_settings
 from prefopt.recipes.source import Setting
@@ -230,7 +231,7 @@ def _print_error(error: Exception) -> None:
     message = _one_line(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}."
-    print(f"prefopt: error: {masked(message)}", file=sys.stderr, flush=True)
+    print(f"prefopt: error: {printable(masked(message))}", file=sys.stderr, flush=True)
 
 
 def _print_further_problems(words: list[str], first: Exception) -> None:
@@ -238,15 +239,14 @@ def _print_further_problems(words: list[str], first: Exception) -> None:
     name, rest = words[0], words[1:]
     if not COMMANDS[name].is_method:
         return
-    from prefopt.check import inspect
-
+    inspect = importlib.import_module(COMMANDS["check"].module).inspect  # commands are imported when they are run
     problems: list[str] = []
     # the mistake itself has been printed: whatever goes wrong while looking for more must not hide it
     with suppress(Exception), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         problems = inspect(rest, name).problems
     for problem in problems:
         if problem != _one_line(first):
-            print(f"prefopt: error: {masked(problem)}", file=sys.stderr, flush=True)
+            print(f"prefopt: error: {printable(masked(problem))}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -94,6 +94,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_object(path: str | os.PathLike[str], *, remedy: str) -> dict[str, Any]:
+    """Read the JSON object in a file that prefopt wrote.
+
+    Raises:
+        ValueError: the file is damaged; the message names it and ends with the remedy.
+    """
+    try:
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object): {remedy}.")
+    return value
+
+
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write `rows` to `path`, one JSON object a line, atomically; gzip where the name ends in .gz."""
     with atomic_path(path) as temporary, _opener(path)(temporary, "wt", encoding="utf-8") as file:
@@ -106,7 +121,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
-    rows = []
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Read one JSON object a line from `path`, each when it is asked for; see `read_jsonl`."""
     with _opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -115,10 +134,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            except RecursionError:
+                raise ValueError(f"{path}, line {number}: JSON of too many levels.") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:

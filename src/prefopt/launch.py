@@ -12,6 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 from prefopt.arguments import masked
+from prefopt.pages import printable
 from prefopt.recipes import locate
 from prefopt.recipes.source import Setting
 
@@ -86,7 +87,7 @@ def exit_process(status: int) -> NoReturn:
 def print_on_main(message: str, stream: Any = None) -> None:
     """Print one line from the first process, on stderr by default."""
     if rank() == 0:
-        print(f"prefopt: {masked(message)}", file=stream or sys.stderr, flush=True)
+        print(f"prefopt: {printable(masked(message))}", file=stream or sys.stderr, flush=True)
 
 
 def split_launch_settings(settings: list[Setting]) -> tuple[dict[str, str], list[Setting]]:

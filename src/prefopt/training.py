@@ -1,6 +1,6 @@
 """One training run from a recipe: data first, then the model, then training, evaluation and what is kept.
 
-`train` is the whole of it; everything that can be wrong is looked at before any weights are loaded and before anything
+`train` is the whole of it; everything that can be wrong is checked before any weights are loaded and before anything
 is written.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,8 +22,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
+from prefopt.data.rows import Kind
 from prefopt.files import locked, read_json, storage_fault
 from prefopt.launch import check_launcher, print_on_main, rank, world_size
+from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, before_training
 from prefopt.run import (
@@ -36,13 +39,13 @@ from prefopt.run import (
     is_finished,
     load_tokenizer,
     missing_packages,
-    model_options,
     open_folder,
     pair_models,
     read_config,
     resolved_recipe,
     single_model,
 )
+from prefopt.trainers.config import model_options
 from prefopt.waiting import announced_wait, watch_extension_locks
 
 # The Trainer's push to the hub leaves out files whose names begin with an underscore.
@@ -50,11 +53,11 @@ LOCK_FILE = "_lock"
 
 
 def shared_arguments() -> tuple[type, ...]:
-    """The dataclasses whose keys every training method has, beside its own config."""
+    """Return the dataclasses whose keys every training method has, beside its own config."""
     return (DatasetArguments, ModelConfig, RunArguments)
 
 
-def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]) -> None:
+def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: Sequence[type]) -> None:
     """Run one training method.
 
     Args:
@@ -140,16 +143,16 @@ def _prepare(
 
 def make_trainer(
     trainer_class: Any,
-    rows: str,
+    rows: Kind,
     args: Any,
     data_args: DatasetArguments,
     model_args: ModelConfig,
     run_args: RunArguments,
 ) -> Any:
-    """Data, then weights, then the trainer.
+    """Prepare the data, load the weights and build the trainer, in this order.
 
     Raises:
-        ValueError: what a user can mend.
+        ValueError: a user's mistake.
     """
     name = model_args.model_name_or_path
     assert name is not None
@@ -164,28 +167,25 @@ def make_trainer(
         )
         args.eval_strategy = type(args.eval_strategy)("no")
     args.model_init_kwargs = {**model_options(model_args), **(args.model_init_kwargs or {})}
-    models = (
-        pair_models(name, args, model_args, run_args)
-        if rows == "pairs"
-        else single_model(name, args, model_args, run_args)
-    )
+    load_models = pair_models if rows == "pairs" else single_model
+    models = load_models(name, args, model_args, run_args)
     return trainer_class(
         args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **models
     )
 
 
 def prepare_data(
-    trainer_class: Any, rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    trainer_class: Any, rows: Kind, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Tokenised training and evaluation rows; the counts and one decoded sample are printed."""
+    """Return tokenised training and evaluation rows; print the counts and one decoded sample."""
     datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
-            print(report.table(), flush=True)
+            print(printable(report.table()), flush=True)
             for warning in data_warnings(report, args.max_length):
                 print_on_main(f"Warning: {warning}")
-        print(describe_sample(tokenizer, datasets["train"][0]), flush=True)
-    if rows != "pairs":  # the pair trainers look at them before they load weights
+        print(printable(describe_sample(tokenizer, datasets["train"][0])), flush=True)
+    if rows != "pairs":  # the pair trainers check them before they load weights
         for name, dataset in datasets.items():
             trainer_class.check_data(dataset, args, name)
     train_dataset = datasets.pop("train")
@@ -193,9 +193,9 @@ def prepare_data(
 
 
 def tokenise_data(
-    rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    rows: Kind, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[dict[str, Dataset], list[TokenizationReport]]:
-    """The rows that the recipe names as token ids, and what became of them.
+    """Tokenise the rows that the recipe names.
 
     Returns:
         Each data set by name ("train", "eval" if there is one, and the names of `eval_datasets`); a report for each.
@@ -261,10 +261,8 @@ def fit(trainer: Any, start: str | None) -> bool:
 
 
 def _raised_here(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(Path(__file__).parent) in trace.tb_frame.f_code.co_filename
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return str(Path(__file__).parent) in last.filename
 
 
 def finish(trainer: Any, data_args: DatasetArguments, *, push: bool) -> None:

@@ -55,8 +55,8 @@ def watch_extension_locks() -> None:
     torch's lock is a file that exists, so a launch that was killed while it compiled would leave all later ones
     waiting for ever, without a word.
     """
-    FileBaton.try_acquire = _try_acquire  # type: ignore[method-assign]
-    FileBaton.wait = _wait  # type: ignore[method-assign]
+    FileBaton.try_acquire = _try_acquire  # type: ignore[method-assign, assignment]
+    FileBaton.wait = _wait  # type: ignore[method-assign, assignment]
 
 
 _acquire_of_torch = FileBaton.try_acquire

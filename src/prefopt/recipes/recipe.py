@@ -72,11 +72,14 @@ def apply_environment(settings: list[Setting]) -> list[Setting]:
         ValueError: `env` is not a mapping of names to single values.
     """
     for setting in settings:
-        if setting.key == "env":
-            if not isinstance(setting.value, dict) or any(isinstance(v, (dict, list)) for v in setting.value.values()):
-                raise ValueError(f"{setting.place}: env must map names of environment variables to values.")
-            for name, value in setting.value.items():
-                os.environ[str(name)] = str(value)
+        if setting.key != "env":
+            continue
+        if not isinstance(setting.value, dict) or any(isinstance(v, (dict, list)) for v in setting.value.values()):
+            raise ValueError(f"{setting.place}: env must map names of environment variables to values.")
+        for name, value in ((str(name), str(value)) for name, value in setting.value.items()):
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"{setting.place}: env: {name!r} cannot be an environment variable with this value.")
+            os.environ[name] = value
     return [setting for setting in settings if setting.key != "env"]
 
 
