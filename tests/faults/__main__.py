@@ -19,6 +19,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHO
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse
+import ctypes
 import importlib
 import json
 import random
@@ -37,6 +38,7 @@ import torch
 
 import prefopt.training  # noqa: F401 - so that forked processes have it
 from prefopt import cli
+from prefopt.launch import PR_SET_PDEATHSIG
 from tests.faults.commands import Command, differences, every_command, write_inputs
 
 PATIENCE = 300  # seconds that a command may take at most: one that waits for ever has lost its run as well
@@ -52,7 +54,12 @@ class Victim:
             with open(log, "ab") as output:
                 program = command.program(run)
                 self.process = subprocess.Popen(
-                    program, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+                    program,
+                    stdout=output,
+                    stderr=output,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
             self.pid = self.process.pid
         else:
@@ -82,11 +89,17 @@ class Victim:
         os.waitpid(self.pid, 0)
 
 
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _become(words: list[str], log: Path) -> None:
     """Turn a forked process into the command."""
     status = 70
     try:
         os.setsid()
+        _end_with_parent()
         output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
@@ -148,6 +161,7 @@ def faults_of(name: str, command: Command, folder: Path, kills: int, rng: random
                 lost.append(f"killed at {moments}: " + "\n  ".join(unequal[:5]))
         except Exception as error:
             lost.append(f"killed at {moments}: {error}")
+        print(f"  {name}: killed at {', '.join(moments) or 'no time'}: {'LOST' if lost else 'equal'}", flush=True)
         if lost:
             break  # the folder is kept as it is
         shutil.rmtree(run)
