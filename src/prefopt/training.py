@@ -123,7 +123,7 @@ class EndWithLauncher(TrainerCallback):
 
 @before_training()
 def _prepare(
-    method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]
+    method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: Sequence[type]
 ) -> tuple[Any, DatasetArguments, Path, str | None, str]:
     """Make every check, and the trainer; return it with the data's settings, the folder, the start and the recipe."""
     resolved = resolved_recipe(recipe, classes)
