@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -35,6 +36,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from tqdm import tqdm
 
 import prefopt.training  # noqa: F401 - so that forked processes have it
 from prefopt import cli
@@ -104,6 +106,8 @@ def _become(words: list[str], log: Path) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # tqdm's lock is one for all processes that are forked, and who is killed while it holds it never gives it back
+        tqdm.set_lock(threading.RLock())
         torch.set_num_threads(1)
         status = cli.main(words)
     except SystemExit as end:
