@@ -28,6 +28,7 @@ from prefopt.data.rows import (
     Kind,
     Row,
     check_columns,
+    check_unused_text,
     id_column,
     id_features,
     is_tokenised,
@@ -206,6 +207,7 @@ class RowTokenizer:
         """
         check_columns(dataset.column_names, self.kind, where=where)
         dataset = dataset.with_format(None)
+        check_unused_text(dataset, self.kind, where=where)
         columns = id_features(dataset.features, self.kind)
         tokenised = is_tokenised(dataset.column_names, self.kind)
         faults = ("fault", "fault_detail")
