@@ -12,22 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
-
-__all__ = [
-    "CONFIG_BOOKKEEPING",
-    "TRAINER_STATE_NAME",
-    "HookedTrainer",
-    "attention_of",
-    "class_members",
-    "drop_weight_conversions",
-    "initialise",
-    "model_from_config",
-    "set_attention",
-    "share_tied_weights",
-    "sort_checkpoints",
-]
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
 """Keys of a config in memory about how and from where it was loaded; nothing that a model computes depends on them."""
@@ -35,6 +20,12 @@ CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
 
 class HookedTrainer(Trainer):
     """transformers' Trainer with public names for the moments at which it calls no callback."""
+
+    # a subclass has settings and models that Trainer's own annotations do not allow for
+    args: Any
+    model: Any
+    processing_class: Any
+    eval_dataset: Any
 
     def before_checkpoint(self, folder: Path) -> None:
         """Run on every rank before anything is written to the checkpoint `folder`."""
@@ -80,17 +71,17 @@ class HookedTrainer(Trainer):
 
 
 def attention_of(config: PretrainedConfig) -> str:
-    """Return the attention implementation that a model was loaded with; the public `attn_implementation` only sets it."""
+    """Return the attention that a model was loaded with; the public `attn_implementation` only sets it."""
     return config._attn_implementation
 
 
 def set_attention(config: PretrainedConfig, implementation: str) -> None:
-    """Set the attention implementation of a config from which a model is made; `set_attn_implementation` needs the model."""
+    """Set the attention of a config from which a model is made; `set_attn_implementation` needs the model."""
     config._attn_implementation = implementation
 
 
-def model_from_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Make a model with random weights in the config's dtype; the public `from_config` is that of Auto classes only."""
+def model_from_config(model_class: Any, config: PretrainedConfig) -> Any:
+    """Make a model with random weights in the config's dtype; only Auto classes have a public `from_config`."""
     return model_class._from_config(config)
 
 
@@ -102,13 +93,14 @@ def initialise(model: PreTrainedModel, module: nn.Module) -> None:
 def drop_weight_conversions(model: PreTrainedModel, patterns: Collection[str]) -> None:
     """Save under the present names the weights whose names were mapped from `patterns` on loading.
 
-    `save_pretrained` undoes every renaming of the load, `key_mapping` included, and would give them the old names back.
+    `save_pretrained` undoes every renaming of the load, `key_mapping` included, and would restore the old names.
     """
-    conversions = model._weight_conversions or []
-    model._weight_conversions = [each for each in conversions if not set(each.source_patterns) & set(patterns)]
+    conversions: Any = model._weight_conversions or []
+    kept: Any = [each for each in conversions if not set(each.source_patterns) & set(patterns)]
+    model._weight_conversions = kept
 
 
-def share_tied_weights(model: PreTrainedModel, like: type[PreTrainedModel]) -> None:
+def share_tied_weights(model: PreTrainedModel, like: Any) -> None:
     """Tie the weights that the class `like` ties; a class says so in a private attribute only."""
     model._tied_weights_keys = like._tied_weights_keys
 

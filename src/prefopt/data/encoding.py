@@ -20,6 +20,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from prefopt.data.messages import ASSISTANT, BadRow, Fault, TextOrMessages
 from prefopt.files import content_hash
 
+# the forms in which texts come: strings are encoded as they are, messages under the chat template
+STRINGS, MESSAGES = "strings", "messages"
+_PROBE = "How many, 3 or 4?\n  Grüße an Zoë: 'yes' — 你好 🙂 <b>", " 7, I think.\n"
 # rendering stops after so long: rows are data, and a template can loop over what they hold
 RENDER_SECONDS = 10.0
 # where an answer's text stands in a message: reasoning comes in a field beside the content, too
@@ -58,7 +61,7 @@ class EncodedGroup:
     cut: tuple[int, ...] = ()
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Set the pad token to the end token where there is none, as TRL does; return the tokenizer, changed in place.
 
     Padding is masked by position and never by id, so that an end token that is scored stays scored.
@@ -66,11 +69,22 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     Raises:
         ValueError: there is neither a pad token nor an end token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has neither a pad token nor an end token; set `tokenizer.pad_token`.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Check that the tokenizer has an end token, which plain text needs, and give it a pad token.
+
+    Raises:
+        ValueError: there is no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
+    return with_pad_token(tokenizer)
 
 
 def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -102,6 +116,20 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs.items(), key=str))]
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if key != "pad_token"}
     return content_hash(type(tokenizer).__name__, state, names, tokenizer.chat_template, transformers.__version__)
+
+
+def text_record(tokenizer: PreTrainedTokenizerBase, form: str) -> dict[str, str]:
+    """Describe how texts of a form become ids, to be stored with a model and compared later.
+
+    Returns:
+        `form`, and `digest`: a hash of the ids of a fixed text, and of the chat template where that is applied. Unlike
+        `tokenizer_fingerprint` it stays the same when another release of transformers gives the same ids.
+    """
+    prompt, completion = _PROBE
+    (encoded,) = encode_groups([TextGroup(prompt, [completion])], tokenizer)
+    assert isinstance(encoded, EncodedGroup)
+    template = tokenizer.chat_template if form == MESSAGES else None
+    return {"form": form, "digest": content_hash(encoded.prompt_ids, encoded.completion_ids, template)[:16]}
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

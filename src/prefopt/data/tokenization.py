@@ -19,7 +19,16 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Json
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.encoding import EncodedGroup, TextGroup, Truncation, encode_groups, fit, tokenizer_fingerprint
+from prefopt.data.encoding import (
+    MESSAGES,
+    STRINGS,
+    EncodedGroup,
+    TextGroup,
+    Truncation,
+    encode_groups,
+    fit,
+    tokenizer_fingerprint,
+)
 from prefopt.data.holdout import PromptName, prompt_name
 from prefopt.data.messages import BadRow, Fault, OnBadRow, as_messages, check_on_bad_row
 from prefopt.data.rows import (
@@ -137,7 +146,7 @@ class Outcome:
     Attributes:
         fault: why the row cannot be used; None where it can.
         detail: what was found there.
-        is_messages: whether the row came as messages.
+        is_messages: whether the row came as messages; None where it came as token ids.
         is_prefix: whether the prompt alone is a token prefix of prompt + completion.
         cut: the parts that were cut ("prompt", "chosen", "rejected", "responses").
         prompt: names of its prompt, for hold-outs.
@@ -145,7 +154,7 @@ class Outcome:
 
     fault: str | None
     detail: str | None
-    is_messages: bool
+    is_messages: bool | None
     is_prefix: bool
     cut: list[str]
     prompt: PromptName
@@ -272,7 +281,8 @@ class RowTokenizer:
 
     def _outcome(self, clean: Row, group: EncodedGroup | BadRow) -> Outcome:
         name = prompt_name(clean, self.tokenizer)
-        is_messages = isinstance(clean.get("prompt"), list)
+        prompt = clean.get("prompt")
+        is_messages = None if prompt is None else isinstance(prompt, list)
         if isinstance(group, BadRow):
             return Outcome(group.reason, group.detail, is_messages, True, [], name)
         cut = dict.fromkeys(self.parts[min(place, len(self.parts) - 1)] for place in group.cut)
@@ -313,6 +323,8 @@ class RowTokenizer:
         cuts = Counter(part for outcome in outcomes for part in outcome.cut)
         report.cut = {part: cuts[part] for part in self.parts}
         report.lengths = {part: LengthSummary.of(token_counts(kept, part)) for part in self.parts}
+        form = form_of(outcomes)
+        report.form = None if form is None else MESSAGES if form else STRINGS
         _MADE[kept._fingerprint] = self.fingerprint, report
         return kept, report
 
@@ -340,7 +352,7 @@ def outcomes_of(mapped: Dataset) -> list[Outcome]:
 
 
 def form_of(outcomes: Sequence[Outcome]) -> bool | None:
-    """Return whether the first usable row is a conversation; None where no row can be used."""
+    """Return whether the first usable row is a conversation; None where no row can be used, or all are token ids."""
     return next((outcome.is_messages for outcome in outcomes if outcome.fault is None), None)
 
 
@@ -420,6 +432,7 @@ class TokenizationReport:
         rows_cut: kept rows in which anything was cut.
         not_prefix: kept rows whose prompt alone is not a token prefix of prompt + completion.
         lengths: tokens of each part.
+        form: "strings" or "messages", as the rows came; None for token ids.
     """
 
     name: str
@@ -431,6 +444,7 @@ class TokenizationReport:
     rows_cut: int = 0
     not_prefix: int = 0
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
+    form: str | None = None
 
     @property
     def rows_dropped(self) -> int:

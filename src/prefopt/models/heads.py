@@ -18,9 +18,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from prefopt._transformers import (
+    attention_of,
+    class_members,
+    drop_weight_conversions,
+    initialise,
+    model_from_config,
+    set_attention,
+)
+from prefopt.data.encoding import text_record
 from prefopt.files import read_json, write_json
 
 POOLINGS = ("last", "eos", "mean", "max")
@@ -129,6 +138,36 @@ class HeadedModel(PreTrainedModel):
         return getattr(self.config, RECORD)
 
     @property
+    def text_form(self) -> str | None:
+        """The form of the training rows, "strings" or "messages"; None where it is not recorded."""
+        record = self.head_record.get("text")
+        return record and record["form"]
+
+    def record_text(self, tokenizer: PreTrainedTokenizerBase, form: str, *, where: str) -> None:
+        """Record how the texts that the model is trained on become ids, or check it against the record.
+
+        Args:
+            tokenizer: that of the texts.
+            form: "strings" or "messages".
+            where: names the texts in errors.
+
+        Raises:
+            ValueError: the model was trained on texts that became ids in another way.
+        """
+        found = text_record(tokenizer, form)
+        stored = self.head_record.setdefault("text", found)
+        if stored["form"] != form:
+            raise ValueError(
+                f"{where} holds {form}, but the model was trained on {stored['form']}: the same text has other ids "
+                f"there, and its scores mean nothing. Give {stored['form']}, or train a model on {form}."
+            )
+        if stored != found:
+            raise ValueError(
+                f"{where} is read by a tokenizer or chat template that gives other ids than the one in training. Use "
+                "the tokenizer that was saved with the model."
+            )
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The token ids that close a sequence, from the config."""
         ids = self.config.get_text_config().eos_token_id
@@ -139,7 +178,7 @@ class HeadedModel(PreTrainedModel):
     @classmethod
     def check_record(cls, record: dict[str, Any]) -> None:
         """Raise ValueError where a setting of `record` is unknown or impossible."""
-        unknown = sorted(set(record) - {"kind", "backbone", *cls.defaults})
+        unknown = sorted(set(record) - {"kind", "backbone", "text", *cls.defaults})
         if unknown:
             raise ValueError(
                 f"Unknown settings of a {cls.kind} head: {', '.join(unknown)}; known: {', '.join(cls.defaults)}."
@@ -152,7 +191,7 @@ class HeadedModel(PreTrainedModel):
         """Make a model with random weights for a causal LM's config and settings of the head (see `defaults`)."""
         config = type(config).from_dict(config.to_dict())
         cls._set_record(config, {**cls.defaults, **settings})
-        return cls._class_for(config)._from_config(config)
+        return model_from_config(cls._class_for(config), config)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -181,12 +220,7 @@ class HeadedModel(PreTrainedModel):
         load: Any = super(HeadedModel, cls._class_for(config)).from_pretrained
         model, report = load(path, config=config, output_loading_info=True, **mapping, **settings)
         cls._check_loaded(path, report, new_head=new_head)
-        # transformers would give the weights their old names back when it saves
-        model._weight_conversions = [
-            each
-            for each in model._weight_conversions or []
-            if not set(each.source_patterns) & set(cls.published_names)
-        ]
+        drop_weight_conversions(model, cls.published_names)
         return model
 
     @classmethod
@@ -198,15 +232,15 @@ class HeadedModel(PreTrainedModel):
         config = type(module.config).from_dict(module.config.to_dict())
         given = {name: value for name, value in settings.items() if value is not None}
         cls._set_record(config, {**cls.defaults, **given})
-        config._attn_implementation = module.config._attn_implementation
+        set_attention(config, attention_of(module.config))
         with torch.device("meta"):
-            model = cls._class_for(config)._from_config(config)
+            model = model_from_config(cls._class_for(config), config)
         setattr(model, model.base_model_prefix, module.base_model)
         for name in cls.head_names:
             if (head := getattr(model, name, None)) is None:
                 continue
             head.to_empty(device=module.device)
-            model._init_weights(head)
+            initialise(model, head)
             theirs = getattr(module, name, None)
             if theirs is not None and theirs.weight.shape == head.weight.shape:
                 head.load_state_dict({"weight": theirs.weight.detach()})
@@ -263,10 +297,14 @@ class HeadedModel(PreTrainedModel):
         from peft import PeftModel  # not needed where no adapter is read
 
         if not (path / ADAPTER_RECORD).is_file():
-            raise ValueError(f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward model's.")
+            raise ValueError(
+                f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward or preference model's. To start "
+                "from it, merge it into its base (peft's `merge_and_unload`), save that and give its folder."
+            )
         record = read_json(path / ADAPTER_RECORD)
+        text = record.pop("text", None)
         if record.pop("kind") != cls.kind:
-            raise ValueError(f"{path} holds an adapter of another kind of head than {cls.kind}.")
+            raise ValueError(f"{path} holds the adapter of another kind of head than {cls.kind}.")
         _check_asked(path, record, head_settings)
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base:
@@ -277,8 +315,12 @@ class HeadedModel(PreTrainedModel):
             )
         model = cls.from_pretrained(base, new_head=True, **record, **settings)
         merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+        if not getattr(merged, "is_quantized", False):
+            merged.requires_grad_(True)  # peft froze what it put the adapter on
         # an adapter that is trained on top of it belongs to this folder, and not to the base alone
-        merged.name_or_path = merged.config._name_or_path = str(path)
+        merged.name_or_path = merged.config.name_or_path = str(path)
+        if text is not None:
+            merged.head_record["text"] = text
         return merged
 
     # --- saving
@@ -342,6 +384,16 @@ class HeadedModel(PreTrainedModel):
         return hidden.reshape(-1, hidden.shape[-1])[last_index]
 
 
+def head_kind(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind of head that a local folder's model or adapter has; None for any other model."""
+    for name in (ADAPTER_RECORD, "config.json"):
+        if (file := Path(path, name)).is_file():
+            found = read_json(file)
+            record = found if name == ADAPTER_RECORD else found.get(RECORD)
+            return record and record["kind"].replace("_", " ")
+    return None
+
+
 def _check_asked(path: str | os.PathLike[str], stored: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise on settings that contradict those that a head was trained with; None asks for nothing."""
     for name, value in asked.items():
@@ -359,12 +411,9 @@ def _concrete_class(headed: Any, config_class: Any) -> Any:
     if causal is None or backbone is None:
         raise ValueError(f"{config_class.__name__} is not the config of a causal LM that transformers knows.")
     parent: Any = next(base for base in backbone.__mro__[1:] if issubclass(base, PreTrainedModel))
-    ignored = [r"^lm_head\.", r"^embed_out\.", *(parent._keys_to_ignore_on_load_unexpected or [])]
     members = {
         "base_model_prefix": causal.base_model_prefix,
-        "_keys_to_ignore_on_load_unexpected": ignored,
-        # what is named here is not quantised; without it only the last module of a model would be spared
-        "_keep_in_fp32_modules": [*(parent._keep_in_fp32_modules or []), *headed.head_names],
+        **class_members(parent, not_expected=[r"^lm_head\.", r"^embed_out\."], in_float32=headed.head_names),
         "__module__": headed.__module__,
     }
     return type(causal.__name__.removesuffix("ForCausalLM") + headed.__name__, (headed, parent), members)

@@ -30,6 +30,7 @@ from prefopt.losses.reward import adversarial_reward_loss, bradley_terry_loss, r
 from prefopt.models.heads import ADAPTER_RECORD, HeadedModel
 from prefopt.models.reward import RewardModel
 from prefopt.scoring.logprobs import attention_mask_of
+from prefopt.trainers.base import TRAINING
 from prefopt.trainers.comparison import ComparisonConfig, ComparisonTrainer, as_table, ranked
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.policy import base_model_of, load_model
@@ -111,6 +112,17 @@ class HeadTrainer(ComparisonTrainer):
                 )
         return loaded
 
+    def check_text(self, model: Any, tokenizer: Any) -> None:
+        """Record in the model how the training texts become ids; check every other data set against that.
+
+        Raises:
+            ValueError: strings beside messages, or either for a model that was trained on the other.
+        """
+        headed: Any = base_model_of(model)
+        for name, report in self.data.reports.items():
+            if report.form is not None:
+                headed.record_text(tokenizer, report.form, where=f"The {name} set")
+
     def adapter_config(self, peft_config: PeftConfig, model: Any) -> PeftConfig:
         """Have the heads trained in full, and no task, as a task's wrapper would not run the head's forward."""
         changed: Any = copy.deepcopy(peft_config)
@@ -146,11 +158,11 @@ class HeadTrainer(ComparisonTrainer):
         pooling = self.headed.head_record["pooling"]
         return f"pooling {pooling!r} reads whole rows" if pooling in ("mean", "max") else None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; beside an adapter also the head's record, since an adapter's folder has no config.json."""
-        super().save_model(output_dir, _internal_call)
+    def after_model_saved(self, folder: Path) -> None:
+        """Save the head's record beside an adapter, whose folder has no config.json for it."""
+        super().after_model_saved(folder)
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and self.is_world_process_zero():
-            write_json(Path(output_dir or self.args.output_dir) / ADAPTER_RECORD, self.headed.head_record)
+            write_json(folder / ADAPTER_RECORD, self.headed.head_record)
 
     # ---- losses and metrics
 
@@ -271,7 +283,8 @@ class RewardTrainer(HeadTrainer):
     def step_loss(self, model: Any, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 2) rewards of each row's best and worst response."""
         rewards = as_table(self.run_model(model, batch).logits[:, 0], batch)  # (B, R)
-        self.watch_finite(rewards.sum(1), batch, sums)
+        # a row's loss is finite where its rewards and its margin are
+        self.watch_finite(rewards.sum(1) + batch.get("margin", 0.0), batch, sums)
         mask = batch["mask"] & batch["real"][:, None]
         total = self.total_loss(rewards, mask, batch)
         self.record(total, rewards.detach(), mask, batch, sums)
@@ -364,7 +377,7 @@ class AdversarialRewardTrainer(RewardTrainer):
             raise ValueError(
                 f"The {name} set has margins, which the adversarial loss does not read; remove the column."
             )
-        if name != "train":
+        if name != TRAINING:
             return
         adversarial = sum(dataset["is_adversarial"])
         if not adversarial:

@@ -1,0 +1,234 @@
+"""How a trainer runs: metrics of a log, the watch for non-finite losses, precision, checkpoints and their damage."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+import prefopt
+from benchmarks.trajectories import COMMON, comparison_rows, make_model, make_tokenizer, pair_rows, scored
+from prefopt.trainers.metrics import MetricLog
+from prefopt.trainers.precision import round_stochastically
+from tests.trainers.pairs import history, make_trainer, preference_rows, weights_of
+
+ROWS = {
+    "DPO": pair_rows,
+    "WPO": pair_rows,
+    "SPPO": pair_rows,
+    "MultiReferenceDPO": pair_rows,
+    "Reward": comparison_rows,
+    "AdversarialReward": lambda: comparison_rows(adversarial=True),
+    "GeneralPreference": comparison_rows,
+    "RRHF": comparison_rows,
+}
+
+
+def any_trainer(tmp_path, name: str, *, model=None, trainer_options=None, **settings):
+    """One of all trainers, on a tiny model and rows that it takes: four steps of two micro-batches."""
+    rows = scored(pair_rows()) if name == "MultiReferenceDPO" else Dataset.from_list(ROWS[name]())
+    config = getattr(prefopt, f"{name}Config")(str(tmp_path / "out"), **{**COMMON, **settings})
+    return getattr(prefopt, f"{name}Trainer")(
+        model or make_model(),
+        args=config,
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+        **(trainer_options or {}),
+    )
+
+
+# ---- metrics
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it lies on a GPU, where the host must not choose among values without waiting."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_a_step_without_a_kind_of_row_leaves_the_log_window_as_it_is():
+    nan, inf = math.nan, math.inf
+    steps = {
+        "mean": [1.0, nan, 4.0],
+        "least": [2.0, inf, 3.0],
+        "most": [2.0, -inf, 3.0],
+        "sum": [1.0, 2.0, 3.0],
+        "none": 3 * [nan],
+    }
+    for make in (torch.tensor, lambda value: torch.tensor(value).as_subclass(OnDevice)):
+        log = MetricLog()
+        for step in range(3):
+            log.append({name: make(values[step]) for name, values in steps.items()})
+        folded = log.drain(minima=("least",), maxima=("most",), totals=("sum",))
+        assert folded == {"mean": 2.5, "least": 2.0, "most": 3.0, "sum": 6.0}
+        assert log.drain() == {}
+
+
+# ---- losses that are not finite
+
+
+def poison(trainer, *, call: int, make_bad):
+    """Change the loss that the `call`-th micro-batch returns, and keep its rows."""
+    step_loss, batches = trainer.step_loss, []
+
+    def poisoned(model, batch, sums):
+        loss, predictions = step_loss(model, batch, sums)
+        batches.append(batch["row_ids"])
+        return (make_bad(loss) if len(batches) == call else loss), predictions
+
+    trainer.step_loss = poisoned
+    return batches
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_every_trainer_stops_before_a_loss_that_is_not_finite_reaches_the_weights(tmp_path, name, value):
+    """The total is bad and the rows' losses are not: an SFT or auxiliary term, or an overflow of the sum."""
+    before = any_trainer(tmp_path, name, max_steps=1, lr_scheduler_type="constant")
+    before.train()
+    trainer = any_trainer(tmp_path, name, max_steps=3, lr_scheduler_type="constant", logging_steps=3)
+    batches = poison(trainer, call=3, make_bad=lambda loss: loss * value)  # the first half of the second step
+    with pytest.raises(FloatingPointError, match="in step 2, in a term of no row") as error:
+        trainer.train()
+    assert batches[2][0] in str(error.value)
+    assert torch.equal(weights_of(trainer.model), weights_of(before.model))
+
+
+def test_the_rows_whose_loss_is_not_finite_are_named(tmp_path):
+    trainer = make_trainer(tmp_path, "DPO", logging_steps=4)
+    pair_losses = trainer.pair_losses
+    bad = trainer.train_dataset[7]["row_id"]
+
+    def poisoned(pair, reference, batch):
+        hit = torch.tensor([row == bad for row in batch["row_ids"]])
+        return pair_losses(pair, reference, batch).masked_fill(hit, float("nan"))
+
+    trainer.pair_losses = poisoned
+    with pytest.raises(FloatingPointError, match=rf"row\(s\) {bad} \(row_id\)"):
+        trainer.train()
+    assert bool(torch.isfinite(weights_of(trainer.model)).all())
+
+
+def test_an_evaluation_names_rows_without_a_finite_loss_and_training_goes_on(tmp_path, capsys):
+    options = {"eval_dataset": preference_rows(6, seed=3)}
+    trainer = make_trainer(tmp_path, "DPO", trainer_options=options, max_steps=2, eval_strategy="steps", eval_steps=1)
+    pair_losses = trainer.pair_losses
+    bad = trainer.eval_dataset[2]["row_id"]
+
+    def poisoned(pair, reference, batch):
+        hit = torch.tensor([row == bad for row in batch["row_ids"]])
+        return pair_losses(pair, reference, batch).masked_fill(hit, float("inf"))
+
+    trainer.pair_losses = poisoned
+    trainer.train()
+    assert f"Evaluation: the loss is not finite in row(s) {bad} (row_id)." in capsys.readouterr().out
+    assert trainer.state.global_step == 2
+
+
+def test_training_twice_checks_each_step_once(tmp_path):
+    trainer = make_trainer(tmp_path, "DPO", max_steps=2)
+    trainer.train()
+    poison(trainer, call=2, make_bad=lambda loss: loss * math.nan)
+    with pytest.raises(FloatingPointError, match="in step 2"):
+        trainer.train()
+
+
+# ---- 16-bit weights
+
+
+def half(dtype=torch.bfloat16):
+    return make_model().to(dtype)
+
+
+def trained(tmp_path, name="DPO", **settings):
+    settings = {"learning_rate": 2e-5, "lr_scheduler_type": "constant", "max_steps": 60, "beta": 1.0} | settings
+    trainer = any_trainer(tmp_path, name, **settings)
+    trainer.train()
+    return trainer
+
+
+def fall(trainer) -> float:
+    losses = history(trainer)
+    return sum(losses[:4]) / 4 - sum(losses[-4:]) / 4
+
+
+def test_bf16_weights_train_as_float32_ones(tmp_path, capsys):
+    """The loss falls as far as in float32, by default, and no update is lost; without a remedy it falls less."""
+    full, kept = trained(tmp_path), trained(tmp_path, model=half())
+    assert "trainable weights are bfloat16" in (printed := capsys.readouterr().out)
+    assert "float32 master copies" in printed
+    assert all(p.dtype == torch.bfloat16 for p in kept.model.parameters())
+    assert fall(kept) == pytest.approx(fall(full), rel=0.05)
+    rounded = trained(tmp_path, model=half(), master_weights="stochastic")
+    assert fall(rounded) == pytest.approx(fall(full), rel=0.1)
+    with pytest.warns(UserWarning, match=r"trainable weights are bfloat16.*in \d+\.\d% of them"):
+        plain = trained(tmp_path, model=half(), master_weights="none")
+    assert fall(plain) < 0.8 * fall(full)
+    lost = {trainer: history(trainer, "perf/updates_lost") for trainer in (full, kept, plain)}
+    assert len(lost[full]) == 10  # steps
+    assert lost[full][-1] < 0.01 and lost[kept][-1] < 0.01 and lost[plain][-1] > 0.2
+
+
+@pytest.mark.parametrize("name", ["Reward", "RRHF"])
+def test_other_trainers_keep_their_updates_too(tmp_path, name):
+    trainer = any_trainer(tmp_path, name, model=half(), learning_rate=1e-6, max_steps=3)
+    trainer.train()
+    assert history(trainer, "perf/updates_lost")[-1] < 0.01
+
+
+def test_bf16_adapters_train_as_float32_ones(tmp_path):
+    options = {"peft_config": LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])}
+    runs = [
+        trained(tmp_path, model=model, trainer_options=options, learning_rate=1e-4) for model in (make_model(), half())
+    ]
+    assert all(p.dtype == torch.bfloat16 for p in runs[1].model.parameters())
+    assert fall(runs[1]) == pytest.approx(fall(runs[0]), rel=0.1)
+
+
+@pytest.mark.parametrize("remedy", ["float32", "stochastic"])
+def test_resumed_equals_uninterrupted_with_bf16_weights(tmp_path, remedy):
+    settings = {"master_weights": remedy, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trained(tmp_path, model=half(), **settings)
+    resumed = any_trainer(
+        tmp_path, "DPO", model=half(), learning_rate=2e-5, lr_scheduler_type="constant", beta=1.0, **settings
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert history(resumed) == history(whole)
+    assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
+    masters = [group["params"] for trainer in (whole, resumed) for group in trainer.optimizer.param_groups]
+    for mine, theirs in zip(masters[: len(masters) // 2], masters[len(masters) // 2 :]):
+        assert all(torch.equal(p, q) for p, q in zip(mine, theirs))
+
+
+def test_weights_that_are_changed_between_two_trainings_stay_changed(tmp_path):
+    trainer = trained(tmp_path, model=half(), max_steps=1)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.zero_()
+    trainer.args.max_steps, trainer.args.learning_rate = 1, 0.0
+    trainer.train()
+    assert trainer.model.lm_head.weight.detach().abs().max().item() < 1e-3
+
+
+def test_stochastic_rounding_is_exact_in_the_mean_and_the_same_for_one_seed():
+    values = torch.full((100_000,), 1.0 + 2.0**-10)  # an eighth of the way from 1 to the next bfloat16
+    rounded = [round_stochastically(values, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(rounded[0], rounded[1]) and not torch.equal(rounded[0], rounded[2])
+    assert set(rounded[0].tolist()) == {1.0, 1.0 + 2.0**-7}
+    assert rounded[0].double().mean().item() == pytest.approx(values[0].item(), abs=1e-4)
+    edge = torch.tensor([math.inf, -math.inf, 0.0, -1.0])
+    assert torch.equal(round_stochastically(edge, torch.Generator()), edge)
+
+
+def test_copies_that_do_not_fit_give_way_to_stochastic_rounding(tmp_path, monkeypatch, capsys):
+    from prefopt.trainers import precision
+
+    monkeypatch.setattr(precision, "_copies_fit", lambda device, numbers: False)
+    trained(tmp_path, model=half(), max_steps=1)
+    assert "rounded stochastically" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="DeepSpeed"):
+        trained(tmp_path, model=half(torch.float16), max_steps=1)
