@@ -51,38 +51,12 @@ COLUMN_ALIASES = {
 SYSTEM_COLUMN = "system_turn"
 PROMPT_PARTS = ("prompt_part_2", "prompt_part_3", "prompt_part_4")
 # columns that hold a question or what belongs to one, in the layouts of common datasets
-PROMPT_LIKE = frozenset(
-    (
-        "question",
-        "questions",
-        "instruction",
-        "instructions",
-        "input",
-        "inputs",
-        "query",
-        "context",
-        "problem",
-        "human",
-        "system",
-        "system_prompt",
-        "system_message",
-        "user",
-        "user_prompt",
-        "user_input",
-        "user_message",
-        "passage",
-        "document",
-        "background",
-        "article",
-        "post",
-        "history",
-        "messages",
-        "conversation",
-        "conversations",
-        "dialogue",
-        "dialog",
-    )
-)
+PROMPT_LIKE = frozenset({
+    "question", "questions", "instruction", "instructions", "input", "inputs", "query", "context", "problem", "human",
+    "system", "system_prompt", "system_message", "user", "user_prompt", "user_input", "user_message", "passage",
+    "document", "background", "article", "post", "history", "messages", "conversation", "conversations", "dialogue",
+    "dialog",
+})  # fmt: skip
 CONTEXT_COLUMNS = ("tools", "chat_template_kwargs")
 COMPLETION_COLUMNS = {"pairs": ("chosen", "rejected"), "comparisons": ("responses",), "prompts": ()}
 
