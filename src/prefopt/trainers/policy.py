@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
-from prefopt.scoring.attention import load_with_flex_attention
 from prefopt.scoring.logprobs import install_scoring
 
 REFERENCE_ADAPTER = "ref"
@@ -36,7 +35,7 @@ def load_model(
 
     Args:
         model: hub name, local folder, or a model in memory (a `PeftModel` too).
-        args: trainer config; `model_init_kwargs`, `trust_remote_code` and `batch_layout` are read.
+        args: trainer config; `model_init_kwargs` and `trust_remote_code` are read.
         quantization_config: passed to the loader.
         loader: loads a name or folder, given the settings as keywords.
 
@@ -56,8 +55,6 @@ def load_model(
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         init["device_map"] = None
     init.setdefault("trust_remote_code", args.trust_remote_code)
-    if args.device.type == "cuda" and args.batch_layout != "padded":
-        return load_with_flex_attention(loader, model, **init)
     return loader(model, **init)
 
 
