@@ -1,7 +1,18 @@
-"""The names that we use of TRL beyond what its documentation lists, in one place: a TRL release can break this file only."""
+"""Uses of names that TRL's documentation does not list, in one place: a release of TRL can break this file only.
 
+Each has the reason why it is taken from there. `tests/test_fences.py` checks every one of them against the installed
+TRL and says what changed.
+"""
+
+# log-probs, entropy and mean logits tile by tile, forward and backward: (N, V) logits are never in memory as a whole
 from trl.kernels import ChunkedLogProbFunction
+
+# wrap a frozen model as the policy is wrapped; accelerate's `prepare` would make DeepSpeed build an optimizer for it
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+# loading as TRL's trainers do it, so that a swap changes nothing: `create_model_from_path` (class from the config,
+# dtype by name), `disable_dropout_in_model`, `get_config_model_id` (name or folder of a loaded model); and
+# `maybe_gather_lm_head_ctx`, which gathers the LM head's weight under ZeRO-3
 from trl.trainer.utils import (
     create_model_from_path,
     disable_dropout_in_model,
@@ -13,7 +24,7 @@ LOGPROB_CHUNK_SIZE = 32768
 """Vocabulary columns of one tile of the log-prob kernel (TRL's own default)."""
 
 CPU_LOGPROB_TILE = 2**18
-"""Elements of a tile on a CPU: the kernel passes over it many times there, so it has to fit into the cache, and small ones cost calls."""
+"""Elements of a tile on a CPU: the kernel passes over it many times, so it must fit into the cache."""
 
 __all__ = [
     "CPU_LOGPROB_TILE",

@@ -11,12 +11,27 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import quote
+
+
+class _Metadata(dict[str, Any]):
+    """What is known about a setting; only what argparse knows is listed.
+
+    `HfArgumentParser` and `TrlParser` pass every listed entry of a field's metadata to `add_argument`, which raises
+    for a name that it does not know. The trainers' configs must go on working with them.
+    """
+
+    def keys(self) -> Any:
+        """List what argparse knows; any other entry is found by its name."""
+        return {"help", "choices"} & super().keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
 
 def setting(
@@ -56,9 +71,7 @@ def setting(
         "above": above,
         "at_most": at_most,
     }
-    metadata: dict[str, Any] = {
-        name: value for name, value in known.items() if value is not None and value is not False
-    }
+    metadata = _Metadata({name: value for name, value in known.items() if value is not None and value is not False})
     if only_for is not None:
         metadata["only_for"] = {selector: tuple(values) for selector, values in only_for.items()}
     if not decides_result:

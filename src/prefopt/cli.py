@@ -236,8 +236,7 @@ def _print_further_problems(words: list[str], first: Exception) -> None:
     name, rest = words[0], words[1:]
     if not COMMANDS[name].is_method:
         return
-    from prefopt.check import inspect
-
+    inspect = importlib.import_module(COMMANDS["check"].module).inspect
     problems: list[str] = []
     # the mistake itself has been printed: whatever goes wrong while looking for more must not hide it
     with suppress(Exception), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):

@@ -26,13 +26,14 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.arguments import missing, names_without_effect, setting_changes
 from prefopt.data import TokenizationReport
+from prefopt.data.encoding import with_pad_token
 from prefopt.files import parse_yaml, read_yaml, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.trainers.checkpoints import is_whole, last_checkpoint
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
-from prefopt.trainers.policy import load_model, with_pad_token
+from prefopt.trainers.policy import load_model
 
 # --- What we know of settings that transformers and TRL declare; of our own, it stands in the fields' metadata.
 
@@ -432,14 +433,6 @@ def adapter_config(model_args: ModelConfig) -> PeftConfig | None:
     if config is not None and isinstance(targets, str) and targets.isidentifier():
         config.target_modules = {targets}  # TRL makes a list of one name a pattern, which no full name would match
     return config
-
-
-def model_options(model_args: ModelConfig) -> dict[str, Any]:
-    """Return the keywords that the weights are loaded with."""
-    options: dict[str, Any] = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    if model_args.attn_implementation is not None:
-        options["attn_implementation"] = model_args.attn_implementation
-    return options
 
 
 def single_model(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from huggingface_hub import get_token
@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
-from prefopt.data import TokenizationReport, describe_sample, load_datasets, tokenize_comparisons, tokenize_pairs
+from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
+from prefopt.data.rows import Kind
 from prefopt.files import read_json, storage_fault
 from prefopt.launch import print_on_main, rank, world_size
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
@@ -35,15 +36,13 @@ from prefopt.run import (
     is_finished,
     load_tokenizer,
     missing_packages,
-    model_options,
     open_folder,
     pair_models,
     read_config,
     resolved_recipe,
     single_model,
 )
-
-TOKENIZERS = {"pairs": tokenize_pairs, "comparisons": tokenize_comparisons}
+from prefopt.trainers.config import model_options
 
 
 def shared_arguments() -> tuple[type, ...]:
@@ -168,29 +167,20 @@ def tokenise_data(
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
-    train_dataset, eval_dataset = load_datasets(sources, rows, num_proc=args.dataset_num_proc)
-    if not data_args.evaluates:
-        eval_dataset = None  # rows held out are left out of training all the same
-    named = {
-        name: load_datasets(source, rows, num_proc=args.dataset_num_proc)[0]
-        for name, source in data_args.named_evaluations()
+    tokenize = RowTokenizer(
+        tokenizer, cast(Kind, rows), Truncation(args.max_length, args.max_prompt_length, args.truncation_mode)
+    )
+    train, evaluation = load_tokenized(sources, tokenize, num_proc=args.dataset_num_proc)
+    mapped = {"train": train}
+    if evaluation is not None and data_args.evaluates:  # rows held out are left out of training all the same
+        mapped["eval"] = evaluation
+    for name, source in data_args.named_evaluations():
+        mapped[name], _ = load_tokenized(source, tokenize, num_proc=args.dataset_num_proc)
+    done = {
+        name: tokenize.settle(dataset, on_bad_row=args.on_bad_row, name=name, one_form=True)
+        for name, dataset in mapped.items()
     }
-    raw = {"train": train_dataset, **({"eval": eval_dataset} if eval_dataset is not None else {}), **named}
-    done = {}
-    reports = []
-    for name, dataset in raw.items():
-        done[name], report = TOKENIZERS[rows](
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode,
-            on_bad_row=args.on_bad_row,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
-        reports.append(report)
-    return done, reports
+    return {name: dataset for name, (dataset, _) in done.items()}, [report for _, report in done.values()]
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from prefopt.data import tokenize_pairs
 from prefopt.references.cache import ScoreCache
 from prefopt.references.columns import cached_reference_scores, token_scorer
-from prefopt.references.filling import choose_layout, group_scorer, plan_batches
+from prefopt.references.filling import group_scorer, plan_batches
 from prefopt.references.fingerprints import module_fingerprint
+from prefopt.scoring.layouts import choose_layout
 from prefopt.scoring.logprobs import install_scoring
 from tests.references.helpers import ROWS, pairs, reference, score_plainly
 from tests.tiny import tiny_model
@@ -25,7 +26,7 @@ from tests.tiny import tiny_model
 def scored(root, ref, data, *, layout="packed", max_tokens=200):
     install_scoring(ref.model)
     config = ref.model.config
-    chosen = choose_layout(config, pad_token_id=0, batch_layout=layout, longest_sequence=256)
+    chosen, _ = choose_layout(layout, config, pad_token_id=0, longest_sequence=256)
     score = group_scorer(ref.model, config, chosen, device=torch.device("cpu"), dtype=torch.float32)
     scorer = token_scorer(ref.model, config, name=ref.name, dtype="float32")
     return cached_reference_scores(data, score, scorer, root, max_tokens=max_tokens, padded=layout == "padded")
@@ -79,7 +80,7 @@ def test_a_killed_run_goes_on_where_its_last_chunk_ended(tmp_path, policy, data,
     monkeypatch.setattr(cache_module, "FLUSH_RECORDS", 2)
     install_scoring(policy.model)
     config = policy.model.config
-    layout = choose_layout(config, pad_token_id=0, batch_layout="padded", longest_sequence=256)
+    layout, _ = choose_layout("padded", config, pad_token_id=0, longest_sequence=256)
     score = group_scorer(policy.model, config, layout, device=torch.device("cpu"), dtype=torch.float32)
     calls = []
 

@@ -19,7 +19,7 @@ from prefopt.candidates.records import (
     score_name,
     scores_of,
 )
-from prefopt.data.messages import HH_TURN, BadRow, Message, Text, as_messages, clean_text
+from prefopt.data.messages import HH_TURN, BadRow, Message, TextOrMessages, as_messages, clean_text
 from prefopt.data.rows import (
     ADVERSARIAL_TYPE,
     COLUMN_ALIASES,
@@ -127,7 +127,7 @@ def pairs_to_records(pairs: Iterable[Row]) -> list[Record]:
     return list(records.values())
 
 
-def conversation(prompt: Text, response: Text) -> list[Message]:
+def conversation(prompt: TextOrMessages, response: TextOrMessages) -> list[Message]:
     """Join prompt and response to one conversation."""
     answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
     return [*as_messages(prompt), *answer]
@@ -138,7 +138,7 @@ def conversations(pair: Row) -> Row:
     return {side: conversation(pair["prompt"], pair[side]) for side in ("chosen", "rejected")}
 
 
-def plain_prompt(prompt: Text) -> Text:
+def plain_prompt(prompt: TextOrMessages) -> TextOrMessages:
     """Return the text of a prompt that is one user turn; any other prompt unchanged."""
     if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
         return str(prompt[0]["content"])

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.candidates.records import Candidate, off_policy_candidates
-from prefopt.data.encoding import Group, check_chat_template, encode_groups
-from prefopt.data.messages import PROMPT_TOO_LONG, BadRow, as_messages, without_none
+from prefopt.data.encoding import TextGroup, check_chat_template, encode_groups
+from prefopt.data.messages import BadRow, Fault, as_messages, without_none
 from prefopt.data.rows import CONTEXT_COLUMNS, Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
 
@@ -122,13 +122,13 @@ def tokenize(
     if template:
         check_chat_template(tokenizer)
         items = [{**item, "prompt": as_messages(item["prompt"])} for item in items]
-    groups = [Group(item["prompt"], [], *(item.get(name) for name in CONTEXT_COLUMNS)) for item in items]
+    groups = [TextGroup(item["prompt"], [], *(item.get(name) for name in CONTEXT_COLUMNS)) for item in items]
     for item, encoded in zip(items, encode_groups(groups, tokenizer)):
         if isinstance(encoded, BadRow):
             prompts.skip(item["row"], item["prompt_id"], encoded.reason, encoded.detail)
         elif context is not None and len(encoded.prompt_ids) >= context:
             found = f"{len(encoded.prompt_ids)} tokens leave no room for an answer in a context of {context}"
-            prompts.skip(item["row"], item["prompt_id"], PROMPT_TOO_LONG, found)
+            prompts.skip(item["row"], item["prompt_id"], str(Fault.PROMPT_TOO_LONG), found)
         else:
             kept = {name: value for name, value in item.items() if name != "row"}
             prompts.items.append({**kept, "prompt_ids": encoded.prompt_ids})

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Json, List, Value
 
 from prefopt.arguments import HubArguments
 from prefopt.candidates.pairs import aggregate_scores
-from prefopt.data.messages import Text, clean_text, without_none
+from prefopt.data.messages import TextOrMessages, clean_text, without_none
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import atomic_path, read_jsonl, write_jsonl
@@ -57,7 +57,7 @@ def make_candidate(
     }
 
 
-def make_record(prompt_id: str, prompt: Text, candidates: Sequence[Candidate], **context: Any) -> Record:
+def make_record(prompt_id: str, prompt: TextOrMessages, candidates: Sequence[Candidate], **context: Any) -> Record:
     """Make a record; `context` is the row's `tools` and `chat_template_kwargs`, where it has them."""
     return {"prompt_id": prompt_id, "prompt": prompt, "candidates": list(candidates), "tables": {}, **context}
 

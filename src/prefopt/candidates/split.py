@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
-from typing import Any
 
 from prefopt.arguments import check_settings, setting
 from prefopt.candidates.records import file_of
-from prefopt.data.messages import BadRow, as_messages, without_none
+from prefopt.data.holdout import fill_with_prompts, prompt_identity
+from prefopt.data.messages import BadRow, without_none
 from prefopt.data.rows import Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import content_hash, read_jsonl, write_json, write_jsonl
@@ -56,14 +56,6 @@ class SplitArguments:
         return {name: getattr(self, name) for name in SETS}
 
 
-def prompt_text_key(prompt: Any) -> str:
-    """Hash a prompt's roles and texts, ignoring white space and letter case: equal hashes are one prompt."""
-    turns = [
-        (turn["role"], " ".join(str(turn.get("content") or "").split()).casefold()) for turn in as_messages(prompt)
-    ]
-    return content_hash(turns)
-
-
 def assign(keys: Sequence[str], sizes: Mapping[str, float], *, seed: int) -> dict[str, str]:
     """Assign prompts to sets in the order of their seeded hashes, one set after another.
 
@@ -80,22 +72,17 @@ def assign(keys: Sequence[str], sizes: Mapping[str, float], *, seed: int) -> dic
     """
     order = sorted(set(keys), key=lambda key: content_hash(seed, key))
     used = {name: size for name, size in sizes.items() if size}
-    totals: Iterable[float] = accumulate(
-        used.values()
-    )  # cumulated, so that rounding neither loses nor repeats a prompt
-    if all(size < 1 for size in used.values()):
-        totals = (total * len(order) for total in totals)
-    ends = {name: round(total) for name, total in zip(used, totals)}
-    if max(ends.values()) > len(order):
-        raise ValueError(f"{max(ends.values())} prompts are asked for, but there are {len(order)} different ones.")
-    places: dict[str, str] = {}
-    start = 0
-    for name, end in ends.items():
-        if end <= start:
-            raise ValueError(f"{name} would get none of {len(order)} prompts; give it a larger size.")
-        places |= dict.fromkeys(order[start:end], name)
-        start = end
-    return places
+    scale = len(order) if all(size < 1 for size in used.values()) else 1
+    # cumulated, so that the rounding of the shares neither loses nor repeats a prompt
+    ends = [round(total * scale) for total in accumulate(used.values())]
+    if ends[-1] > len(order):
+        raise ValueError(f"{ends[-1]} prompts are asked for, but there are {len(order)} different ones.")
+    counts = [end - start for start, end in pairwise([0, *ends])]
+    if min(counts) <= 0:
+        empty = list(used)[counts.index(min(counts))]
+        raise ValueError(f"{empty} would get none of {len(order)} prompts; give it a larger size.")
+    parts = fill_with_prompts(order, counts, order)
+    return {order[place]: name for name, part in zip(used, parts) for place in part}
 
 
 def run(args: SplitArguments) -> Path:
@@ -139,7 +126,7 @@ def _read(source: DataSource) -> tuple[list[Row], list[str], Counter[str]]:
     for row in load_source(source):
         clean = without_none(row)
         try:
-            keys.append(prompt_text_key(normalise_prompt(clean)["prompt"]))
+            keys.append(prompt_identity(normalise_prompt(clean)["prompt"]))
         except BadRow as fault:
             dropped[fault.reason] += 1
             continue
@@ -156,7 +143,7 @@ def check_disjoint(folder: Path, names: Sequence[str]) -> dict[str, set[str]]:
         ValueError: two sets have a prompt in common.
     """
     found = {
-        name: {prompt_text_key(normalise_prompt(row)["prompt"]) for row in read_jsonl(folder / f"{name}.jsonl")}
+        name: {prompt_identity(normalise_prompt(row)["prompt"]) for row in read_jsonl(folder / f"{name}.jsonl")}
         for name in names
     }
     for one, other in combinations(names, 2):

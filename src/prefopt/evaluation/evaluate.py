@@ -20,6 +20,7 @@ from prefopt.evaluation.preference import preference_accuracy
 from prefopt.evaluation.study import report_study
 from prefopt.evaluation.win_rate import join_answers, length_statistics, win_rate
 from prefopt.files import write_json
+from prefopt.launch import print_on_main
 
 EVALUATION_FILE = "evaluation.json"
 POLICY = "policy"

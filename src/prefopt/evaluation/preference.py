@@ -12,15 +12,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from prefopt.data import tokenize_pairs
-from prefopt.references.filling import (
-    ReferenceModel,
-    choose_layout,
-    group_scorer,
-    load_tokenizer,
-    plan_batches,
-    prepare_model,
-)
-from prefopt.scoring.layouts import Group
+from prefopt.data.encoding import load_tokenizer
+from prefopt.references.filling import ReferenceModel, group_scorer, plan_batches, prepare_model
+from prefopt.scoring.layouts import Group, choose_layout
 
 GPU_TOKENS, CPU_TOKENS = 16384, 1024  # of one forward
 
@@ -86,7 +80,7 @@ def _logps(
     state = PartialState()
     module, config = prepare_model(model, dtype=dtype, padded=False, accelerator=None)
     longest = max(len(group.prompt) + len(completion) for group in groups for completion in group.completions)
-    layout = choose_layout(config, pad_token_id=pad_token_id, batch_layout="auto", longest_sequence=longest)
+    layout, _ = choose_layout("auto", config, pad_token_id=pad_token_id, longest_sequence=longest)
     score = group_scorer(module, config, layout, device=state.device, dtype=getattr(torch, dtype))
     sizes = [group.shared_length if layout.name == "packed" else 2 * longest for group in groups]
     batches = plan_batches(sizes, max_tokens or (CPU_TOKENS if state.device.type == "cpu" else GPU_TOKENS))

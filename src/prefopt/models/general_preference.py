@@ -17,6 +17,7 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 from transformers.utils.hub import cached_file
 
+from prefopt._transformers import share_tied_weights
 from prefopt.files import read_json
 from prefopt.losses.reward import general_preference_score
 from prefopt.models.heads import RECORD, Float32Linear, HeadedModel
@@ -127,8 +128,7 @@ class GeneralPreferenceModel(HeadedModel):
             self.prompt_head = Float32Linear(hidden_size, record["dim"] // 2)
         if record["lm_head"]:
             self.lm_head = nn.Linear(hidden_size, self.config.get_text_config().vocab_size, bias=False)
-            causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
-            self._tied_weights_keys = causal._tied_weights_keys
+            share_tied_weights(self, like=MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)])
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Float32Linear):  # the released code's initialisation of both heads

@@ -21,6 +21,14 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from prefopt._transformers import (
+    attention_of,
+    class_members,
+    drop_weight_conversions,
+    initialise,
+    model_from_config,
+    set_attention,
+)
 from prefopt.files import read_json, write_json
 
 POOLINGS = ("last", "eos", "mean", "max")
@@ -152,7 +160,7 @@ class HeadedModel(PreTrainedModel):
         """Make a model with random weights for a causal LM's config and settings of the head (see `defaults`)."""
         config = type(config).from_dict(config.to_dict())
         cls._set_record(config, {**cls.defaults, **settings})
-        return cls._class_for(config)._from_config(config)
+        return model_from_config(cls._class_for(config), config)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -181,12 +189,7 @@ class HeadedModel(PreTrainedModel):
         load: Any = super(HeadedModel, cls._class_for(config)).from_pretrained
         model, report = load(path, config=config, output_loading_info=True, **mapping, **settings)
         cls._check_loaded(path, report, new_head=new_head)
-        # transformers would give the weights their old names back when it saves
-        model._weight_conversions = [
-            each
-            for each in model._weight_conversions or []
-            if not set(each.source_patterns) & set(cls.published_names)
-        ]
+        drop_weight_conversions(model, cls.published_names)
         return model
 
     @classmethod
@@ -198,15 +201,15 @@ class HeadedModel(PreTrainedModel):
         config = type(module.config).from_dict(module.config.to_dict())
         given = {name: value for name, value in settings.items() if value is not None}
         cls._set_record(config, {**cls.defaults, **given})
-        config._attn_implementation = module.config._attn_implementation
+        set_attention(config, attention_of(module.config))
         with torch.device("meta"):
-            model = cls._class_for(config)._from_config(config)
+            model = model_from_config(cls._class_for(config), config)
         setattr(model, model.base_model_prefix, module.base_model)
         for name in cls.head_names:
             if (head := getattr(model, name, None)) is None:
                 continue
             head.to_empty(device=module.device)
-            model._init_weights(head)
+            initialise(model, head)
             theirs = getattr(module, name, None)
             if theirs is not None and theirs.weight.shape == head.weight.shape:
                 head.load_state_dict({"weight": theirs.weight.detach()})
@@ -278,7 +281,7 @@ class HeadedModel(PreTrainedModel):
         model = cls.from_pretrained(base, new_head=True, **record, **settings)
         merged = PeftModel.from_pretrained(model, path).merge_and_unload()
         # an adapter that is trained on top of it belongs to this folder, and not to the base alone
-        merged.name_or_path = merged.config._name_or_path = str(path)
+        merged.name_or_path = merged.config.name_or_path = str(path)
         return merged
 
     # --- saving
@@ -359,12 +362,9 @@ def _concrete_class(headed: Any, config_class: Any) -> Any:
     if causal is None or backbone is None:
         raise ValueError(f"{config_class.__name__} is not the config of a causal LM that transformers knows.")
     parent: Any = next(base for base in backbone.__mro__[1:] if issubclass(base, PreTrainedModel))
-    ignored = [r"^lm_head\.", r"^embed_out\.", *(parent._keys_to_ignore_on_load_unexpected or [])]
     members = {
         "base_model_prefix": causal.base_model_prefix,
-        "_keys_to_ignore_on_load_unexpected": ignored,
-        # what is named here is not quantised; without it only the last module of a model would be spared
-        "_keep_in_fp32_modules": [*(parent._keep_in_fp32_modules or []), *headed.head_names],
+        **class_members(parent, not_expected=[r"^lm_head\.", r"^embed_out\."], in_float32=headed.head_names),
         "__module__": headed.__module__,
     }
     return type(causal.__name__.removesuffix("ForCausalLM") + headed.__name__, (headed, parent), members)

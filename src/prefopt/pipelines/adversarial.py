@@ -16,7 +16,7 @@ from typing import Any
 
 from prefopt.arguments import check_settings, missing, setting
 from prefopt.candidates.prompts import load_prompts
-from prefopt.candidates.split import prompt_text_key
+from prefopt.data.holdout import prompt_identity
 from prefopt.data.messages import BadRow, without_none
 from prefopt.data.rows import normalise_comparison
 from prefopt.data.sources import DataSource, load_source
@@ -142,7 +142,7 @@ def check_data(loop: AdversarialLoop) -> dict[str, int]:
     counts: dict[str, int] = {}
     if loop.reward_update != "fixed":
         ids = _prompts(loop.reward_prompts)
-        prompts["reward_prompts"] = {prompt_text_key(prompt) for prompt in ids.values()}
+        prompts["reward_prompts"] = {prompt_identity(prompt) for prompt in ids.values()}
         counts |= _check_golden(loop, set(ids))
     prompts["comparisons"] = _compared_prompts(loop.comparisons)
     disjoint = (
@@ -176,7 +176,7 @@ def _prompts(path: str) -> dict[str, Any]:
 
 
 def _keys(path: str) -> set[str]:
-    return {prompt_text_key(prompt) for prompt in _prompts(path).values()}
+    return {prompt_identity(prompt) for prompt in _prompts(path).values()}
 
 
 def _compared_prompts(path: str) -> set[str]:
@@ -184,7 +184,7 @@ def _compared_prompts(path: str) -> set[str]:
     found = set()
     for row in load_source(DataSource(path)):
         try:
-            found.add(prompt_text_key(normalise_comparison(without_none(row))["prompt"]))
+            found.add(prompt_identity(normalise_comparison(without_none(row))["prompt"]))
         except BadRow:
             continue
     return found

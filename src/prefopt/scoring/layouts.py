@@ -22,6 +22,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from transformers import PretrainedConfig
+
+from prefopt._transformers import attention_of
+from prefopt.scoring.attention import why_not_packed
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class Group:
 class Layout(Protocol):
     """Turns groups into tensors; see the module's docstring."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Return "padded" or "packed"."""
+        ...
 
     def collate(self, rows: Sequence[Sequence[Group]], *, row_length: int | None = None) -> dict[str, torch.Tensor]:
         """Return the tensors for one forward pass over the groups of `rows`.
@@ -200,3 +207,44 @@ class PackedLayout:
             built.add_tokens(group.prompt, start=0, group=number, branch=branch, weight=1)
             begin = built.add_tokens(completion, start=len(group.prompt), group=number, branch=branch, weight=1)
             built.add_completion(completion, begin=begin, prompt_end=begin - 1)
+
+
+def choose_layout(
+    batch_layout: str,
+    config: PretrainedConfig,
+    *,
+    pad_token_id: int,
+    longest_sequence: int,
+    pad_to_multiple_of: int = 1,
+    share_prompt: bool = True,
+    against_packing: str | None = None,
+) -> tuple[Layout, str | None]:
+    """Choose the layout of a model's batches: packed where that is exact, unless the padded one is asked for.
+
+    Args:
+        batch_layout: "auto", "packed" or "padded".
+        config: the model's config, with its attention implementation.
+        pad_token_id, pad_to_multiple_of: of the padded layout.
+        longest_sequence: longest prompt + completion of the data, in tokens.
+        share_prompt: of the packed layout.
+        against_packing: a reason that only the caller knows.
+
+    Returns:
+        The layout, and why it is padded where packing would have been tried.
+
+    Raises:
+        ValueError: "packed" is asked for and cannot be exact.
+    """
+    padded = PaddedLayout(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+    if batch_layout == "padded":
+        return padded, None
+    reason = against_packing or why_not_packed(
+        config, implementation=attention_of(config), longest_sequence=longest_sequence
+    )
+    if reason is None:
+        return PackedLayout(pad_token_id, share_prompt=share_prompt), None
+    if batch_layout == "packed":
+        raise ValueError(
+            f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
+        )
+    return padded, reason

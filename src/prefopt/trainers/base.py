@@ -1,10 +1,11 @@
-"""What every trainer of this library shares: planned batches, exact normalisation, device-side metrics, evaluation, checkpoints.
+"""Running of a trainer: planned batches, exact normalisation, metrics on the device, evaluation, checkpoints.
 
-A method trainer says what the loss of one micro-batch is (`step_loss`); everything here is about running it: over
-micro-batches and ranks so
-that the gradient is that of the mean over the whole optimizer step, with each example used once an epoch, and with
-metrics that are those of
-the whole step.
+A method trainer defines the loss of one micro-batch (`step_loss`). `BaseTrainer` runs it over micro-batches and ranks
+so that the gradient is that of the mean over the whole optimizer step, each example is used once an epoch, and metrics
+are those of the whole step. It comes first; after it the row capacity, the data loader, the callback and the layers'
+checkpointing that it uses.
+
+Letters: B examples of a micro-batch.
 """
 
 from __future__ import annotations
@@ -13,25 +14,28 @@ import math
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from prefopt import files
-from prefopt.scoring.attention import by_parts, why_not_packed
-from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
+from prefopt._transformers import HookedTrainer, attention_of
+from prefopt.scoring.attention import by_parts
+from prefopt.scoring.layouts import Layout, choose_layout
 from prefopt.scoring.plan import BatchPlan, GroupLengths
 from prefopt.trainers.checkpoints import check_saved_shapes, last_checkpoint
-from prefopt.trainers.collators import PlannedBatches, only
+from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
 from prefopt.trainers.policy import base_model_of
@@ -39,138 +43,13 @@ from prefopt.trainers.policy import base_model_of
 CPU_ROW_TOKENS = 1024
 """Capacity of a packed row on a CPU where its mask is dense: it costs the square of the row."""
 
+METHOD_STATE_FILE = "method_state.json"
+"""File of a checkpoint that holds what `BaseTrainer.method_state` returns."""
 
-def choose_layout(
-    wanted: str,
-    config: PretrainedConfig,
-    *,
-    pad_token_id: int,
-    pad_to_multiple_of: int,
-    share_prompt: bool,
-    longest_sequence: int,
-    against_packing: str | None,
-) -> tuple[Layout, str | None]:
-    """The layout of a run, and why it is padded where packing would have been tried.
-
-    Args:
-        wanted: "auto", "packed" or "padded".
-        config: the model's config, with its attention implementation.
-        pad_token_id, pad_to_multiple_of: of the padded layout.
-        share_prompt: of the packed layout.
-        longest_sequence: longest prompt + completion of the data, in tokens.
-        against_packing: a reason that the caller knows.
-
-    Raises:
-        ValueError: "packed" was demanded and cannot be exact.
-    """
-    padded = PaddedLayout(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
-    if wanted == "padded":
-        return padded, None
-    reason = against_packing or why_not_packed(
-        config, implementation=config._attn_implementation, longest_sequence=longest_sequence
-    )
-    if reason is None:
-        return PackedLayout(pad_token_id, share_prompt=share_prompt), None
-    if wanted == "packed":
-        raise ValueError(
-            f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
-        )
-    return padded, reason
+_TOTALS = ("num_tokens", "perf/tokens")  # metrics that are added up over the steps of a log, not averaged
 
 
-def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int, dense: bool) -> int:
-    """Tokens of a packed row where the recipe sets none.
-
-    Args:
-        lengths: of all groups.
-        groups_per_row: groups that one micro-batch holds on average.
-        dense: the mask is, so rows are short; otherwise one row a micro-batch, in which attention skips what other
-            pairs own.
-    """
-    longest = max(group.packed for group in lengths)
-    if dense:
-        return max(longest, CPU_ROW_TOKENS)
-    mean = sum(group.packed for group in lengths) / len(lengths)
-    return math.ceil(max(longest, 1.5 * mean * groups_per_row + longest / 2) / 1024) * 1024
-
-
-class PlannedLoader(DataLoader):
-    """A data loader that passes its epoch on to its plan."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Have the plan draw the order of `epoch`."""
-        self.batch_sampler.set_epoch(epoch)
-
-
-def compiled_so_far() -> dict[str, float]:
-    """`perf/compiled_graphs` and `perf/compile_seconds` of this process; empty where nothing was compiled.
-
-    A count that still grows after the first steps means that shapes keep changing.
-    """
-    utils = sys.modules.get("torch._dynamo.utils")  # imported by the first compilation
-    if utils is None or not (graphs := utils.counters["stats"]["unique_graphs"]):
-        return {}
-    seconds = sum((metrics.duration_us or 0) for metrics in utils.get_compilation_metrics()) / 1e6
-    return {"perf/compiled_graphs": float(graphs), "perf/compile_seconds": seconds}
-
-
-_aten = torch.ops.aten
-KEPT = (
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
-)
-"""Operations whose results are kept: matrix products and attention, nearly all of a layer's arithmetic."""
-
-
-def selective_contexts():
-    """Contexts of the forward and of the recomputation, for `torch.utils.checkpoint`'s `context_fn`."""
-    return create_selective_checkpoint_contexts(list(KEPT))
-
-
-def use_selective_checkpointing(model) -> None:
-    """Have a model that checkpoints its layers keep matrix products and attention, and recompute norms and activations only.
-
-    Args:
-        model: a transformers model, or a wrapper that passes `gradient_checkpointing_enable` on to it.
-    """
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": selective_contexts})
-
-
-STATE_FILE = "method_state.json"
-_TOTALS = ("num_tokens", "perf/tokens")
-
-
-class _StepEnd(TrainerCallback):
-    """Looks at the finished step before anything of it is logged, evaluated or saved."""
-
-    def __init__(self, trainer: BaseTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop on a loss that is not finite; on a GPU only when the host waits for the device anyway."""
-        waits = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
-        if waits or args.device.type == "cpu" or state.global_step >= state.max_steps:
-            self.trainer.check_finite()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Say how the run is set up, once everything is wrapped."""
-        if state.is_world_process_zero:
-            print(self.trainer.describe_run())
-        if args.gradient_checkpointing and args.selective_checkpointing:
-            use_selective_checkpointing(base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model)))
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Start the clock of tokens/s anew, so that the time between epochs does not count."""
-        self.trainer.restart_clock()
-
-
-class BaseTrainer(Trainer):
+class BaseTrainer(HookedTrainer):
     """Base of all trainers here; see the module's docstring.
 
     Args:
@@ -187,34 +66,35 @@ class BaseTrainer(Trainer):
     loss_is_scaled_for_ga = True
     _tag_names: tuple[str, ...] = ("prefopt",)
     _name = ""
-    _paper: dict[str, str] = {}  # noqa: RUF012
+    _paper: Mapping[str, str] = {}
     metric_minima: tuple[str, ...] = ()
     metric_maxima: tuple[str, ...] = ()
 
     def __init__(
         self,
-        model,
-        args,
-        collate,
+        model: Any,
+        args: Any,
+        collate: Any,
         train_dataset: Dataset | None,
         eval_dataset: Dataset | dict[str, Dataset] | None,
-        processing_class,
-        compute_metrics=None,
-        callbacks=None,
-        optimizers=(None, None),
+        processing_class: PreTrainedTokenizerBase,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process. Start the run with `accelerate launch` (or `prefopt "
-                "... --num_processes "
-                f"{args.n_gpu}`), or make one GPU visible with CUDA_VISIBLE_DEVICES."
+                f"... --num_processes {args.n_gpu}`), or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
         self.collate = collate
         self._lengths: dict[str, list[GroupLengths]] = {}
-        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._train_sums = MetricSums()
+        self._eval_sums = MetricSums()
+        self._predictions: list[torch.Tensor] = []
         self._log_buffer = MetricLog()
         self._watch = FiniteWatch()
-        self._any_bad: torch.Tensor | None = None
+        self._update_hook: Any = None
         self._tokens_seen = 0.0
         self._row_lengths: tuple[int, ...] = ()
         self._clock = time.perf_counter()
@@ -235,25 +115,24 @@ class BaseTrainer(Trainer):
                 "ZeRO-3 or FSDP."
             )
         self.layout = self._choose_layout()
-        self.callback_handler.callbacks.insert(
-            1, _StepEnd(self)
-        )  # after the flow callback that decides what a step does
+        self.add_early_callback(_RunCallback(self))
         self.model.add_model_tags(list(self._tag_names))
 
     # ---- what a method defines
-    # -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def check_settings(cls, args) -> None:
-        """Refuse settings that do not go together, before anything is loaded."""
+    def check_settings(cls, args: Any) -> None:
+        """Raise a ValueError for settings that contradict each other, before anything is loaded."""
 
     @classmethod
-    def check_data(cls, dataset: Dataset, args, name: str) -> None:
-        """Refuse tokenised rows that the method cannot use, as the constructor does, without a trainer."""
+    def check_data(cls, dataset: Dataset, args: Any, name: str) -> None:
+        """Raise a ValueError for tokenised rows that the method cannot use, as the constructor does."""
 
     @abstractmethod
-    def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of one micro-batch.
+    def step_loss(
+        self, model: nn.Module, batch: dict[str, Any], sums: MetricSums
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the loss of one micro-batch.
 
         Args:
             model: the wrapped model.
@@ -262,7 +141,7 @@ class BaseTrainer(Trainer):
 
         Returns:
             - () loss, scaled with `self.reduce` so that its mean over ranks, summed over micro-batches, is that of the
-            optimizer step;
+              optimizer step;
             - (B, ...) predictions of each example, for `compute_metrics`.
         """
 
@@ -270,32 +149,31 @@ class BaseTrainer(Trainer):
         """Replace sums by what is computed from them, once they are reduced over ranks."""
 
     def method_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside model, optimizer and schedule (JSON values)."""
+        """Return what a checkpoint must hold beside model, optimizer and schedule (JSON values)."""
         return {"num_tokens": self._tokens_seen + self._log_buffer.total("num_tokens")}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
-        """Take up what `method_state` gave."""
+        """Restore what `method_state` returned."""
         self._tokens_seen = state["num_tokens"]
 
     def describe_run(self) -> str:
-        """One line on processes, wrapping and batches."""
-        line = (
-            f"Training on {self.args.world_size} process(es) as {describe_wrapping(self.model_wrapped)}; batches: "
-            f"{self.layout.name}"
-        )
-        if lengths := self._row_lengths:
-            line += f", rows of {', '.join(str(length) for length in lengths)} tokens"
-        return line + "."
+        """Describe processes, wrapping and batches in one line."""
+        rows = f", rows of {', '.join(map(str, self._row_lengths))} tokens" if self._row_lengths else ""
+        wrapping = describe_wrapping(self.model_wrapped)
+        return f"Training on {self.args.world_size} process(es) as {wrapping}; batches: {self.layout.name}{rows}."
+
+    def why_not_packed(self) -> str | None:
+        """Return the method's own reason against packed rows, if it has one."""
+        return None
 
     # ---- batches
-    # ---------------------------------------------------------------------------------------------------------------
 
     def _datasets(self) -> list[Dataset]:
         evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         return [dataset for dataset in (self.train_dataset, *evaluations.values()) if dataset is not None]
 
     def lengths(self, dataset: Dataset) -> list[GroupLengths]:
-        """Token counts of every example of `dataset`, counted once."""
+        """Return the token counts of every example of `dataset`, counted once."""
         key = dataset._fingerprint
         if key not in self._lengths:
             self._lengths[key] = self.collate.lengths(dataset, share_prompt=self.args.share_prompt)
@@ -309,23 +187,17 @@ class BaseTrainer(Trainer):
             pad_token_id=self.processing_class.pad_token_id,
             pad_to_multiple_of=multiple if isinstance(multiple, int) else 1,  # TRL's default is "auto"
             share_prompt=self.args.share_prompt,
-            longest_sequence=max(
-                (g.longest for dataset in self._datasets() for g in self.lengths(dataset)), default=0
-            ),
+            longest_sequence=max((g.longest for data in self._datasets() for g in self.lengths(data)), default=0),
             against_packing=self.why_not_packed(),
         )
         if reason and self.is_world_process_zero():
             print(f"Batches are padded, not packed: {reason}.")
         return layout
 
-    def why_not_packed(self) -> str | None:
-        """A reason of the trainer's own against packing."""
-        return None
-
     @property
     def attn_implementation(self) -> str:
-        """The model's attention implementation."""
-        return self.model.config._attn_implementation
+        """Return the model's attention implementation."""
+        return attention_of(self.model.config)
 
     def _row_capacity(self, lengths: list[GroupLengths], batch_size: int) -> int | None:
         if self.layout.name == "padded":
@@ -354,25 +226,26 @@ class BaseTrainer(Trainer):
         )
         if training:
             self._row_lengths = plan.row_lengths
+        workers = args.dataloader_num_workers
         return PlannedLoader(
             PlannedBatches(dataset, self.collate, self.layout),
             batch_sampler=plan,
-            collate_fn=only,
-            num_workers=args.dataloader_num_workers,
+            collate_fn=itemgetter(0),  # an item is a whole micro-batch already, and each list of them holds one
+            num_workers=workers,
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """The planned micro-batches of this rank; not sharded by accelerate, since the plan already is."""
+        """Make the loader of this rank's micro-batches; accelerate must not shard it, since the plan does already."""
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
         return self._loader(self.train_dataset, training=True)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """The evaluation batches of this rank, in the data set's order."""
+        """Make the loader of this rank's evaluation batches, in the data set's order."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -381,64 +254,83 @@ class BaseTrainer(Trainer):
         return self._loader(dataset, training=False)
 
     # ---- training
-    # --------------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train; see `transformers.Trainer.train`. Resuming takes up the method's own state as well."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; see `transformers.Trainer.train`. Resuming restores the method's state as well."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
-        if resume_from_checkpoint and (state := Path(resume_from_checkpoint) / STATE_FILE).exists():
+        if resume_from_checkpoint and (state := Path(resume_from_checkpoint) / METHOD_STATE_FILE).exists():
             self.load_method_state(files.read_json(state))
         self.restart_clock()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed at its last step: Trainer would train one more
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """See `Trainer.create_scheduler`; the schedule may be laid out for more epochs than are trained."""
         if self.args.schedule_epochs is not None:
             num_training_steps = math.ceil(num_training_steps * self.args.schedule_epochs / self.args.num_train_epochs)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one micro-batch, see `step_loss`; on the last one of a step the step's metrics are reduced over ranks."""
-        sums = self._sums["train"]
-        loss, predictions = self.step_loss(model, inputs, sums)
-        self._count_tokens(inputs, sums)
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss of a micro-batch; after the last one of a step its metrics are reduced over ranks."""
+        loss, predictions = self._watched_loss(model, inputs, self._train_sums)
+        self._count_tokens(inputs, self._train_sums)
         if self.accelerator.sync_gradients:
-            values = sums.reduce()
-            bad = values.pop("not_finite")
-            self._any_bad = bad if self._any_bad is None else torch.maximum(self._any_bad, bad)
+            values = self._train_sums.reduce()
+            self._train_sums = MetricSums()
+            self._watch.end_step(values.pop("not_finite"))
             self.derive_metrics(values)
             self._log_buffer.append(values)
         return (loss, predictions) if return_outputs else loss
 
+    def _watched_loss(
+        self, model: nn.Module, batch: dict[str, Any], sums: MetricSums
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, predictions = self.step_loss(model, batch, sums)
+        _add_flag(sums, self._watch.see_total(batch["row_ids"], loss))
+        return loss, predictions
+
     def reduce(self, total: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """A sum over this micro-batch's examples as its share of the mean over the whole optimizer step (gradients are averaged over ranks)."""
+        """Scale a micro-batch's sum to its share of the mean over the optimizer step's examples.
+
+        Averaged over ranks, as gradients are, and summed over micro-batches, the shares are that mean.
+        """
         return total * (self.args.world_size / batch["step_groups"])
 
     def watch_finite(self, losses: torch.Tensor, batch: dict[str, Any], sums: MetricSums) -> None:
-        """Have the run stop, naming the rows, where one of the losses (B,) is not finite."""
-        bad = self._watch.see(batch["row_ids"], losses, batch["real"])
-        sums.add_max("not_finite", bad, torch.ones_like(bad, dtype=torch.bool))
+        """Have the run stop, naming the rows, where one of the losses (B,) is not finite.
 
-    def check_finite(self) -> None:
-        """Stop all ranks where a loss since the last check was not finite; waits for the device."""
-        if self._any_bad is not None:
-            self._watch.check(bool(self._any_bad.item() > 0), step=self.state.global_step)
-            self._any_bad = None
+        The loss of every micro-batch is watched anyway (`compute_loss`); this finds which of its rows it was.
+        """
+        _add_flag(sums, self._watch.see(batch["row_ids"], losses, batch["real"]))
+
+    def check_finite(self, *, step: int) -> None:
+        """Raise on all ranks where a loss of the optimizer step that is under way was not finite."""
+        watch, self._watch = self._watch, FiniteWatch()
+        watch.check(step=step)
+
+    def stop_before_update(self) -> None:
+        """Have the optimizer check the loss before it changes a weight.
+
+        A hook of the innermost optimizer, since DeepSpeed steps within its backward, before any callback.
+        """
+        wrapped: Any = self.model_wrapped if self.is_deepspeed_enabled else self.optimizer
+        optimizer = wrapped.basic_optimizer if self.is_deepspeed_enabled else wrapped.optimizer
+        if self._update_hook is not None:  # of an earlier call of `train`
+            self._update_hook.remove()
+        self._update_hook = optimizer.register_step_pre_hook(
+            lambda *_: self.check_finite(step=self.state.global_step + 1)
+        )
 
     @staticmethod
     def _count_tokens(batch: dict[str, Any], sums: MetricSums) -> None:
-        real = batch["token_weights"] * batch["real"].any()
-        sums.add_total("num_tokens", real)  # a prompt counts once per completion, as in TRL
-        sums.add_total("perf/tokens", real > 0)  # every token that was computed counts once
+        # a filler only keeps this rank in step with the others (`BatchPlan`): its example counts on another rank
+        weights = batch["token_weights"] * batch["real"].any()
+        sums.add_total("num_tokens", weights)  # a prompt counts once per completion, as in TRL
+        sums.add_total("perf/tokens", weights > 0)  # every token that was computed counts once
 
     def restart_clock(self) -> None:
         """Measure tokens/s from now on."""
@@ -459,73 +351,176 @@ class BaseTrainer(Trainer):
         super().log(logs, start_time)
 
     # ---- evaluation
-    # ------------------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate with our own sums and counts: the mean over examples, whatever the batches."""
-        sums = self._sums["eval"] = MetricSums()
-        self._predictions: list[torch.Tensor] = []
+        """Evaluate with sums and counts: the mean over examples, whatever the batches.
+
+        The Trainer's own means would weigh batches, and repeat the size of the first one for a planned loader.
+        """
+        self._eval_sums, self._predictions = MetricSums(), []
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only=True, metric_key_prefix=metric_key_prefix
         )
-        self._watch = FiniteWatch()
-        values = sums.reduce()
-        values.pop("not_finite")
+        watch, self._watch = self._watch, FiniteWatch()
+        values = self._eval_sums.reduce()
+        if values.pop("not_finite").item() > 0:  # nothing is trained on it, so nothing stops
+            where = watch.whose()
+            if self.is_world_process_zero():
+                print(f"{description}: the loss is not finite in {where}.", flush=True)
         self.derive_metrics(values)
         metrics = {name: value.item() for name, value in values.items() if torch.isfinite(value)}
         if self.compute_metrics is not None:
             gathered = gather_object([predicted.cpu() for predicted in self._predictions])
-            metrics |= self.compute_metrics(EvalPrediction(predictions=torch.cat(gathered).numpy(), label_ids=None))
+            predictions: Any = torch.cat(gathered).numpy()
+            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=None))  # type: ignore[arg-type]
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, output.metrics | named, len(dataloader.dataset))
+        return output._replace(metrics=(output.metrics or {}) | named, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
         """Add one evaluation batch to the sums."""
-        batch = self._prepare_inputs(inputs)
+        batch = self.to_device(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            _, predicted = self.step_loss(model, batch, self._sums["eval"])
+            _, predicted = self._watched_loss(model, batch, self._eval_sums)
         if self.compute_metrics is not None:
             self._predictions.append(predicted[batch["real"]])
         return None, None, None
 
-    def predict(self, *args, **kwargs):
-        """Not supported: these models answer no labels."""
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise a ValueError: these models answer no labels."""
         raise ValueError(
             "`predict` is not supported. `evaluate(dataset)` gives the metrics, and `compute_metrics` gets each row's "
             "rewards."
         )
 
     # ---- saving
-    # ----------------------------------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model and make sure that every tensor arrived whole (ZeRO-3 can write empty ones)."""
-        super().save_model(output_dir, _internal_call)
+    def after_model_saved(self, folder: Path) -> None:
+        """Check that every tensor was saved whole (ZeRO-3 can write empty ones)."""
         if self.is_world_process_zero():
-            check_saved_shapes(Path(output_dir or self.args.output_dir))
+            check_saved_shapes(folder)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def before_checkpoint(self, folder: Path) -> None:
+        """Write the model card, and the method's state before the trainer's, which marks a checkpoint as whole."""
         self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
-        if self.is_world_process_zero():  # before the trainer's state, which says that the checkpoint is whole
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of a run that was resumed before it
-            files.write_json(folder / STATE_FILE, self.method_state())
-        super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            # the mark of an earlier run that was resumed from a checkpoint before this one
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            files.write_json(folder / METHOD_STATE_FILE, self.method_state())
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The last that every rank writes before the main process writes the trainer's state."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+    def create_model_card(  # type: ignore[override]  # the arguments are those of TRL's trainers
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
         """Write a README.md with method, paper and settings into the output folder (main process only)."""
         if self.is_world_process_zero():
             write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
 
-def describe_wrapping(model) -> str:
-    """The type that a model is wrapped into, with DeepSpeed's ZeRO stage."""
+def _add_flag(sums: MetricSums, flag: torch.Tensor) -> None:
+    sums.add_max("not_finite", flag, torch.ones_like(flag, dtype=torch.bool))
+
+
+class _RunCallback(TrainerCallback):
+    """Calls the trainer at the moments of a run; it comes before trackers, see `HookedTrainer.add_early_callback`."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print how the run is set up, once everything is wrapped."""
+        if state.is_world_process_zero:
+            print(self.trainer.describe_run())
+        self.trainer.stop_before_update()
+        if args.gradient_checkpointing and args.selective_checkpointing:
+            # Trainer has turned checkpointing on by now, with the config's options, which hold no function
+            layers = base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
+            layers.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": selective_contexts})
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restart the clock of tokens/s, so that the time between epochs does not count."""
+        self.trainer.restart_clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop on a loss that is not finite where fp16's gradient scaler left the update out, and its hook with it."""
+        self.trainer.check_finite(step=state.global_step)
+
+
+class PlannedLoader(DataLoader):
+    """Data loader that passes its epoch on to its plan.
+
+    The Trainer calls `set_epoch` of the loader and of a sampler that wraps another, but not of a plain batch sampler.
+    """
+
+    batch_sampler: BatchPlan
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the plan draw the order of `epoch`."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int, dense: bool) -> int:
+    """Choose the tokens of a packed row where the recipe sets none.
+
+    Args:
+        lengths: of all groups.
+        groups_per_row: groups that one micro-batch holds on average.
+        dense: the attention mask is, so rows are short; otherwise one row a micro-batch, in which attention skips what
+            other pairs own.
+    """
+    longest = max(group.packed for group in lengths)
+    if dense:
+        return max(longest, CPU_ROW_TOKENS)
+    mean = sum(group.packed for group in lengths) / len(lengths)
+    return math.ceil(max(longest, 1.5 * mean * groups_per_row + longest / 2) / 1024) * 1024
+
+
+def compiled_so_far() -> dict[str, float]:
+    """Return `perf/compiled_graphs` and `perf/compile_seconds` of this process; empty where nothing was compiled.
+
+    A count that still grows after the first steps means that shapes keep changing.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")  # imported by the first compilation
+    if utils is None or not (graphs := utils.counters["stats"]["unique_graphs"]):
+        return {}
+    seconds = sum((metrics.duration_us or 0) for metrics in utils.get_compilation_metrics()) / 1e6
+    return {"perf/compiled_graphs": float(graphs), "perf/compile_seconds": seconds}
+
+
+_aten = torch.ops.aten
+KEPT = (
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+)
+"""Operations whose results selective checkpointing keeps: nearly all of a layer's arithmetic."""
+
+
+def selective_contexts() -> Any:
+    """Return contexts of forward and recomputation that keep matrix products and attention, for `context_fn`.
+
+    Only norms and activations are recomputed then: more memory, less time.
+    """
+    return create_selective_checkpoint_contexts(list(KEPT))
+
+
+def describe_wrapping(model: Any) -> str:
+    """Name the type that a model is wrapped into, with DeepSpeed's ZeRO stage."""
     name = type(model).__name__
     return f"{name} (ZeRO-{model.zero_optimization_stage()})" if name == "DeepSpeedEngine" else name

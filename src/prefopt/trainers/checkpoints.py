@@ -13,11 +13,10 @@ from prefopt.launch import print_on_main
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in `folder` that was written to its end; newer ones that were not are named on stderr.
+    """Find the newest checkpoint in `folder` that was written to its end; newer ones are named on stderr.
 
     A run that is killed while it saves leaves a checkpoint without its optimizer or its schedule, and transformers
-    would go on from that
-    without a word.
+    would continue from that without a word.
     """
     for checkpoint in reversed(sort_checkpoints(str(folder))):
         if is_whole(Path(checkpoint)):
@@ -27,7 +26,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer's state comes last, after every rank has written its part."""
+    """Check that a checkpoint was written to its end: its last file, the trainer's state, is there and readable."""
     try:
         files.read_json(checkpoint / TRAINER_STATE_NAME)
     except (OSError, ValueError):
@@ -36,14 +35,15 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def check_saved_shapes(folder: Path) -> None:
-    """Make sure that no tensor saved in `folder` is empty, as a model sharded by ZeRO-3 is when it was not gathered.
+    """Check that no tensor saved in `folder` is empty, as those of a ZeRO-3 model are when they were not gathered.
 
     Raises:
         RuntimeError: a tensor has no elements.
     """
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as saved:
-            empty = [name for name in saved.keys() if 0 in saved.get_slice(name).get_shape()]
+            names = saved.keys()
+            empty = [name for name in names if 0 in saved.get_slice(name).get_shape()]
         if empty:
             raise RuntimeError(
                 f"{path} was saved without the weights of {len(empty)} tensor(s), {empty[0]} among them. "

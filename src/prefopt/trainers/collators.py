@@ -1,4 +1,7 @@
-"""From rows of the tokenised data set to the tensors of a micro-batch."""
+"""From rows of the tokenised data set to the tensors of a micro-batch.
+
+Letters: B pairs of a micro-batch, T tokens of a padded row, S scored tokens, K references.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,27 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from prefopt.data.rows import METHOD_COLUMNS, REFERENCE_COLUMNS
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 
-PAIR_COLUMNS = (
-    "chosen_win_prob",
-    "rejected_win_prob",
-    "chosen_over_rejected_prob",
-    "chosen_score",
-    "rejected_score",
-    "margin",
-    "chosen_bytes",
-    "rejected_bytes",
-)
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_counts", "ref_rejected_counts")
+PAIR_COLUMNS = (*METHOD_COLUMNS, "chosen_bytes", "rejected_bytes")
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Pairs to tensors: what the layout makes of chosen and rejected, and the columns that losses need.
+    """Collates pairs: chosen and rejected in the given layout, and the columns that losses read.
 
-    Beside the layout's keys a batch has `row_ids` (list of str), `real` (B,) bool (False: fills a micro-batch, weighs
-    zero),
-    `step_groups` and `step_first_tokens` (of the whole optimizer step), each of `PAIR_COLUMNS` that the data set has
-    as (B,) float32, and
-    each of `REFERENCE_COLUMNS` that it has as (K, B) float32. With `ld_alpha`, `score_weights` (S,) weighs the tokens
-    of a completion
-    beyond the shorter one's length.
+    Beside the layout's keys and those of `step_columns`, a batch has each of `PAIR_COLUMNS` that the data set has as
+    (B,) float32, and each of `REFERENCE_COLUMNS` that it has as (K, B) float32. With `ld_alpha`, `score_weights` (S,)
+    weighs the tokens of a completion beyond the shorter one's length.
     """
 
     ld_alpha: float | None = None
 
     def lengths(self, dataset: Dataset, *, share_prompt: bool) -> list[GroupLengths]:
-        """Token counts of every pair of `dataset`, for the plan."""
-        columns = (_lengths(dataset, f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
+        """Count the tokens of every pair of `dataset`, for the plan."""
+        columns = ([len(ids) for ids in dataset[f"{name}_ids"]] for name in ("prompt", "chosen", "rejected"))
         return [
             GroupLengths(
                 packed=(p if share_prompt else 2 * p) + c + r, longest=p + max(c, r), completions=2, first_scored=c
@@ -56,24 +46,17 @@ class PairCollator:
         """Collate `examples`, which are in the order of `micro_batch.indices`."""
         groups = [Group(e["prompt_ids"], (e["chosen_ids"], e["rejected_ids"])) for e in examples]
         batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch), row_length=micro_batch.row_length)
-        batch |= step_columns(examples, micro_batch)
-        batch |= _pair_columns(examples)
         if self.ld_alpha is not None:
-            batch["score_weights"] = self._length_desensitised(groups)
-        return batch
-
-    def _length_desensitised(self, groups: Sequence[Group]) -> torch.Tensor:
-        weights: list[float] = []
-        for group in groups:
-            shared = min(len(completion) for completion in group.completions)
-            for completion in group.completions:
-                weights += [1.0] * shared + [self.ld_alpha] * (len(completion) - shared)
-        return torch.tensor(weights)
+            batch["score_weights"] = _length_desensitised(groups, self.ld_alpha)
+        return batch | step_columns(examples, micro_batch) | _pair_columns(examples)
 
 
 @dataclass(frozen=True)
 class CustomCollator:
-    """A user's collator in TRL's form (`input_ids`, `attention_mask`, `completion_mask`; chosen rows, then rejected), as a batch of ours."""
+    """Turns the batches of a user's collator in TRL's form into batches of the padded layout.
+
+    TRL's form is `input_ids`, `attention_mask` and `completion_mask`, (2B, T) each: chosen rows, then rejected ones.
+    """
 
     collate: Callable[[list[Mapping[str, Any]]], Mapping[str, torch.Tensor]]
 
@@ -95,8 +78,9 @@ class CustomCollator:
         mask = mask.bool()
         row, position = scored.bool().nonzero(as_tuple=True)
         length = input_ids.shape[1]
-        first = scored.argmax(1)
-        rows = torch.arange(2 * pairs)
+        # positions in the flattened (2B * T) outputs; a token is predicted from the one before it
+        begins = torch.arange(2 * pairs) * length
+        first = begins + scored.argmax(1)
         batch = {
             "input_ids": input_ids,
             "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
@@ -105,29 +89,40 @@ class CustomCollator:
             "score_index": row * length + position - 1,
             "score_targets": input_ids[row, position],
             "score_completions": row,
-            "first_index": rows * length + first,
-            "prompt_index": rows * length + first - 1,
-            "last_index": rows * length + length - 1 - scored.flip(1).argmax(1),
+            "first_index": first,
+            "prompt_index": first - 1,
+            "last_index": begins + length - 1 - scored.flip(1).argmax(1),
         }
         return batch | step_columns(examples, micro_batch) | _pair_columns(examples)
 
 
+def _length_desensitised(groups: Sequence[Group], alpha: float) -> torch.Tensor:
+    """Weigh the scored tokens (S,): 1 up to the length of a group's shorter completion, `alpha` beyond it."""
+    weights: list[float] = []
+    for group in groups:
+        shared = min(map(len, group.completions))
+        for completion in group.completions:
+            weights += [1.0] * shared + [alpha] * (len(completion) - shared)
+    return torch.tensor(weights)
+
+
 def _pair_columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    present = examples[0]
-    columns = {
-        name: torch.tensor([e[name] for e in examples], dtype=torch.float32)
-        for name in PAIR_COLUMNS
-        if name in present
-    }
-    for name in REFERENCE_COLUMNS:
-        if name in present:
+    columns = {}
+    for name in (*PAIR_COLUMNS, *REFERENCE_COLUMNS):
+        if name in examples[0]:
             values = torch.tensor([e[name] for e in examples], dtype=torch.float32)
-            columns[name] = values.reshape(len(examples), -1).T
+            columns[name] = values.reshape(len(examples), -1).T if name in REFERENCE_COLUMNS else values
     return columns
 
 
 def step_columns(examples: Sequence[Mapping[str, Any]], micro_batch: MicroBatch) -> dict[str, Any]:
-    """What every batch says of its rows and of its optimizer step."""
+    """Return what the trainer reads of every batch, beside the tensors that the model reads.
+
+    Returns:
+        `row_ids` (list of str), `real` (B,) bool (False: the example fills a micro-batch that has none, and weighs
+        zero), and of the whole optimizer step `step_groups`, `step_first_tokens` and `step_ranked_pairs`, which losses
+        are divided by.
+    """
     return {
         "row_ids": [str(e.get("row_id", index)) for e, index in zip(examples, micro_batch.indices)],
         "real": torch.full((len(examples),), not micro_batch.is_filler),
@@ -138,13 +133,9 @@ def step_columns(examples: Sequence[Mapping[str, Any]], micro_batch: MicroBatch)
 
 
 def in_rows(groups: Sequence[Group], micro_batch: MicroBatch) -> list[list[Group]]:
-    """The groups, in the order of `micro_batch.indices`, row by row."""
+    """Divide the groups, in the order of `micro_batch.indices`, into its rows."""
     taken = iter(groups)
     return [[next(taken) for _ in row] for row in micro_batch.rows]
-
-
-def _lengths(dataset: Dataset, column: str) -> list[int]:
-    return [len(ids) for ids in dataset[column]]
 
 
 class PlannedBatches(torch.utils.data.Dataset):
@@ -159,13 +150,6 @@ class PlannedBatches(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        indices = micro_batch.indices
-        columns = self.dataset[indices]
-        examples = [{name: values[i] for name, values in columns.items()} for i in range(len(indices))]
+        columns = self.dataset[micro_batch.indices]
+        examples = [dict(zip(columns, values)) for values in zip(*columns.values())]
         return self.collate(examples, micro_batch, self.layout)
-
-
-def only(batches: list[dict[str, Any]]) -> dict[str, Any]:
-    """The one batch of a data loader's list."""
-    (batch,) = batches
-    return batch

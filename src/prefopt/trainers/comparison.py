@@ -19,14 +19,15 @@ from transformers.trainer_utils import EvalPrediction
 from trl import RewardConfig as TRLRewardConfig  # type: ignore[attr-defined]
 
 from prefopt._trl import disable_dropout_in_model
-from prefopt.arguments import check_settings, setting
+from prefopt.arguments import setting
+from prefopt.data.encoding import with_pad_token
 from prefopt.data.tokenization import TokenizationReport, tokenize_comparisons
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 from prefopt.trainers.base import BaseTrainer
 from prefopt.trainers.collators import in_rows, step_columns
-from prefopt.trainers.config import BatchConfig, refuse_set
-from prefopt.trainers.policy import add_adapter, load_tokenizer, with_pad_token
+from prefopt.trainers.config import BatchConfig, check_unset, choose_precision
+from prefopt.trainers.policy import add_adapter, load_tokenizer
 
 # TRL settings that would change a result here and have no counterpart: field, value that means "off", what to do
 _REFUSED = (
@@ -51,13 +52,10 @@ class ComparisonConfig(BatchConfig, TRLRewardConfig):  # type: ignore[misc]  # l
     )
 
     def __post_init__(self) -> None:
-        self.choose_precision()
+        choose_precision(self)
         super().__post_init__()
-        check_settings(self)
         self.check_batching()
-        refuse_set(self, _REFUSED)
-        # the loss is finite or the run stops: Trainer's own filter would hide it
-        self.logging_nan_inf_filter = False
+        check_unset(self, _REFUSED)
 
 
 @dataclass(frozen=True)

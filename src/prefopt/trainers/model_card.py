@@ -1,4 +1,4 @@
-"""The README.md that goes with a trained model."""
+"""The README.md that is released with a trained model."""
 
 from __future__ import annotations
 
@@ -42,40 +42,40 @@ def write_model_card(
     """
     folder = Path(trainer.args.output_dir)
     base_model = get_config_model_id(trainer.model.config)
-    on_hub = bool(base_model) and not Path(base_model).exists()
+    title = model_name or folder.name
     data = ModelCardData(
-        base_model=base_model if on_hub else None,
+        base_model=base_model if base_model and not Path(base_model).exists() else None,  # a hub name
         datasets=dataset_name,
         library_name="transformers",
-        model_name=model_name or folder.name,
+        model_name=title,
         tags=sorted({*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(trainer, model_name or folder.name, base_model or 'a model given in memory')}"
-    ModelCard(text).save(folder / "README.md")
+    body = _body(trainer, title, base_model or "a model given in memory")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
 
 
-def _body(trainer: Any, model_name: str, base_model: str) -> str:
+def _body(trainer: Any, title: str, base_model: str) -> str:
     paper, args = trainer._paper, trainer.args
-    settings = [(name, getattr(args, name)) for name in _SETTINGS if name in args.__dataclass_fields__]
-    settings.append(("world size", args.world_size))
+    settings = {name: getattr(args, name) for name in _SETTINGS if name in args.__dataclass_fields__}
+    settings["world size"] = args.world_size
+    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    versions = "\n".join(f"- {name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     source = f", [{paper['title']}](https://huggingface.co/papers/{paper['id']})" if paper else ""
-    lines = [
-        f"# {model_name}",
-        "",
-        f"Trained from `{base_model}` with **{trainer._name}**{source}, by "
-        "[prefopt](https://pypi.org/project/prefopt/).",
-        "",
-        "## Settings",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in settings),
-        "",
-        "## Versions",
-        "",
-        *(f"- {name} {importlib.metadata.version(name)}" for name in _PACKAGES),
-    ]
+    text = f"""# {title}
+
+Trained from `{base_model}` with **{trainer._name}**{source}, by [prefopt](https://pypi.org/project/prefopt/).
+
+## Settings
+
+| setting | value |
+|---|---|
+{table}
+
+## Versions
+
+{versions}
+"""
     if paper.get("citation"):
-        lines += ["", "## Citation", "", "```bibtex", paper["citation"].strip(), "```"]
-    return "\n".join(lines) + "\n"
+        text += f"\n## Citation\n\n```bibtex\n{paper['citation'].strip()}\n```\n"
+    return text

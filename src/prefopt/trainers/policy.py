@@ -63,19 +63,6 @@ def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedT
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
-def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Set the tokenizer's pad token to its end token where it has none; padding is masked by position, never by id.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("The tokenizer has neither a pad token nor an end token; set `tokenizer.pad_token`.")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the transformers model under an adapter, or the model itself."""
     if not isinstance(model, PeftModel):

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from prefopt import losses as pure
+from prefopt.data.encoding import with_pad_token
+from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.trainers.base import BaseTrainer, describe_wrapping
-from prefopt.trainers.collators import REFERENCE_COLUMNS, CustomCollator, PairCollator
+from prefopt.trainers.collators import CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import (
@@ -31,7 +33,7 @@ from prefopt.trainers.pair_losses import (
     PairScores,
     ReferenceScores,
 )
-from prefopt.trainers.policy import load_model, load_tokenizer, with_adapter, with_pad_token
+from prefopt.trainers.policy import load_model, load_tokenizer, with_adapter
 from prefopt.trainers.reference import Reference, attach_scores, check_given_scores, has_scores, reference_module
 
 SIDES = ("chosen", "rejected")

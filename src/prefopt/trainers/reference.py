@@ -15,14 +15,15 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefopt._transformers import attention_of
 from prefopt._trl import prepare_deepspeed, prepare_fsdp
+from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
 from prefopt.scoring.layouts import Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.base import CPU_ROW_TOKENS
-from prefopt.trainers.collators import REFERENCE_COLUMNS
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of, frozen_copy, load_model
@@ -52,7 +53,7 @@ class Reference:
     def logps(self, batch: dict[str, Any], wrapped_policy: nn.Module) -> torch.Tensor:
         """Return the summed log-probs (C,) float32 of the batch's completions."""
         with torch.no_grad(), self._scoring_model(wrapped_policy) as model:
-            implementation, dtype = self.config._attn_implementation, base_model_of(self.policy).dtype
+            implementation, dtype = attention_of(self.config), base_model_of(self.policy).dtype
             return score_completions(model, batch, attn_implementation=implementation, dtype=dtype).logps
 
     @contextlib.contextmanager
@@ -214,7 +215,7 @@ def attach_scores(
     scorer = token_scorer(
         model,
         base.config,
-        name=base.config._name_or_path or "in memory",
+        name=base.config.name_or_path or "in memory",
         dtype=_precision(base.dtype, accelerator),
         adapter=_scoring_adapter(model, is_policy=module is None),
     )

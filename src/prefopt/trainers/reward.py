@@ -146,11 +146,11 @@ class HeadTrainer(ComparisonTrainer):
         pooling = self.headed.head_record["pooling"]
         return f"pooling {pooling!r} reads whole rows" if pooling in ("mean", "max") else None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; beside an adapter also the head's record, since an adapter's folder has no config.json."""
-        super().save_model(output_dir, _internal_call)
+    def after_model_saved(self, folder: Path) -> None:
+        """Save the head's record beside an adapter, whose folder has no config.json for it."""
+        super().after_model_saved(folder)
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and self.is_world_process_zero():
-            write_json(Path(output_dir or self.args.output_dir) / ADAPTER_RECORD, self.headed.head_record)
+            write_json(folder / ADAPTER_RECORD, self.headed.head_record)
 
     # ---- losses and metrics
 

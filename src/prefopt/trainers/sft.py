@@ -1,43 +1,39 @@
-"""Supervised fine-tuning with TRL's trainer, under the rules of the other commands: a strict recipe, and a run that continues where it stopped."""
+"""Supervised fine-tuning with TRL's trainer, with strict recipes and runs that resume."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import set_seed
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl import SFTConfig as TRLSFTConfig
 
-from prefopt.arguments import SecretsStayOut
+from prefopt.arguments import SecretsStayOut, check_settings, missing, setting
 from prefopt.data.sources import DataSource, load_source
 from prefopt.trainers.checkpoints import last_checkpoint
-from prefopt.trainers.config import BatchConfig
+from prefopt.trainers.config import choose_precision, model_options
 
 __all__ = ["ModelConfig", "SFTArguments", "SFTConfig", "run"]
 
 
 @dataclass
 class SFTArguments:
-    """What `prefopt sft` trains on."""
+    """Data of `prefopt sft`."""
 
-    dataset_name: str = field(
-        default="", metadata={"help": "Rows with `prompt` and `completion`: hub name, file or folder."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_name: str = setting("", "Rows with `prompt` and `completion`: hub name, file or folder.", required=True)
+    dataset_train_split: str = setting("train", "Split to train on.")
 
     def __post_init__(self) -> None:
-        if not self.dataset_name:
-            raise ValueError("dataset_name is missing: set it in the recipe or with --dataset_name.")
+        check_settings(self)
 
 
 @dataclass
 class SFTConfig(SecretsStayOut, TRLSFTConfig):
-    """Settings of supervised fine-tuning: TRL's `SFTConfig`; its precision follows the device where neither bf16 nor fp16 is set."""
+    """TRL's `SFTConfig`, with a precision that follows the device where neither bf16 nor fp16 is set."""
 
     def __post_init__(self) -> None:
-        BatchConfig.choose_precision(self)  # type: ignore[arg-type]
+        choose_precision(self)
         super().__post_init__()
 
 
@@ -51,16 +47,13 @@ def run(args: SFTArguments, config: SFTConfig, model_args: ModelConfig) -> Path:
         ValueError: rows without `prompt` and `completion`, or no model.
     """
     if model_args.model_name_or_path is None:
-        raise ValueError("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
+        raise ValueError(missing("model_name_or_path"))
     rows = load_source(DataSource(args.dataset_name, split=args.dataset_train_split))
-    missing = [name for name in ("prompt", "completion") if name not in rows.column_names]
-    if missing:
-        raise ValueError(f"{args.dataset_name} has no column {missing[0]!r}; it has {sorted(rows.column_names)}.")
+    for name in ("prompt", "completion"):
+        if name not in rows.column_names:
+            raise ValueError(f"{args.dataset_name} has no column {name!r}; it has {sorted(rows.column_names)}.")
     set_seed(config.seed)
-    config.model_init_kwargs = {
-        **_model_options(model_args),
-        **(config.model_init_kwargs or {}),  # type: ignore[dict-item]
-    }
+    config.model_init_kwargs = {**model_options(model_args), **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=config,
@@ -70,21 +63,12 @@ def run(args: SFTArguments, config: SFTConfig, model_args: ModelConfig) -> Path:
     )
     trainer.train(resume_from_checkpoint=_start(config))
     trainer.save_model()
-    return Path(config.output_dir)
-
-
-def _model_options(model_args: ModelConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    if model_args.attn_implementation is not None:
-        options["attn_implementation"] = model_args.attn_implementation
-    return options
+    return Path(str(config.output_dir))
 
 
 def _start(config: SFTConfig) -> str | None:
-    """The checkpoint to continue from: the one that is named, the last one where that is true, or none."""
-    resume = config.resume_from_checkpoint
-    if resume is None or str(resume).lower() == "false":
-        return None
-    if str(resume).lower() != "true":
-        return str(resume)
-    return last_checkpoint(Path(config.output_dir))
+    """Find the checkpoint to continue from: the one that is named, the last one where that is true, or none."""
+    resume = str(config.resume_from_checkpoint or False)
+    if resume.lower() == "true":
+        return last_checkpoint(Path(str(config.output_dir)))
+    return None if resume.lower() == "false" else resume

@@ -13,8 +13,9 @@ by the largest log-probability ("greedy") or by nothing ("none").
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from prefopt.arguments import setting
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.preference import PreferenceTrainer
 
@@ -26,13 +27,9 @@ class WPOConfig(PreferenceConfig):
     `max_weight: null` removes the clamp, which is what TRL's `use_weighting` does.
     """
 
-    beta: float = field(
-        default=0.01, metadata={"help": "Strength of the pull towards the reference (0.01 in the paper's runs)."}
-    )
-    use_weighting: bool = field(default=True, metadata={"help": "Weigh each pair; False is DPO."})
-    max_weight: float | None = field(
-        default=1.0, metadata={"help": "Largest weight of a pair; null: no clamp, as in TRL."}
-    )
+    beta: float = setting(0.01, "Strength of the pull towards the reference (0.01 in the paper's runs).")
+    use_weighting: bool = setting(True, "Weigh each pair; False is DPO.")
+    max_weight: float | None = setting(1.0, "Largest weight of a pair; null: no clamp, as in TRL.", above=0)
 
 
 class WPOTrainer(PreferenceTrainer):

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.arguments import setting
 from prefopt.candidates.pairs import Array
-from prefopt.data.encoding import Group, Truncation, encode_groups, prepare_tokenizer
-from prefopt.data.messages import BadRow, Text, as_messages
+from prefopt.data.encoding import TextGroup, Truncation, encode_groups, prepare_tokenizer
+from prefopt.data.messages import BadRow, TextOrMessages, as_messages
 
 UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
 
@@ -37,7 +37,7 @@ class Request:
     """One prompt and its R candidates to be ranked."""
 
     row: str
-    prompt: Text
+    prompt: TextOrMessages
     candidates: list[str]
 
 
@@ -125,7 +125,7 @@ def check_scores(request: Request, values: Any, *, ranker: str) -> Array:
     return scores
 
 
-def plain_text(prompt: Text) -> str:
+def plain_text(prompt: TextOrMessages) -> str:
     """Return a prompt as one text: a string or single user turn as it is, a longer dialogue with the roles' names."""
     if isinstance(prompt, str):
         return prompt
@@ -225,11 +225,11 @@ def encode_answers(
     return answers
 
 
-def _group(request: Request, tokenizer: PreTrainedTokenizerBase) -> Group:
+def _group(request: Request, tokenizer: PreTrainedTokenizerBase) -> TextGroup:
     if tokenizer.chat_template:
-        replies: list[Text] = [[{"role": "assistant", "content": text}] for text in request.candidates]
-        return Group(as_messages(request.prompt), replies)
-    return Group(plain_text(request.prompt), list(request.candidates))
+        replies: list[TextOrMessages] = [[{"role": "assistant", "content": text}] for text in request.candidates]
+        return TextGroup(as_messages(request.prompt), replies)
+    return TextGroup(plain_text(request.prompt), list(request.candidates))
 
 
 def score_answers(

@@ -1,0 +1,122 @@
+"""Uses of names that transformers does not document, in one place: a release of transformers can break this file only.
+
+Each has the reason why the public interface does not do. `tests/test_fences.py` checks every one of them against the
+installed transformers and says what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
+"""Keys of a config in memory about how and from where it was loaded; nothing that a model computes depends on them."""
+
+
+class HookedTrainer(Trainer):
+    """transformers' Trainer with public names for the moments at which it calls no callback."""
+
+    # a subclass has settings and models that Trainer's own annotations do not allow for
+    args: Any
+    model: Any
+    processing_class: Any
+    eval_dataset: Any
+
+    def before_checkpoint(self, folder: Path) -> None:
+        """Run on every rank before anything is written to the checkpoint `folder`."""
+
+    def after_model_saved(self, folder: Path) -> None:
+        """Run on every rank after model and tokenizer were written to `folder`."""
+
+    def add_early_callback(self, callback: TrainerCallback) -> None:
+        """Have `callback` called before those of users and trackers.
+
+        `add_callback` appends, and then trackers would log a step before the callback has seen it. The first place is
+        that of transformers' own flow callback, which decides at the end of a step whether it is logged or saved.
+        """
+        self.callback_handler.callbacks.insert(1, callback)
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device, as `training_step` does before the loss is computed."""
+        return self._prepare_inputs(batch)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `Trainer.save_model`; a checkpoint passes `_internal_call`, so that it is not pushed to the hub."""
+        super().save_model(output_dir, _internal_call)
+        self.after_model_saved(Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # no event comes before a checkpoint: `on_save` comes after its last file
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.before_checkpoint(Path(self._get_output_dir(trial=trial)) / name)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # the last that every rank writes; the main process writes the trainer's state after it, which therefore proves
+        # that the checkpoint is whole only if all ranks have arrived here
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # a run resumed at its last step would train one step more: the end is tested after a step only
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+
+def attention_of(config: PretrainedConfig) -> str:
+    """Return the attention that a model was loaded with; the public `attn_implementation` only sets it."""
+    return config._attn_implementation
+
+
+def set_attention(config: PretrainedConfig, implementation: str) -> None:
+    """Set the attention of a config from which a model is made; `set_attn_implementation` needs the model."""
+    config._attn_implementation = implementation
+
+
+def model_from_config(model_class: Any, config: PretrainedConfig) -> Any:
+    """Make a model with random weights in the config's dtype; only Auto classes have a public `from_config`."""
+    return model_class._from_config(config)
+
+
+def initialise(model: PreTrainedModel, module: nn.Module) -> None:
+    """Initialise one module as its model does; `init_weights` initialises the whole model."""
+    model._init_weights(module)
+
+
+def drop_weight_conversions(model: PreTrainedModel, patterns: Collection[str]) -> None:
+    """Save under the present names the weights whose names were mapped from `patterns` on loading.
+
+    `save_pretrained` undoes every renaming of the load, `key_mapping` included, and would restore the old names.
+    """
+    conversions: Any = model._weight_conversions or []
+    kept: Any = [each for each in conversions if not set(each.source_patterns) & set(patterns)]
+    model._weight_conversions = kept
+
+
+def share_tied_weights(model: PreTrainedModel, like: Any) -> None:
+    """Tie the weights that the class `like` ties; a class says so in a private attribute only."""
+    model._tied_weights_keys = like._tied_weights_keys
+
+
+def class_members(
+    parent: type[PreTrainedModel], *, not_expected: Sequence[str], in_float32: Sequence[str]
+) -> dict[str, Any]:
+    """Return class attributes of a new model class, beside those of its `parent`.
+
+    Args:
+        parent: base class of the new one.
+        not_expected: patterns of weights in a checkpoint that are skipped without a warning.
+        in_float32: modules kept in float32 by a 16-bit load, which also spares them from quantization; without it only
+            the last module of a model would be spared.
+    """
+    return {
+        "_keys_to_ignore_on_load_unexpected": [*not_expected, *(parent._keys_to_ignore_on_load_unexpected or [])],
+        "_keep_in_fp32_modules": [*(parent._keep_in_fp32_modules or []), *in_float32],
+    }
