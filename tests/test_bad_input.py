@@ -105,13 +105,22 @@ CASES = {
     "prompt as long as everything": ({"max_prompt_length": 96}, None, ["max_prompt_length", "96"]),
     "beta not positive": ({"beta": 0}, None, ["beta", "positive"]),
     "no output folder": ({"output_dir": None}, None, ["output_dir is missing"]),
-    "another model in the folder": ({}, earlier_run,
-        ["already holds a trained model: replace it with --overwrite_output_dir"]),
+    "another model in the folder": (
+        {},
+        earlier_run,
+        ["already holds a trained model: replace it with --overwrite_output_dir"],
+    ),
     "resuming another model": ({"resume_from_checkpoint": True}, earlier_run, ["a trained model of other settings"]),
-    "another run in the folder": ({}, earlier_checkpoint,
-        ["reached step 7: continue it with --resume_from_checkpoint"]),
-    "resuming another run": ({"resume_from_checkpoint": True}, earlier_checkpoint,
-        ["other settings", "learning_rate was 1.0"]),
+    "another run in the folder": (
+        {},
+        earlier_checkpoint,
+        ["reached step 7: continue it with --resume_from_checkpoint"],
+    ),
+    "resuming another run": (
+        {"resume_from_checkpoint": True},
+        earlier_checkpoint,
+        ["other settings", "learning_rate was 1.0"],
+    ),
     "overwriting the model": (
         {"model_name_or_path": "{folder}/model/", "output_dir": "{folder}", "overwrite_output_dir": True},
         without_template,
@@ -122,8 +131,11 @@ CASES = {
         lambda folder, model: LoraConfig(base_model_name_or_path="./nowhere").save_pretrained(folder / "adapter"),
         ["model_name_or_path './nowhere'"],
     ),
-    "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None,
-        ["give one of them"]),
+    "resuming and overwriting": (
+        {"resume_from_checkpoint": True, "overwrite_output_dir": True},
+        None,
+        ["give one of them"],
+    ),
     "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no whole checkpoint"]),
     "adapter on the head": (
         {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]},
@@ -131,10 +143,16 @@ CASES = {
         ["recipe.yaml, line", "lm_head", "lora_modules_to_save"],
     ),
     "adapter settings without adapter": ({"lora_r": 8}, None, ["lora_r needs use_peft: true"]),
-    "no pairs in a batch": ({"per_device_train_batch_size": 0}, None,
-        ["per_device_train_batch_size` must be at least 1"]),
-    "no accumulation step": ({"gradient_accumulation_steps": 0}, None,
-        ["gradient_accumulation_steps` must be at least 1"]),
+    "no pairs in a batch": (
+        {"per_device_train_batch_size": 0},
+        None,
+        ["per_device_train_batch_size` must be at least 1"],
+    ),
+    "no accumulation step": (
+        {"gradient_accumulation_steps": 0},
+        None,
+        ["gradient_accumulation_steps` must be at least 1"],
+    ),
     "negative learning rate": ({"learning_rate": -1}, None, ["learning_rate"]),
     "beta without end": ({"beta": float("inf")}, None, ["beta", "positive"]),
     "compressed data cut short": (
@@ -143,18 +161,22 @@ CASES = {
         ["rows.jsonl.gz", "could not be read"],
     ),
     "uncompressed data under a compressed name": (
-        {"dataset_name": "{folder}/rows.jsonl.gz"}, write("rows.jsonl.gz", ROW),
+        {"dataset_name": "{folder}/rows.jsonl.gz"},
+        write("rows.jsonl.gz", ROW),
         ["rows.jsonl.gz", "could not be read"],
     ),
     "uneven batch": ({"global_batch_size": 0}, None, ["global_batch_size 0"]),
-    "two batch sizes": ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, None,
-        ["two ways to say one thing"]),
+    "two batch sizes": (
+        {"global_batch_size": 8, "gradient_accumulation_steps": 2},
+        None,
+        ["two ways to say one thing"],
+    ),
     "attention that needs a GPU": ({"attn_implementation": "flash_attention_2"}, None, ["needs a GPU"]),
     "WPO without weights": ({"use_weighting": False}, None, ["use_weighting"]),
     "streamed data": ({"dataset_streaming": True}, None, ["dataset_streaming", "only False is possible"]),
     "reference scores of other data": (
         {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
-        write("rows.jsonl", SCORED.format(score="-3.5, \"ref_chosen_counts\": 9")),
+        write("rows.jsonl", SCORED.format(score='-3.5, "ref_chosen_counts": 9')),
         ["ref_chosen_logps of 9 tokens and 2 tokens to score", "other data"],
     ),
     "reference scores that are none": (
@@ -172,7 +194,7 @@ CASES = {
         write("rows.jsonl", SCORED.format(score="-3.5") + SCORED.format(score="null").replace('"a"', '"d"')),
         ["ref_chosen_logps"],
     ),
-}  # fmt: skip
+}
 
 
 # the model in the folder has no chat template either; the attention's package is not installed

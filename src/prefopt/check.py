@@ -17,6 +17,7 @@ from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport
 from prefopt.launch import launch_words, split_launch_settings, world_size
 from prefopt.memory import GIB, Launch, Memory, ModelShape, estimate
+from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
@@ -54,7 +55,7 @@ class Findings:
 def check(words: list[str]) -> int:
     """Print what `words` (a recipe and settings that override it) would run; return 0 when nothing would stop it."""
     findings = inspect(words)
-    print(masked(report(findings)))
+    print(printable(masked(report(findings))))
     return 2 if findings.problems else 0
 
 

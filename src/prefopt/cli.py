@@ -18,6 +18,7 @@ from prefopt import __version__
 from prefopt.arguments import masked
 from prefopt.launch import (
     USER_MISTAKE,
+    end_with_launcher,
     exit_process,
     is_launched,
     launch,
@@ -26,6 +27,7 @@ from prefopt.launch import (
     split_launch_settings,
     without_launch_words,
 )
+from prefopt.pages import printable
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.help import keys_help
 from prefopt.recipes.recipe import BEFORE_TRAINING, before_training, build, load_settings, parse_settings
@@ -199,6 +201,7 @@ def _run(words: list[str]) -> int:
 
 
 def _run_command(name: str, words: list[str]) -> int:
+    end_with_launcher()
     for message in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     command = COMMANDS[name]
@@ -233,7 +236,7 @@ def _print_error(error: Exception) -> None:
     message = _one_line(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}."
-    print(f"prefopt: error: {masked(message)}", file=sys.stderr, flush=True)
+    print(f"prefopt: error: {printable(masked(message))}", file=sys.stderr, flush=True)
 
 
 def _print_further_problems(words: list[str], first: Exception) -> None:
@@ -241,14 +244,14 @@ def _print_further_problems(words: list[str], first: Exception) -> None:
     name, rest = words[0], words[1:]
     if not COMMANDS[name].is_method:
         return
-    inspect = importlib.import_module(COMMANDS["check"].module).inspect
+    inspect = importlib.import_module(COMMANDS["check"].module).inspect  # commands are imported when they are run
     problems: list[str] = []
     # the mistake itself has been printed: whatever goes wrong while looking for more must not hide it
     with suppress(Exception), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         problems = inspect(rest, name).problems
     for problem in problems:
         if problem != _one_line(first):
-            print(f"prefopt: error: {masked(problem)}", file=sys.stderr, flush=True)
+            print(f"prefopt: error: {printable(masked(problem))}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from prefopt.data import tokenize_pairs
 from prefopt.data.encoding import load_tokenizer
+from prefopt.models.heads import head_kind
 from prefopt.references.filling import ReferenceModel, group_scorer, plan_batches, prepare_model
 from prefopt.scoring.layouts import Group, choose_layout
 
@@ -58,6 +59,10 @@ def preference_accuracy(
     Raises:
         ValueError: no row can be used.
     """
+    if isinstance(model, str) and (kind := head_kind(model)) is not None:
+        raise ValueError(
+            f"{model} is a {kind} model, which gives no log-probs: compare answers with it as a `ranker`."
+        )
     tokenizer = model.tokenizer if isinstance(model, ReferenceModel) else load_tokenizer(model)
     rows, _ = tokenize_pairs(pairs, tokenizer, max_length=max_length, name="evaluation")
     groups = [Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]

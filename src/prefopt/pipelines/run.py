@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from prefopt.arguments import check_settings, setting
+from prefopt.arguments import check_settings, setting, without_secrets
 from prefopt.files import write_text
 from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines import adversarial, self_play
@@ -122,7 +122,7 @@ def read_pipeline(name: str | None, settings: list[Setting]) -> tuple[PipelineAr
     recipe = parse_settings(name, settings, classes)
     arguments, loop = build(recipe, classes)
     values = {key: plain(value) for key, value in recipe.values.items() if key not in OF_ONE_CALL}
-    return arguments, loop, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return arguments, loop, yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True)
 
 
 def folded(settings: list[Setting]) -> list[Setting]:
