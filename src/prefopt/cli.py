@@ -47,7 +47,7 @@ class Command:
     module: str
     arguments: tuple[str, ...] = ()
     function: str = "run"
-    rows: str = ""  # what a method trains on; tools have none
+    rows: Any = ""  # what a method trains on; tools have none
     launched: bool = False  # a tool that may run on several processes, as every method may
     aliases: str = ""  # the module's table of older names of its keys
 

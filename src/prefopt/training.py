@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import get_token
@@ -123,7 +123,7 @@ class EndWithLauncher(TrainerCallback):
 
 @before_training()
 def _prepare(
-    method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]
+    method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: Sequence[type]
 ) -> tuple[Any, DatasetArguments, Path, str | None, str]:
     """Make every check, and the trainer; return it with the data's settings, the folder, the start and the recipe."""
     resolved = resolved_recipe(recipe, classes)
@@ -202,9 +202,7 @@ def tokenise_data(
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
-    tokenize = RowTokenizer(
-        tokenizer, cast(Kind, rows), Truncation(args.max_length, args.max_prompt_length, args.truncation_mode)
-    )
+    tokenize = RowTokenizer(tokenizer, rows, Truncation(args.max_length, args.max_prompt_length, args.truncation_mode))
     train, evaluation = load_tokenized(sources, tokenize, num_proc=args.dataset_num_proc)
     mapped = {"train": train}
     if evaluation is not None and data_args.evaluates:  # rows held out are left out of training all the same
