@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from prefopt import WPOConfig, WPOTrainer
 from prefopt.cli import main
 from prefopt.data import DataArguments, DataSource, load_datasets
+from tests.tiny import write_checkpoint
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
 
@@ -66,8 +67,7 @@ def earlier_run(folder: Path, model: Path) -> None:
 
 
 def earlier_checkpoint(folder: Path, model: Path) -> None:
-    (folder / "out" / "checkpoint-7").mkdir(parents=True)
-    (folder / "out" / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    write_checkpoint(folder / "out" / "checkpoint-7")
     (folder / "out" / "recipe.yaml").write_text("beta: 3\nlearning_rate: 1.0\n")
 
 
