@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedModel
 
 from prefopt.cli import main
+from prefopt.files import write_jsonl
 from prefopt.memory import Memory
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
@@ -221,3 +222,21 @@ def test_checking_changes_nothing_for_the_run_after_it(tmp_path, model, data, ca
 def test_the_recipe_of_a_loop_is_told_what_looks_at_it(capsys):
     assert main(["check", "pipelines/sppo_llama3_8b"]) == 2
     assert "`prefopt pipeline RECIPE --dry_run` checks it" in capsys.readouterr().err
+
+
+def test_rows_that_are_largely_cut_are_a_warning_before_training(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data, max_length=32, max_prompt_length=None)
+    status, printed = check(capsys, recipe)
+    assert status == 0
+    assert "rows (100%) do not fit in max_length 32 and are cut" in printed
+    with pytest.raises(AssertionError, match="check loaded weights"):  # so that all of this came before
+        main(["wpo", str(recipe)])
+    assert "rows (100%) do not fit in max_length 32 and are cut" in capsys.readouterr().err
+    assert "do not fit" not in check(capsys, tiny_recipe(tmp_path, model, data))[1]
+
+
+def test_many_dropped_rows_are_a_warning(tmp_path, model, capsys):
+    good = [{"prompt": "x", "chosen": "y", "rejected": f"z{number}"} for number in range(20)]
+    write_jsonl(tmp_path / "rows.jsonl", [*good, *(3 * [{"prompt": "a", "chosen": "b", "rejected": "b"}])])
+    _, printed = check(capsys, tiny_recipe(tmp_path, model, tmp_path / "rows.jsonl"))
+    assert "note: train: 3 of 23 rows are dropped: 3 " in printed

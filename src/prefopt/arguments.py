@@ -7,11 +7,16 @@ read the same metadata: `--help` prints the text and the choices, pipelines ask 
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
+import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 
 class _Metadata(dict[str, Any]):
@@ -183,3 +188,128 @@ class ServerArguments:
     concurrency: int = _server_setting(64, "Requests under way at a time, in each process.", at_least=1)
     request_timeout: float = _server_setting(600.0, "Seconds for one whole request.", above=0)
     retries: int = _server_setting(5, "Further attempts after a failed request, with growing pauses.", at_least=0)
+
+
+# --- Secrets: one list of the keys that hold them, and what keeps their values out of files, logs and messages.
+
+MASK = "***"
+# a key that is one of these, or ends with one after an underscore; `eos_token` and the like are none
+SECRET_KEYS = (
+    "token", "hub_token", "hf_token", "auth_token", "access_token", "refresh_token", "session_token", "bearer_token",
+    "api_token", "secret_token", "api_key", "apikey", "access_key", "secret_key", "private_key", "secret", "password",
+    "passwd", "passphrase", "credentials", "authorization",
+)  # fmt: skip
+# values that give themselves away wherever they stand: tokens of hubs and servers, and passwords within addresses
+_SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{12,})"
+    r"|(?<=://)[^/\s@'\"]+(?=@)|(?<=Bearer )[^\s'\"]+"
+)
+# name=value and "name": value; then {name: value, name: value}, as YAML has it on one line
+_PAIRS = (
+    re.compile(r"""([\w-]+)(['"]\s*:\s*|=)('[^']*'|"[^"]*"|[^\s,;'"})\]]+)"""),
+    re.compile(r"(?<=[{,])(\s*[\w-]+)(:\s*)([^\s,}]+)"),
+)
+_SHORTEST = 4  # shorter values are not replaced in texts: they would take half of a message with them
+_seen: set[str] = set()
+
+
+def is_secret(key: str) -> bool:
+    """Return whether a setting, a header or an environment variable of this name holds a secret."""
+    name = key.lstrip("-").lower().replace("-", "_")
+    return name in SECRET_KEYS or any(name.endswith(f"_{end}") for end in SECRET_KEYS if end != "token")
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a config, at any depth, as it may be written or shown: secret keys are left out.
+
+    Mappings and sequences are copied, other values are kept as they are. Among command-line words the values after
+    secret keys are masked, and so are strings with the shape of a secret.
+    """
+    if isinstance(value, str):
+        return _mask_shapes(value) if type(value) is str else value
+    if isinstance(value, dict):
+        return {k: without_secrets(v) for k, v in value.items() if not (is_secret(str(k)) and _holds_secret(v))}
+    if type(value) in (list, tuple):
+        words = [None, *value]
+        shown = [
+            MASK
+            if isinstance(before, str) and before.startswith("--") and is_secret(before)
+            else without_secrets(word)
+            for before, word in zip(words, value)
+        ]
+        return type(value)(shown)
+    return value
+
+
+def remember_secrets(value: Any) -> None:
+    """Note the secret values of a config, at any depth, so that `masked` finds them in any text from now on."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if is_secret(str(key)) and isinstance(item, str):
+                _seen.add(str(item))
+            remember_secrets(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            remember_secrets(item)
+
+
+def masked(text: str) -> str:
+    """Replace the secrets in a log line or an error message: noted ones, the environment's, and their shapes."""
+    environment = {value for name, value in os.environ.items() if is_secret(name)}
+    for secret in sorted(_seen | environment, key=len, reverse=True):
+        if len(secret) >= _SHORTEST:
+            for form in {
+                secret,
+                json.dumps(secret)[1:-1],
+                json.dumps(secret, ensure_ascii=False)[1:-1],
+                quote(secret),
+            }:
+                text = text.replace(form, MASK)
+    return _mask_shapes(text)
+
+
+def _holds_secret(value: Any) -> bool:
+    return value is not None and not isinstance(value, bool)  # `token: true` means the login of this machine
+
+
+def _mask_shapes(text: str) -> str:
+    text = _SHAPES.sub(MASK, text)
+    for pattern in _PAIRS:
+        text = pattern.sub(lambda pair: pair[1] + pair[2] + MASK if is_secret(pair[1].strip()) else pair[0], text)
+    return text
+
+
+class SecretsStayOut:
+    """Mixin of trainer configs, before transformers' class: secrets stay in memory and out of every copy on disk.
+
+    transformers pickles the config beside each checkpoint (`training_args.bin`), pushes that file, and hands
+    `to_dict()` to trackers; a notebook shows `repr`.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__repr__ = cls.__str__ = SecretsStayOut.__repr__  # type: ignore  # before @dataclass adds one
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_secrets(self.__dict__)
+
+    def __copy__(self) -> Any:
+        return self._copied(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._copied(deepcopy(self.__dict__, memo))
+
+    def _copied(self, state: dict[str, Any]) -> Any:
+        # a copy in memory keeps the secrets, unlike a pickle
+        made = object.__new__(type(self))
+        made.__dict__.update(state)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as trackers show them."""
+        return without_secrets(super().to_dict())  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        declared = dataclasses.fields(self)  # type: ignore[arg-type]
+        shown = without_secrets({field.name: getattr(self, field.name) for field in declared})
+        return f"{type(self).__name__}(\n" + "".join(f"{name}={value!r},\n" for name, value in shown.items()) + ")"

@@ -12,11 +12,12 @@ import torch
 from trl import ModelConfig
 
 from prefopt import run
-from prefopt.arguments import missing
+from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport
 from prefopt.launch import launch_words, split_launch_settings, world_size
 from prefopt.memory import GIB, Launch, Memory, ModelShape, estimate
+from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
@@ -54,12 +55,16 @@ class Findings:
 def check(words: list[str]) -> int:
     """Print what `words` (a recipe and settings that override it) would run; return 0 when nothing would stop it."""
     findings = inspect(words)
-    print(report(findings))
+    print(printable(masked(report(findings))))
     return 2 if findings.problems else 0
 
 
-def inspect(words: list[str]) -> Findings:
+def inspect(words: list[str], method: str | None = None) -> Findings:
     """Check everything that a run checks, short of loading weights.
+
+    Args:
+        words: a recipe and settings that override it.
+        method: the training command; by default the one that the recipe names.
 
     Raises:
         ValueError: there is no recipe, or it does not say which method it is for.
@@ -67,7 +72,7 @@ def inspect(words: list[str]) -> Findings:
     found = Findings()
     name, settings = load_settings(words)
     launch_settings, settings = split_launch_settings(settings)
-    found.method = method_of(settings)
+    found.method = method or method_of(settings)
     classes = arguments_of(found.method)
     recipe = collect(name, settings, classes, found.problems)
     found.notices += recipe.notices
@@ -150,12 +155,14 @@ def check_model_and_data(
 ) -> None:
     """Check model and reference by their configs, the tokenizer, the data, and the memory that these ask for."""
     trainer, rows, name = function_of(found.method), COMMANDS[found.method].rows, str(model_args.model_name_or_path)
-    found.attempt(run.read_config, name, model_args, config)
+    is_there = found.attempt(run.read_config, name, model_args, config) is not None
     found.attempt(run.check_reference, run_args, config, rows)
-    tokenizer = found.attempt(run.load_tokenizer, name, model_args, config, run_args)
+    tokenizer = found.attempt(run.load_tokenizer, name, model_args, config, run_args) if is_there else None
     if tokenizer is not None and data_args is not None:
         with contextlib.redirect_stdout(sys.stderr):
             datasets, found.reports = found.attempt(tokenise_data, rows, tokenizer, config, data_args) or ({}, [])
+            for data in found.reports:
+                found.notices += run.data_warnings(data, config.max_length)
             for split, dataset in datasets.items():
                 found.attempt(trainer.check_data, dataset, config, split)
     found.memory = found.attempt(estimate_memory, config, model_args, found)

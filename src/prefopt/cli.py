@@ -8,23 +8,28 @@ import os
 import sys
 import time
 import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefopt import __version__
+from prefopt.arguments import masked
 from prefopt.launch import (
     USER_MISTAKE,
+    end_with_launcher,
     exit_process,
+    is_launched,
     launch,
     print_on_main,
     rank,
     split_launch_settings,
     without_launch_words,
 )
+from prefopt.pages import printable
 from prefopt.recipes.convert import unknown_key
-from prefopt.recipes.recipe import build, load_settings, parse_settings
+from prefopt.recipes.recipe import BEFORE_TRAINING, before_training, build, load_settings, parse_settings
 from prefopt.recipes.source import Setting
 
 
@@ -41,7 +46,7 @@ class Command:
     module: str
     arguments: tuple[str, ...] = ()
     function: str = "run"
-    rows: str = ""  # what a method trains on; tools have none
+    rows: Literal["", "pairs", "comparisons"] = ""  # what a method trains on; tools have none
     launched: bool = False  # a tool that may run on several processes, as every method may
     aliases: str = ""  # the module's table of older names of its keys
 
@@ -113,6 +118,8 @@ def main(words: list[str] | None = None) -> int:
         if os.environ.get("PREFOPT_TRACEBACK"):
             raise
         _print_error(error)
+        if BEFORE_TRAINING in getattr(error, "__notes__", ()) and not is_launched():
+            _print_further_problems(words, error)
         return USER_MISTAKE
 
 
@@ -189,6 +196,7 @@ def _run(words: list[str]) -> int:
 
 
 def _run_command(name: str, words: list[str]) -> int:
+    end_with_launcher()
     for message in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     command = COMMANDS[name]
@@ -199,12 +207,13 @@ def _run_command(name: str, words: list[str]) -> int:
     if launch_settings and not (command.launched or command.is_method):
         raise ValueError(f"`prefopt {name}` runs in one process: remove {', '.join(sorted(launch_settings))}.")
     classes = arguments_of(name)
-    recipe = parse_settings(recipe_name, with_current_names(name, settings), classes)
+    with before_training():
+        recipe = parse_settings(recipe_name, with_current_names(name, settings), classes)
     if launch_settings:
         return launch(launch_settings, [name, *without_launch_words(words)])
     for notice in recipe.notices:
         print_on_main(notice)
-    if command.is_method:
+    if command.rows:
         from prefopt.training import train
 
         train(name, function_of(name), command.rows, recipe, classes)
@@ -219,10 +228,29 @@ def _print_error(error: Exception) -> None:
         # All processes usually meet the same mistake, and the launcher stops the others when the first one ends; only
         # a process that is alone with its mistake is still here after this.
         time.sleep(10)
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = _one_line(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}."
-    print(f"prefopt: error: {message}", file=sys.stderr, flush=True)
+    print(f"prefopt: error: {printable(masked(message))}", file=sys.stderr, flush=True)
+
+
+def _print_further_problems(words: list[str], first: Exception) -> None:
+    """Print what else would have stopped a training run, so that all of it can be corrected at once."""
+    name, rest = words[0], words[1:]
+    if not COMMANDS[name].is_method:
+        return
+    inspect = importlib.import_module(COMMANDS["check"].module).inspect  # commands are imported when they are run
+    problems: list[str] = []
+    # the mistake itself has been printed: whatever goes wrong while looking for more must not hide it
+    with suppress(Exception), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        problems = inspect(rest, name).problems
+    for problem in problems:
+        if problem != _one_line(first):
+            print(f"prefopt: error: {printable(masked(problem))}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _overview() -> str:

@@ -25,12 +25,12 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from prefopt.files import read_yaml
 
 GIB = 2**30
 LOGPROB_COLUMNS = 32768
@@ -108,10 +108,7 @@ class Launch:
         Raises:
             ValueError: it is no YAML mapping.
         """
-        try:
-            values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values, _ = read_yaml(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold `key: value` lines, as `accelerate config` writes them.")
         deepspeed, fsdp = values.get("deepspeed_config") or {}, values.get("fsdp_config") or {}

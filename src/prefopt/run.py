@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.arguments import missing, names_without_effect, setting_changes
+from prefopt.data import TokenizationReport
 from prefopt.data.encoding import with_pad_token
-from prefopt.files import write_json, write_text
+from prefopt.files import parse_yaml, read_yaml, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
@@ -65,6 +65,7 @@ ADAPTER_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "lora_task_type", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
+LARGELY_CUT, LARGELY_DROPPED = 0.2, 0.01  # shares of rows from which on a warning says so
 LM_HEADS = ("lm_head", "embed_out", "output")
 
 # --- Settings
@@ -190,15 +191,32 @@ def missing_packages(recipe: Recipe) -> list[str]:
     return sentences
 
 
+def data_warnings(report: TokenizationReport, max_length: int | None) -> list[str]:
+    """Return a sentence where much of a data set is cut or dropped, which a table of counts says too quietly."""
+    warnings = []
+    if report.rows_cut > LARGELY_CUT * report.rows_kept:
+        share = report.rows_cut / report.rows_kept
+        warnings.append(
+            f"{report.name}: {report.rows_cut} of {report.rows_kept} rows ({share:.0%}) do not fit in max_length "
+            f"{max_length} and are cut: what is scored is not the whole answer, or not after the whole prompt. Raise "
+            "max_length if memory allows."
+        )
+    if report.rows_dropped > LARGELY_DROPPED * report.rows_in:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
+        warnings.append(f"{report.name}: {report.rows_dropped} of {report.rows_in} rows are dropped: {reasons}.")
+    return warnings
+
+
 # --- The run's folder
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "package_versions.json"
+TRAIN_FIGURES, EVAL_FIGURES = "train_results.json", "eval_results.json"  # transformers' names
 # Beside weights and checkpoints, overwriting removes these: a leftover would describe another model (an adapter's
 # config) or another run (its figures).
 LEFT_BY_RUNS = (
     TRAINER_STATE_NAME, "config.json", "adapter_config.json", "model.safetensors.index.json",
-    "train_results.json", "eval_results.json", "all_results.json",
+    TRAIN_FIGURES, EVAL_FIGURES, "all_results.json",
 )  # fmt: skip
 # whatever decides what a run computes, as far as it is installed
 PACKAGES = (
@@ -282,6 +300,12 @@ def holds_run(output_dir: Path) -> bool:
     return any(True for name in names for _ in output_dir.glob(name)) or _has_model(output_dir)
 
 
+def is_finished(output_dir: Path, *, evaluated: bool) -> bool:
+    """Return whether a run has left all that it leaves at its end: a model, figures, and those of evaluation."""
+    figures = [TRAIN_FIGURES, *([EVAL_FIGURES] if evaluated else [])]
+    return _has_model(output_dir) and all((output_dir / name).exists() for name in figures)
+
+
 def open_folder(output_dir: Path, resolved: str, *, overwrite: bool) -> None:
     """Write the recipe and the versions to the run's folder; with `overwrite`, first remove what another run left."""
     if overwrite:
@@ -319,8 +343,16 @@ def _changes(folder: Path, resolved: str) -> list[str] | None:
     written = folder / RECIPE_FILE
     if not written.is_file():
         return None
-    before, now = (yaml.safe_load(text) or {} for text in (written.read_text(encoding="utf-8"), resolved))
-    return setting_changes(before, now, FREE_TO_CHANGE)
+    try:
+        before = read_yaml(written)[0]
+    except ValueError as error:
+        before = error
+    if not isinstance(before, dict):
+        raise ValueError(
+            f"{written} is damaged, so nobody knows whether this run is the same: if it is, remove that file. "
+            f"({before if isinstance(before, ValueError) else 'It holds no settings.'})"
+        )
+    return setting_changes(before, parse_yaml(resolved, RECIPE_FILE)[0], FREE_TO_CHANGE)
 
 
 def _check_same_run(folder: Path, resolved: str) -> None:

@@ -1,31 +1,42 @@
 """One training run from a recipe: data first, then the model, then training, evaluation and what is kept.
 
-`train` is the whole of it; everything that can be wrong is looked at before any weights are loaded and before anything
+`train` is the whole of it; everything that can be wrong is checked before any weights are loaded and before anything
 is written.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import get_token
-from transformers import PreTrainedTokenizerBase, set_seed
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
-from prefopt.launch import print_on_main, rank, world_size
+from prefopt.data.rows import Kind
+from prefopt.files import locked, read_json, storage_fault
+from prefopt.launch import check_launcher, print_on_main, rank, world_size
+from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
-from prefopt.recipes.recipe import Recipe
+from prefopt.recipes.recipe import Recipe, before_training
 from prefopt.run import (
+    RECIPE_FILE,
+    TRAIN_FIGURES,
     build_configs,
     check_devices,
     check_output,
     check_reference,
+    data_warnings,
+    is_finished,
     load_tokenizer,
     missing_packages,
     open_folder,
@@ -35,14 +46,18 @@ from prefopt.run import (
     single_model,
 )
 from prefopt.trainers.config import model_options
+from prefopt.waiting import announced_wait, watch_extension_locks
+
+# The Trainer's push to the hub leaves out files whose names begin with an underscore.
+LOCK_FILE = "_lock"
 
 
 def shared_arguments() -> tuple[type, ...]:
-    """The dataclasses whose keys every training method has, beside its own config."""
+    """Return the dataclasses whose keys every training method has, beside its own config."""
     return (DatasetArguments, ModelConfig, RunArguments)
 
 
-def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]) -> None:
+def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: Sequence[type]) -> None:
     """Run one training method.
 
     Args:
@@ -55,43 +70,89 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
     Raises:
         ValueError: a user's mistake; nothing is left in output_dir.
     """
+    watch_extension_locks()
+    with _locked_output(recipe):
+        trainer, data_args, output_dir, start, resolved = _prepare(method, trainer_class, rows, recipe, classes)
+        with announced_wait("the other ranks to load model and data"):
+            trainer.accelerator.wait_for_everyone()
+        with writing_to(output_dir, trainer):
+            if trainer.is_world_process_zero():
+                open_folder(output_dir, resolved, overwrite=bool(recipe.values.get("overwrite_output_dir")))
+            with announced_wait("the first rank to open the run's folder"):
+                trainer.accelerator.wait_for_everyone()
+            trained = fit(trainer, start)
+            if trainer.is_world_process_zero() and not (output_dir / RECIPE_FILE).exists():
+                open_folder(output_dir, resolved, overwrite=False)  # somebody has emptied the folder meanwhile
+            if not trained and is_finished(output_dir, evaluated=trainer.eval_dataset is not None):
+                print_on_main(
+                    f"{output_dir}: the run had reached its end already; its model and figures are unchanged."
+                )
+                return
+            finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+
+
+@contextmanager
+def _locked_output(recipe: Recipe) -> Iterator[None]:
+    """Hold the lock of the run's folder, on the first process; folders that were made for it and are empty go again.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    output_dir = Path(recipe.values.get("output_dir") or ".").expanduser().absolute()
+    there = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if rank() != 0 or not recipe.values.get("output_dir") or not there.is_dir() or not os.access(there, os.W_OK):
+        yield  # `check_output` says what is wrong with the folder
+        return
+    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    try:
+        with locked(output_dir, name=LOCK_FILE, remove=True):
+            yield
+    finally:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+class EndWithLauncher(TrainerCallback):
+    """Ends the process at the next step after its launcher has ended, where the kernel has not."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the launcher."""
+        check_launcher()
+
+
+@before_training()
+def _prepare(
+    method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: Sequence[type]
+) -> tuple[Any, DatasetArguments, Path, str | None, str]:
+    """Make every check, and the trainer; return it with the data's settings, the folder, the start and the recipe."""
     resolved = resolved_recipe(recipe, classes)
     check_devices(recipe)
     output_dir, start = check_output(recipe, resolved)
-    existed = output_dir.exists()
-    try:
+    with announced_wait("the other ranks to start"):  # the first config connects them
         args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
-        set_seed(args.seed)
-        if run_args.method is not None and run_args.method.replace("_", "-") != method:
-            print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
-        for sentence in missing_packages(recipe):
-            raise ValueError(sentence)
-        trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
-    except BaseException:
-        if not existed and rank() == 0:
-            with suppress(OSError):  # not empty: not ours
-                output_dir.rmdir()
-        raise
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        open_folder(output_dir, resolved, overwrite=run_args.overwrite_output_dir)
-    trainer.accelerator.wait_for_everyone()
-    fit(trainer, start)
-    finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+    set_seed(args.seed)
+    if run_args.method is not None and run_args.method.replace("_", "-") != method:
+        print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
+    for sentence in missing_packages(recipe):
+        raise ValueError(sentence)
+    trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
+    trainer.add_callback(EndWithLauncher())
+    return trainer, data_args, output_dir, start, resolved
 
 
 def make_trainer(
     trainer_class: Any,
-    rows: str,
+    rows: Kind,
     args: Any,
     data_args: DatasetArguments,
     model_args: ModelConfig,
     run_args: RunArguments,
 ) -> Any:
-    """Data, then weights, then the trainer.
+    """Prepare the data, load the weights and build the trainer, in this order.
 
     Raises:
-        ValueError: what a user can mend.
+        ValueError: a user's mistake.
     """
     name = model_args.model_name_or_path
     assert name is not None
@@ -106,26 +167,25 @@ def make_trainer(
         )
         args.eval_strategy = type(args.eval_strategy)("no")
     args.model_init_kwargs = {**model_options(model_args), **(args.model_init_kwargs or {})}
-    models = (
-        pair_models(name, args, model_args, run_args)
-        if rows == "pairs"
-        else single_model(name, args, model_args, run_args)
-    )
+    load_models = pair_models if rows == "pairs" else single_model
+    models = load_models(name, args, model_args, run_args)
     return trainer_class(
         args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **models
     )
 
 
 def prepare_data(
-    trainer_class: Any, rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    trainer_class: Any, rows: Kind, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Tokenised training and evaluation rows; the counts and one decoded sample are printed."""
+    """Return tokenised training and evaluation rows; print the counts and one decoded sample."""
     datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
-            print(report.table(), flush=True)
-        print(describe_sample(tokenizer, datasets["train"][0]), flush=True)
-    if rows != "pairs":  # the pair trainers look at them before they load weights
+            print(printable(report.table()), flush=True)
+            for warning in data_warnings(report, args.max_length):
+                print_on_main(f"Warning: {warning}")
+        print(printable(describe_sample(tokenizer, datasets["train"][0])), flush=True)
+    if rows != "pairs":  # the pair trainers check them before they load weights
         for name, dataset in datasets.items():
             trainer_class.check_data(dataset, args, name)
     train_dataset = datasets.pop("train")
@@ -133,9 +193,9 @@ def prepare_data(
 
 
 def tokenise_data(
-    rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    rows: Kind, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[dict[str, Dataset], list[TokenizationReport]]:
-    """The rows that the recipe names as token ids, and what became of them.
+    """Tokenise the rows that the recipe names.
 
     Returns:
         Each data set by name ("train", "eval" if there is one, and the names of `eval_datasets`); a report for each.
@@ -156,24 +216,53 @@ def tokenise_data(
     return {name: dataset for name, (dataset, _) in done.items()}, [report for _, report in done.values()]
 
 
-def fit(trainer: Any, start: str | None) -> None:
-    """Train, from a checkpoint if there is one; errors from here on that are not ours keep their traceback."""
+@contextmanager
+def writing_to(output_dir: Path, trainer: Any) -> Iterator[None]:
+    """Say in one line why the run's folder could not be written, and how the run goes on.
+
+    Raises:
+        ValueError: it was full, read-only or removed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        parameters = list(trainer.model.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        # weights, and two float32 moments of what trains
+        needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters) + 8 * trained
+        reason = storage_fault(error.__cause__ or error, output_dir, needed)
+        if reason is None:
+            raise
+        raise ValueError(
+            f"{reason} The last whole checkpoint is kept: once the folder can be written, the same command with "
+            "--resume_from_checkpoint true continues from it."
+        ) from error
+
+
+def fit(trainer: Any, start: str | None) -> bool:
+    """Train, from a checkpoint if there is one; return whether a step was left to train.
+
+    Errors of libraries from here on keep their traceback. Figures that exist are not replaced by those of no step.
+    """
+    before = read_json(Path(start) / TRAINER_STATE_NAME)["global_step"] if start else 0
     try:
         result = trainer.train(resume_from_checkpoint=start)
     except (ValueError, OSError) as error:
         if _raised_here(error):
             raise
         raise RuntimeError("training stopped on an error of a library") from error
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
+    trained, output_dir = result.global_step > before, Path(trainer.args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)  # trained weights must not be lost where somebody removed it
+    if trained or not (output_dir / TRAIN_FIGURES).exists():
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    return trained
 
 
 def _raised_here(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(Path(__file__).parent) in trace.tb_frame.f_code.co_filename
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return str(Path(__file__).parent) in last.filename
 
 
 def finish(trainer: Any, data_args: DatasetArguments, *, push: bool) -> None:

@@ -440,3 +440,23 @@ def test_what_alpaca_eval_cannot_take():
         model_outputs([make_record("2", "q", [])], "g")
     with pytest.raises(ValueError, match="known for mistral, gemma2, llama3, not 'qwen'"):
         model_config("qwen", "x", "g")
+
+
+HOSTILE = "<img src=https://evil/x.png> ![x](https://evil/y.png) | cell \x1b[2J\u202e"
+
+
+def test_reports_show_data_literally(tmp_path, capsys):
+    """Names, answers, prompts and reasons come from data and models: no tag, image, cell or escape of theirs acts."""
+    write_iteration(tmp_path, 1, 0.6, stop=HOSTILE)
+    place = tmp_path / "iteration-1" / "evaluate" / "evaluation.json"
+    found = read_json(place)
+    found["win_rates"][HOSTILE] = found["win_rates"]["base"]
+    found["lengths"][HOSTILE] = found["lengths"]["base"]
+    found["samples"] = [{"prompt": HOSTILE, "answers": {HOSTILE: {"text": HOSTILE, "score": None}}}]
+    write_json(place, found)
+    write_json(tmp_path / "iteration-1" / "reward-train" / "eval_results.json", {f"eval_{HOSTILE}_loss": 1.0})
+    report.run(report.ReportArguments(run_dir=str(tmp_path), plots=False))
+    text = (tmp_path / "report.md").read_text() + capsys.readouterr().out
+    assert "<img" not in text and "![" not in text and "https://evil" not in text
+    assert "\x1b" not in text and "\u202e" not in text
+    assert text.count("&lt;img src=https&#58;//evil/x.png&gt; !\\[x\\]") == 7

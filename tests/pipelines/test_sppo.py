@@ -301,7 +301,7 @@ def test_the_script_holds_every_command(tmp_path):
             ["--evaluation.prompts.split=train[:9]"],
             "the split 'train.:9.' of outputs/self-play-start/prompts is trained",
         ),
-        (["--evaluation.min_win_rate=55"], "`min_win_rate` is a share and must lie in"),
+        (["--evaluation.min_win_rate=55"], "min_win_rate is 55.0; it must be at most 1"),
         (["--training.loss_type=sigmoid"], "iteration-1/train: Unknown loss_type 'sigmoid' for SPPOTrainer"),
         (["--training.max_target=5"], "iteration-1/train: `max_target`"),
         (["--training.max_length=64", "--training.max_prompt_length=64"], "iteration-1/train: `max_prompt_length`"),
@@ -353,3 +353,18 @@ def test_a_pipeline_needs_its_kind_and_a_folder(tmp_path, capsys):
         recipe.write_text(yaml.safe_dump(values))
         assert cli.main(["pipeline", str(recipe), "--dry_run"]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_secrets_are_in_no_file_of_a_run_and_decide_no_result(tmp_path, capsys):
+    secrets = ["--training.hub_token=quiteSecret", '--training.model_init_kwargs={"token": "otherSecret"}']
+    run_dir, script = tmp_path / "run", tmp_path / "plan.sh"
+    words = ["pipeline", str(TOY), f"--run_dir={run_dir}", f"--write_script={script}", "--dry_run", *secrets]
+    assert cli.main(words) == 0
+    arguments, loop, resolved = read_pipeline(*load_settings(words[1:]))
+    stages = {stage.name: stage for stage in stages_of(loop, Commands(run_dir, arguments.launchers))}
+    assert "--hub_token=quiteSecret" in stages["iteration-1/train"].command
+    written = capsys.readouterr().out + script.read_text() + resolved + str([s.settings for s in stages.values()])
+    assert "quiteSecret" not in written and "otherSecret" not in written
+    assert "*** stands for a secret" in script.read_text()
+    before, _ = plan(f"--run_dir={run_dir}", "--training.model_init_kwargs={}")
+    assert before["iteration-1/train"].settings == stages["iteration-1/train"].settings

@@ -16,8 +16,10 @@ import psutil
 import pytest
 
 from prefopt import files
+from prefopt.files import read_json, write_json
 from prefopt.pipelines import state
-from prefopt.pipelines.stages import Runner, Stage
+from prefopt.pipelines.commands import as_script
+from prefopt.pipelines.stages import Runner, Stage, table
 from prefopt.pipelines.state import LOCK_FILE, PREVIOUS_FILE, STATE_FILE, RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -379,3 +381,27 @@ def test_output_is_shown_line_by_line(tmp_path):
 
     stage = Stage("a", ("sh", "-c", f'cd {tmp_path} && {sys.executable} -c "{code}"'), {})
     Runner([stage], tmp_path, console=Console()).run()
+
+
+def test_secrets_of_a_stage_reach_its_command_and_no_file(tmp_path):
+    """Of its settings, its command line, its output, and of a state that an earlier version wrote."""
+    secret = "hf_aVerySecretToken1234567"
+    script = "echo $0 > $RUN/../told; echo $0; env | grep MY_TOKEN; echo 1 > $OUT/result"
+    plain = shell(tmp_path / "run", "a", script)
+    words = (*plain.command, f"--hub_token={secret}")
+    stage = dataclasses.replace(plain, command=words, settings={"script": script})
+    run = runner([stage], tmp_path / "run")
+    run.run()
+    assert (tmp_path / "told").read_text().strip() == f"--hub_token={secret}"
+    state = read_json(tmp_path / "run" / STATE_FILE)
+    state["stages"]["a"]["settings"]["hub_token"] = secret
+    write_json(tmp_path / "run" / STATE_FILE, state)
+    (planned,) = runner([stage], tmp_path / "run").plan()
+    assert planned.action == "done"
+    runner([stage], tmp_path / "run").run(first="a")
+    shown = run.console.getvalue() + as_script([stage]) + table([planned])
+    files = {path: path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert len(files) > 4
+    for name, text in {**files, "shown": shown}.items():
+        assert secret not in text, name
+    assert "--hub_token=***" in shown

@@ -165,3 +165,14 @@ def test_what_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             AdversarialRewardConfig(**settings(tmp_path, **changes))
+
+
+def test_an_evaluation_set_named_train_is_not_the_training_set(tmp_path):
+    """Human rows alone may be evaluated under any name, and the training rows and their report stay as they are."""
+    trainer = make(tmp_path, evaluation={"train": dataset(HUMAN), "test": dataset(ADVERSARIAL)}, max_steps=1)
+    assert len(trainer.train_dataset) == len(ROWS) and trainer.data.reports["train"].rows_in == len(ROWS)
+    assert trainer.data.reports["eval/train"].rows_in == len(HUMAN)
+    trainer.train()
+    metrics = trainer.evaluate(dataset(HUMAN), metric_key_prefix="train")
+    assert metrics["train_ranked_pairs"] == HUMAN_PAIRS and len(trainer.train_dataset) == len(ROWS)
+    assert trainer.evaluate()["eval_train_ranked_pairs"] == HUMAN_PAIRS

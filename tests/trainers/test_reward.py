@@ -373,3 +373,13 @@ def test_a_sequence_classifier_in_memory_keeps_its_head(tmp_path):
     trainer = make(tmp_path, model=theirs)
     torch.testing.assert_close(trainer.model.score.weight, theirs.score.weight)
     assert trainer.model.model is theirs.model and trainer.model.head_record["pooling"] == "eos"
+
+
+def test_the_row_of_a_margin_that_is_not_finite_is_named(tmp_path):
+    rows = [{**row, "margin": 0.5} for row in pairs(ROWS)]
+    trainer = make(tmp_path, rows, per_device_train_batch_size=24)
+    spoilt = trainer.train_dataset[5]["row_id"]
+    margins = [math.nan if row == spoilt else 0.5 for row in trainer.train_dataset["row_id"]]
+    trainer.train_dataset = trainer.train_dataset.remove_columns("margin").add_column("margin", margins)
+    with pytest.raises(FloatingPointError, match=rf"row\(s\) {spoilt} \(row_id\)"):
+        trainer.train()

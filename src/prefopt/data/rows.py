@@ -15,6 +15,7 @@ from prefopt.data.messages import (
     BadRow,
     Fault,
     TextOrMessages,
+    check_answers,
     clean_template_kwargs,
     clean_text,
     clean_tools,
@@ -27,6 +28,7 @@ Kind: TypeAlias = Literal["pairs", "comparisons", "prompts", "any"]
 Row: TypeAlias = dict[str, Any]
 PromptAndResponses: TypeAlias = tuple[TextOrMessages, list[TextOrMessages]]
 
+IDS = List(Value("int32"))
 # numbers that losses and caches read; the references' are a number, or one number for each reference
 METHOD_COLUMNS = (
     "chosen_win_prob",
@@ -125,27 +127,42 @@ def text_features(features: Mapping[str, Any], kind: Kind, *, is_messages: bool)
     return Features({**kept_features(features, kind, contents), **context, **faults})
 
 
-def normalise(row: Row, kind: Kind, columns: Sequence[str]) -> Row:
+def id_features(features: Mapping[str, Any], kind: Kind) -> Features:
+    """Return the columns of tokenised rows."""
+    contents: dict[str, Any] = {"prompt_ids": IDS, **dict.fromkeys(map(id_column, COMPLETION_COLUMNS[kind]), IDS)}
+    if kind == "pairs":
+        contents |= {"chosen_bytes": Value("int64"), "rejected_bytes": Value("int64")}
+    elif kind == "comparisons":
+        contents["response_ids"] = List(IDS)
+    return kept_features(features, kind, contents)
+
+
+def id_column(part: str) -> str:
+    """Return the column that holds the token ids of "prompt", "chosen", "rejected" or "responses"."""
+    return f"{part.removesuffix('s')}_ids"
+
+
+def normalise(row: Row, kind: Kind, columns: Sequence[str], *, is_messages: bool | None = None) -> Row:
     """Return a row in the schema of `kind`; one that cannot be used has the reason in `fault` and `fault_detail`.
 
     Args:
-        row: in any accepted shape.
+        row: in any accepted shape; a tokenised row is checked.
         kind: "pairs", "comparisons" or "prompts".
         columns: of the schema, see `text_features`.
+        is_messages: what the rows before were, messages or strings, which this one must be, too.
     """
-    kept = row if kind == "prompts" else {}
+    tokenised = is_tokenised(row, kind)
+    kept = row if tokenised or kind == "prompts" else {}
     try:
-        clean = {**dict.fromkeys(CONTEXT_COLUMNS), **_READERS[kind](row)}
+        clean = normalise_ids(row, kind) if tokenised else _READERS[kind](row)
+        if is_messages is not None and isinstance(clean["prompt"], list) != is_messages:
+            other = "a string" if is_messages else "a list of messages"
+            raise BadRow(Fault.WRONG_TYPE, f"`prompt` is {other}, unlike the rows before")
     except BadRow as fault:
-        clean = faulty(row, fault)
+        name = content_hash(repr(sorted(row.items(), key=str)))[:16]
+        clean = {"prompt": None, "row_id": name, "fault": fault.reason, "fault_detail": fault.detail}
+    clean = {**dict.fromkeys(CONTEXT_COLUMNS), **clean}
     return {name: clean[name] if name in clean else kept.get(name) for name in columns}
-
-
-def faulty(row: Row, fault: BadRow) -> Row:
-    """Return what is left of a row that cannot be used: a name, and the reason."""
-    name = content_hash(repr(sorted(row.items(), key=str)))[:16]
-    emptied = dict.fromkeys(("prompt", *CONTEXT_COLUMNS))
-    return {**emptied, "row_id": name, "fault": fault.reason, "fault_detail": fault.detail}
 
 
 def normalise_pair(row: Mapping[str, Any]) -> Row:
@@ -166,6 +183,9 @@ def normalise_pair(row: Mapping[str, Any]) -> Row:
         raise BadRow(Fault.IDENTICAL_COMPLETIONS, "`chosen` and `rejected` are the same")
     if isinstance(prompt, list) and not prompt:
         raise BadRow(Fault.EMPTY_PROMPT, "`chosen` and `rejected` share no turn, and there is no `prompt`")
+    if is_blank(prompt) and "prompt" in row:  # whole texts without a common beginning are kept, as TRL keeps them
+        raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is blank")
+    check_answers(prompt, [chosen, rejected])
     context = context_of(row)
     texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return {"row_id": row_id(prompt, [chosen, rejected], context), **texts, **context, **method_values(row)}
@@ -182,9 +202,9 @@ def normalise_prompt(row: Mapping[str, Any]) -> Row:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         prompt = _pair_texts(row)[0]
     elif "prompt" in row or "messages" not in row:
-        prompt = clean_text(row.get("prompt"), "prompt")
+        prompt = _text(row, "prompt")
     else:
-        messages = clean_text(row["messages"], "messages")
+        messages = _text(row, "messages")
         answered = isinstance(messages, list) and messages and messages[-1]["role"] == "assistant"
         prompt = messages[:-1] if answered else messages
     if is_blank(prompt):
@@ -216,10 +236,36 @@ def normalise_comparison(row: Mapping[str, Any]) -> Row:
     for place, response in enumerate(responses):
         if is_blank(response):
             raise BadRow(Fault.EMPTY_RESPONSE, f"response {place} of {len(responses)} is empty")
+    if is_blank(prompt):
+        raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is blank")
+    check_answers(prompt, responses)
     context = context_of(row)
     identity = row_id(prompt, responses, {**context, "scores": scores})
     values = {"scores": scores, **comparison_values(row)}
     return {"row_id": identity, "prompt": prompt, "responses": responses, **values, **context}
+
+
+def normalise_ids(row: Mapping[str, Any], kind: Kind) -> Row:
+    """Check a pair or comparison that is tokenised already; return its numbers, and its `row_id` or a new one.
+
+    Raises:
+        BadRow: ids are missing, or the scores cannot be used.
+    """
+    raise_recorded_fault(row)
+    names = [id_column(part) for part in ("prompt", *COMPLETION_COLUMNS[kind])]
+    for name in names:
+        if row[name] is None:
+            raise BadRow(Fault.MISSING_FIELD, f"`{name}` is missing")
+    prompt, *completions = (row[name] for name in names)
+    if not prompt:
+        raise BadRow(Fault.MISSING_FIELD, "`prompt_ids` is empty")
+    if kind == "comparisons":
+        (completions,) = completions
+        scores = {"scores": check_scores(row["scores"], len(completions))}
+        values = {**scores, **comparison_values(row)}
+    else:
+        scores, values = {}, method_values(row)
+    return {"row_id": row.get("row_id") or row_id(prompt, completions, scores), **values}
 
 
 _READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}
@@ -252,16 +298,20 @@ def number(value: Any, column: str) -> float | list[float | None] | None:
     """Return a value as a float, or (of a reference column) as a list of them; None stays None.
 
     Raises:
-        BadRow: it is no number.
+        BadRow: it is no number, or not a finite one.
     """
+    is_flat = isinstance(value, list) and not any(isinstance(item, list) for item in value)
+    if is_flat and column in REFERENCE_COLUMNS:
+        return [number(item, column) for item in value]  # type: ignore[misc]
     if value is None:
         return None
-    if isinstance(value, list) and column in REFERENCE_COLUMNS:
-        return [None if item is None else float(item) for item in value]
     try:
-        return float(value)
+        converted = float(value)
     except (TypeError, ValueError) as error:
         raise BadRow(Fault.WRONG_TYPE, f"`{column}` is not a number: {value!r}") from error
+    if not math.isfinite(converted):
+        raise BadRow(Fault.BAD_NUMBER, f"`{column}` is {converted}")
+    return converted
 
 
 def check_scores(value: Any, num_responses: int) -> list[float]:
@@ -294,15 +344,17 @@ def comparison_values(row: Mapping[str, Any]) -> Row:
 def _pair_texts(row: Mapping[str, Any]) -> PromptAndResponses:
     if "chosen" not in row and "messages" in row:
         return _from_conversation(row)
-    chosen, rejected = clean_text(row.get("chosen"), "chosen"), clean_text(row.get("rejected"), "rejected")
-    prompt = clean_text(row["prompt"], "prompt") if "prompt" in row else None
-    return split_prompt(prompt, [chosen, rejected])
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    return split_prompt(_text(row, "prompt") if "prompt" in row else None, [chosen, rejected])
+
+
+def _text(row: Mapping[str, Any], field: str) -> TextOrMessages:
+    return clean_text(row.get(field), field, clean_tools(row.get("tools")))
 
 
 def _from_conversation(row: Mapping[str, Any]) -> PromptAndResponses:
     """Read `messages`, which end with the chosen answer, beside `rejected_response` (ms-swift's form)."""
-    messages = clean_text(row["messages"], "messages")
-    rejected = clean_text(row.get("rejected_response"), "rejected_response")
+    messages, rejected = _text(row, "messages"), _text(row, "rejected_response")
     if isinstance(messages, str) or not messages or messages[-1]["role"] != "assistant":
         raise BadRow(Fault.MISSING_FIELD, "`messages` does not end with an assistant turn, the chosen answer")
     answer: TextOrMessages = [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) else rejected
@@ -312,8 +364,9 @@ def _from_conversation(row: Mapping[str, Any]) -> PromptAndResponses:
 def _from_responses(row: Mapping[str, Any]) -> PromptAndResponses:
     if not isinstance(row["responses"], list):
         raise BadRow(Fault.WRONG_TYPE, f"`responses` is not a list: {row['responses']!r}")
-    responses = [clean_text(response, "responses") for response in row["responses"]]
-    prompt = clean_text(row.get("prompt"), "prompt")
+    tools = clean_tools(row.get("tools"))
+    responses = [clean_text(response, "responses", tools) for response in row["responses"]]
+    prompt = _text(row, "prompt")
     return split_prompt(prompt, responses) if responses else (prompt, [])
 
 

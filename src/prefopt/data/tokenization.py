@@ -16,52 +16,38 @@ import numpy as np
 import pyarrow.compute as pc
 import torch.distributed
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.encoding import EncodedGroup, TextGroup, Truncation, encode_groups, fit, tokenizer_fingerprint
+from prefopt.data.encoding import (
+    MESSAGES,
+    STRINGS,
+    EncodedGroup,
+    TextGroup,
+    Truncation,
+    encode_groups,
+    fit,
+    tokenizer_fingerprint,
+)
 from prefopt.data.holdout import PromptName, prompt_name
 from prefopt.data.messages import BadRow, Fault, OnBadRow, as_messages, check_on_bad_row
 from prefopt.data.rows import (
     COMPLETION_COLUMNS,
     CONTEXT_COLUMNS,
-    TOKENISED_SHAPES,
     Kind,
     Row,
     check_columns,
-    check_scores,
-    comparison_values,
-    faulty,
+    id_column,
+    id_features,
     is_tokenised,
-    kept_features,
-    method_values,
     normalise,
-    raise_recorded_fault,
-    row_id,
     text_features,
 )
 from prefopt.files import content_hash
 
 # part of the cache key: raise it whenever the same input would give other ids
-VERSION = 2
-IDS = List(Value("int32"))
-ID_COLUMNS: dict[str, dict[str, Any]] = {
-    "pairs": {
-        **dict.fromkeys(TOKENISED_SHAPES["pairs"], IDS),
-        **dict.fromkeys(("chosen_bytes", "rejected_bytes"), Value("int64")),
-    },
-    "comparisons": {"prompt_ids": IDS, "response_ids": List(IDS)},
-    "prompts": {"prompt_ids": IDS},
-}
+VERSION = 3
 OUTCOME = "_outcome"
-OUTCOME_FEATURES = {
-    "fault": Value("string"),
-    "detail": Value("string"),
-    "is_messages": Value("bool"),
-    "is_prefix": Value("bool"),
-    "cut": List(Value("string")),
-    "prompt": {"same": Value("string"), "exact": Value("string")},
-}
 
 
 def tokenize_pairs(
@@ -159,7 +145,7 @@ class Outcome:
     Attributes:
         fault: why the row cannot be used; None where it can.
         detail: what was found there.
-        is_messages: whether the row came as messages.
+        is_messages: whether the row came as messages; None where it came as token ids.
         is_prefix: whether the prompt alone is a token prefix of prompt + completion.
         cut: the parts that were cut ("prompt", "chosen", "rejected", "responses").
         prompt: names of its prompt, for hold-outs.
@@ -167,7 +153,7 @@ class Outcome:
 
     fault: str | None
     detail: str | None
-    is_messages: bool
+    is_messages: bool | None
     is_prefix: bool
     cut: list[str]
     prompt: PromptName
@@ -229,14 +215,17 @@ class RowTokenizer:
         """
         check_columns(dataset.column_names, self.kind, where=where)
         dataset = dataset.with_format(None)
-        columns = kept_features(dataset.features, self.kind, ID_COLUMNS[self.kind])
-        texts = text_features(dataset.features, self.kind, is_messages=False)
+        columns = id_features(dataset.features, self.kind)
+        tokenised = is_tokenised(dataset.column_names, self.kind)
+        faults = ("fault", "fault_detail")
+        schema = [*columns, *faults] if tokenised else text_features(dataset.features, self.kind, is_messages=False)
         return dataset.map(
             self.tokenize_batch,
             batched=True,
-            fn_kwargs={"columns": list(columns), "texts": list(texts)},
+            batch_size=200,  # a batch's token ids are Python integers: this bounds the memory of a process
+            fn_kwargs={"columns": list(columns), "schema": list(schema)},
             remove_columns=[column for column in dataset.column_names if column not in columns],
-            features=Features({**columns, OUTCOME: OUTCOME_FEATURES}),
+            features=Features({**columns, OUTCOME: Json()}),
             num_proc=num_proc and min(num_proc, len(dataset)),
             # `datasets` would hash the tokenizer with the state that use leaves in it
             new_fingerprint=content_hash(dataset._fingerprint, self.fingerprint)[:32],
@@ -244,40 +233,38 @@ class RowTokenizer:
         )
 
     def tokenize_batch(
-        self, batch: dict[str, list[Any]], columns: Sequence[str], texts: Sequence[str]
+        self, batch: dict[str, list[Any]], columns: Sequence[str], schema: Sequence[str]
     ) -> dict[str, list[Any]]:
         """Read, encode and cut the rows of a batch; return what is kept of them and their outcomes.
 
         Args:
             batch: column -> values.
             columns: the columns to return, beside that of the outcomes.
-            texts: the columns of a normalised row.
+            schema: the columns of a normalised row.
         """
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        clean, read = zip(*(self.read(row, texts) for row in rows))
-        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer)]
+        clean, read = zip(*(self.read(row, schema) for row in rows))
+        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer, strict=True)]
         ids = id_columns(groups, self.kind, self.tokenizer)
         # prompts keep the columns of their rows as they were
         kept = [{**row, "row_id": c["row_id"]} for row, c in zip(rows, clean)] if self.kind == "prompts" else clean
-        outcomes = [self._outcome(*each) for each in zip(rows, clean, read, groups)]
+        outcomes = [self._outcome(*each) for each in zip(clean, groups)]
         return {name: ids[name] if name in ids else [row.get(name) for row in kept] for name in columns} | {
             OUTCOME: [asdict(outcome) for outcome in outcomes]
         }
 
-    def read(self, row: Row, texts: Sequence[str]) -> tuple[Row, TextGroup | EncodedGroup | BadRow]:
+    def read(self, row: Row, schema: Sequence[str]) -> tuple[Row, TextGroup | EncodedGroup | BadRow]:
         """Return a row in the schema, and its prompt and completions: as texts, or as ids if they are given so."""
-        if is_tokenised(row, self.kind):
-            try:
-                return read_ids(row, self.kind)
-            except BadRow as fault:
-                return faulty(row, fault), fault
-        clean = normalise(row, self.kind, texts)
+        clean = normalise(row, self.kind, schema)
         if clean["fault"] is not None:
             return clean, BadRow(clean["fault"], clean["fault_detail"])
-        prompt = as_messages(clean["prompt"]) if self.template_strings else clean["prompt"]
-        completions = [clean[name] for name in COMPLETION_COLUMNS[self.kind]]
+        tokenised = is_tokenised(row, self.kind)
+        prompt, *completions = (clean[id_column(part) if tokenised else part] for part in self.parts)
         if self.kind == "comparisons":
             (completions,) = completions
+        if tokenised:
+            return clean, EncodedGroup(prompt, completions)
+        prompt = as_messages(prompt) if self.template_strings else prompt
         return clean, TextGroup(prompt, completions, *(clean.get(name) for name in CONTEXT_COLUMNS))
 
     def _fit(self, group: EncodedGroup | BadRow) -> EncodedGroup | BadRow:
@@ -290,9 +277,10 @@ class RowTokenizer:
         except BadRow as fault:
             return fault
 
-    def _outcome(self, row: Row, clean: Row, read: Any, group: EncodedGroup | BadRow) -> Outcome:
-        name = prompt_name({**row, "prompt": None} if is_tokenised(row, self.kind) else clean, self.tokenizer)
-        is_messages = isinstance(clean.get("prompt"), list)
+    def _outcome(self, clean: Row, group: EncodedGroup | BadRow) -> Outcome:
+        name = prompt_name(clean, self.tokenizer)
+        prompt = clean.get("prompt")
+        is_messages = None if prompt is None else isinstance(prompt, list)
         if isinstance(group, BadRow):
             return Outcome(group.reason, group.detail, is_messages, True, [], name)
         cut = dict.fromkeys(self.parts[min(place, len(self.parts) - 1)] for place in group.cut)
@@ -333,33 +321,10 @@ class RowTokenizer:
         cuts = Counter(part for outcome in outcomes for part in outcome.cut)
         report.cut = {part: cuts[part] for part in self.parts}
         report.lengths = {part: LengthSummary.of(token_counts(kept, part)) for part in self.parts}
+        form = form_of(outcomes)
+        report.form = None if form is None else MESSAGES if form else STRINGS
         _MADE[kept._fingerprint] = self.fingerprint, report
         return kept, report
-
-
-def read_ids(row: Row, kind: Kind) -> tuple[Row, EncodedGroup]:
-    """Return the kept columns and the ids of a row that is tokenised already.
-
-    Raises:
-        BadRow: ids are missing, or the scores cannot be used.
-    """
-    raise_recorded_fault(row)
-    names = TOKENISED_SHAPES[kind][: 3 if kind == "pairs" else 2]
-    for name in names:
-        if row[name] is None:
-            raise BadRow(Fault.MISSING_FIELD, f"`{name}` is missing")
-    prompt = list(row["prompt_ids"])
-    if not prompt:
-        raise BadRow(Fault.MISSING_FIELD, "`prompt_ids` is empty")
-    if kind == "pairs":
-        completions, scores = [list(row["chosen_ids"]), list(row["rejected_ids"])], {}
-        values = method_values(row)
-    else:
-        completions = [list(ids) for ids in row["response_ids"]]
-        scores = {"scores": check_scores(row["scores"], len(completions))}
-        values = {**scores, **comparison_values(row)}
-    name = row.get("row_id") or row_id(prompt, completions, scores)  # type: ignore[arg-type]
-    return {"row_id": name, **values}, EncodedGroup(prompt, completions)
 
 
 def id_columns(
@@ -372,7 +337,7 @@ def id_columns(
         for place, name in enumerate(COMPLETION_COLUMNS[kind]):
             ids = [group.completion_ids[place] if group else [] for group in usable]
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            columns |= {f"{name}_ids": ids, f"{name}_bytes": [len(text.encode("utf-8")) for text in texts]}
+            columns |= {id_column(name): ids, f"{name}_bytes": [len(text.encode("utf-8")) for text in texts]}
     elif kind == "comparisons":
         columns["response_ids"] = [group.completion_ids if group else [] for group in usable]
     return columns
@@ -380,12 +345,12 @@ def id_columns(
 
 def outcomes_of(mapped: Dataset) -> list[Outcome]:
     """Read the outcomes of a mapped dataset, in its order."""
-    column = mapped.select_columns(OUTCOME).with_format("arrow")[:][OUTCOME].to_pylist()
+    column = mapped.select_columns(OUTCOME)[:][OUTCOME]
     return [Outcome(**{**values, "prompt": PromptName(**values["prompt"])}) for values in column]
 
 
 def form_of(outcomes: Sequence[Outcome]) -> bool | None:
-    """Return whether the first usable row is a conversation; None where no row can be used."""
+    """Return whether the first usable row is a conversation; None where no row can be used, or all are token ids."""
     return next((outcome.is_messages for outcome in outcomes if outcome.fault is None), None)
 
 
@@ -403,7 +368,7 @@ def with_one_form(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def token_counts(dataset: Dataset, part: str) -> Any:
     """Count the tokens of one part in every row (of "responses": of every response)."""
-    name = "response_ids" if part == "responses" else f"{part}_ids"
+    name = id_column(part)
     values = dataset.select_columns(name).with_format("arrow")[:][name]
     return pc.list_value_length(pc.list_flatten(values) if part == "responses" else values).to_numpy()
 
@@ -465,6 +430,7 @@ class TokenizationReport:
         rows_cut: kept rows in which anything was cut.
         not_prefix: kept rows whose prompt alone is not a token prefix of prompt + completion.
         lengths: tokens of each part.
+        form: "strings" or "messages", as the rows came; None for token ids.
     """
 
     name: str
@@ -476,6 +442,7 @@ class TokenizationReport:
     rows_cut: int = 0
     not_prefix: int = 0
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
+    form: str | None = None
 
     @property
     def rows_dropped(self) -> int:

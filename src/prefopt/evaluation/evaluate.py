@@ -21,6 +21,7 @@ from prefopt.evaluation.study import report_study
 from prefopt.evaluation.win_rate import join_answers, length_statistics, win_rate
 from prefopt.files import write_json
 from prefopt.launch import print_on_main
+from prefopt.pages import printable
 
 EVALUATION_FILE = "evaluation.json"
 POLICY = "policy"
@@ -147,7 +148,7 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
     result["stop"] = stop_reason(result, min_win_rate=args.min_win_rate, max_length_ratio=args.max_length_ratio)
     if team.is_main:
         write_json(Path(args.output_dir) / EVALUATION_FILE, result)
-        print(summary(result), flush=True)
+        print(printable(summary(result)), flush=True)
     team.gather(None)  # nobody leaves before the file is there
     return result
 

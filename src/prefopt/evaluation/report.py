@@ -12,7 +12,7 @@ from typing import Any
 from prefopt.arguments import check_settings, setting
 from prefopt.evaluation.evaluate import EVALUATION_FILE, POLICY, length_ratio
 from prefopt.files import atomic_path, read_json, write_text
-from prefopt.pages import figure_class, table
+from prefopt.pages import escape, figure_class, picture, printable, table
 
 REPORT_FILE = "report.md"
 PICTURE = "progress.png"
@@ -40,7 +40,7 @@ class ReportArguments:
     output_dir: str | None = setting(
         None, "Folder for the report and its plots; report.md in run_dir is written in any case."
     )
-    plots: bool = setting(True, "Draw plots (needs matplotlib, the extra `plots`).")
+    plots: bool = setting(True, "Draw plots (needs matplotlib, the extra `plots`).", decides_result=False)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -80,13 +80,14 @@ def run(args: ReportArguments) -> Path:
     output = Path(args.output_dir) if args.output_dir is not None else run_dir
     iterations = read_iterations(run_dir, args.iterations)
     drawn = args.plots and draw(output / PICTURE, iterations)
-    write_text(output / REPORT_FILE, page(run_dir.name, iterations, picture=PICTURE if drawn else None))
+    write_text(output / REPORT_FILE, page(run_dir.name, iterations, drawing=PICTURE if drawn else None))
     if output.resolve() != run_dir.resolve():
         place = (output / PICTURE).resolve()
         inside = place.relative_to(run_dir.resolve()) if run_dir.resolve() in place.parents else place
-        write_text(run_dir / REPORT_FILE, page(run_dir.name, iterations, picture=str(inside) if drawn else None))
+        write_text(run_dir / REPORT_FILE, page(run_dir.name, iterations, drawing=str(inside) if drawn else None))
     chosen = best(iterations)
-    print(f"report: {len(iterations)} iterations, best so far: {chosen.name} -> {run_dir / REPORT_FILE}")
+    where = printable(str(run_dir / REPORT_FILE))
+    print(f"report: {len(iterations)} iterations, best so far: {chosen.name} -> {where}")
     return run_dir / REPORT_FILE
 
 
@@ -132,19 +133,19 @@ def best(iterations: Sequence[Iteration]) -> Iteration:
 # ---- the page
 
 
-def page(name: str, iterations: Sequence[Iteration], *, picture: str | None) -> str:
+def page(name: str, iterations: Sequence[Iteration], *, drawing: str | None) -> str:
     """Write the report as Markdown: an overview, then a section for each iteration."""
     chosen = best(iterations)
-    lines = [f"# {name}", "", f"Best so far: **{chosen.name}**{_why_best(chosen)}.", ""]
+    lines = [f"# {escape(name)}", "", f"Best so far: **{chosen.name}**{_why_best(chosen)}.", ""]
     stopped = [iteration for iteration in iterations if iteration.evaluation["stop"] is not None]
-    lines += [f"**Ended early** after {item.name}: {item.evaluation['stop']}.\n" for item in stopped]
+    lines += [f"**Ended early** after {item.name}: {escape(item.evaluation['stop'])}.\n" for item in stopped]
     lines += [*table(OVERVIEW, map(_overview, iterations)), ""]
     lines += [
         "Win rates are under the run's own ranker, on held-out prompts, a tie counting one half; intervals at 95 %.",
         "",
     ]
-    if picture is not None:
-        lines += [f"![win rates and lengths by iteration]({picture})", ""]
+    if drawing is not None:
+        lines += [picture("win rates and lengths by iteration", drawing), ""]
     for item in iterations:
         lines += section(item)
     return "\n".join(lines)
@@ -196,21 +197,23 @@ def section(item: Iteration) -> list[str]:
             f"{characters['rejected']['mean']:.0f}.",
             "",
         ]
-        lines += [f"**Warning:** {warning}\n" for warning in item.pairs["warnings"]]
+        lines += [f"**Warning:** {escape(warning)}\n" for warning in item.pairs["warnings"]]
     figures = {name: value for name, value in item.reward_model.items() if name.endswith(REWARD_FIGURES)}
     if figures:
-        rows = [(name.removeprefix("eval_"), f"{value:.4g}") for name, value in figures.items()]
+        rows = [(escape(name.removeprefix("eval_")), f"{value:.4g}") for name, value in figures.items()]
         lines += [*table(("reward model", "value"), rows), ""]
     rates = item.evaluation["win_rates"]
     if rates:
         head = ("against", "win rate", "interval", "won", "tied", "lost", "mean probability")
         counts = ("interval", "wins", "ties", "losses")
-        rows = [(who, _rate(r), *(r[name] for name in counts), f"{r['win_prob']:.3f}") for who, r in rates.items()]
+        rows = [
+            (escape(who), _rate(r), *(r[name] for name in counts), f"{r['win_prob']:.3f}") for who, r in rates.items()
+        ]
         lines += [*table(head, rows), ""]
     lengths = item.evaluation["lengths"]
     if lengths:
         names = list(lengths[POLICY])
-        rows = [(who, *(f"{found.get(n, float('nan')):.4g}" for n in names)) for who, found in lengths.items()]
+        rows = [(escape(who), *(f"{found.get(n, float('nan')):.4g}" for n in names)) for who, found in lengths.items()]
         lines += [*table(("answers of", *(n.replace("_", " ") for n in names)), rows), ""]
     return lines + [line for sample in item.evaluation["samples"] for line in _sample(sample)]
 
@@ -219,13 +222,13 @@ def _sample(sample: Mapping[str, Any]) -> list[str]:
     lines = [f"> **{_short(sample['prompt'])}**", ">"]
     for who, answer in sample["answers"].items():
         score = "" if answer["score"] is None else f" ({answer['score']:.3g})"
-        lines += [f"> *{who}*{score}: {_short(answer['text'])}", ">"]
+        lines += [f"> *{escape(who)}*{score}: {_short(answer['text'])}", ">"]
     return [*lines, ""]
 
 
-def _short(text: str) -> str:
-    flat = " ".join(str(text).split()).replace("|", "\\|")
-    return flat if len(flat) <= SHOWN_CHARACTERS else flat[:SHOWN_CHARACTERS] + " …"
+def _short(text: object) -> str:
+    whole = str(text)
+    return escape(whole if len(whole) <= SHOWN_CHARACTERS else whole[:SHOWN_CHARACTERS] + " …")
 
 
 # ---- plots

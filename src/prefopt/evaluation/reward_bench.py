@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from prefopt.data.sources import DataSource, load_source
-from prefopt.pages import table
+from prefopt.pages import escape, table
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
@@ -51,7 +51,7 @@ class RewardBenchTable:
     def markdown(self) -> str:
         """Write the table as Markdown."""
         rows: list[tuple[object, ...]] = [
-            (name, count, f"{100 * accuracy:.1f}") for name, (accuracy, count) in self.subsets.items()
+            (escape(name), count, f"{100 * accuracy:.1f}") for name, (accuracy, count) in self.subsets.items()
         ]
         rows += [(f"**{name}**", "", f"{100 * accuracy:.1f}") for name, accuracy in self.sections.items()]
         if self.score is not None:

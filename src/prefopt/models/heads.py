@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from prefopt._transformers import (
@@ -29,6 +29,7 @@ from prefopt._transformers import (
     model_from_config,
     set_attention,
 )
+from prefopt.data.encoding import text_record
 from prefopt.files import read_json, write_json
 
 POOLINGS = ("last", "eos", "mean", "max")
@@ -137,6 +138,36 @@ class HeadedModel(PreTrainedModel):
         return getattr(self.config, RECORD)
 
     @property
+    def text_form(self) -> str | None:
+        """The form of the training rows, "strings" or "messages"; None where it is not recorded."""
+        record = self.head_record.get("text")
+        return record and record["form"]
+
+    def record_text(self, tokenizer: PreTrainedTokenizerBase, form: str, *, where: str) -> None:
+        """Record how the texts that the model is trained on become ids, or check it against the record.
+
+        Args:
+            tokenizer: that of the texts.
+            form: "strings" or "messages".
+            where: names the texts in errors.
+
+        Raises:
+            ValueError: the model was trained on texts that became ids in another way.
+        """
+        found = text_record(tokenizer, form)
+        stored = self.head_record.setdefault("text", found)
+        if stored["form"] != form:
+            raise ValueError(
+                f"{where} holds {form}, but the model was trained on {stored['form']}: the same text has other ids "
+                f"there, and its scores mean nothing. Give {stored['form']}, or train a model on {form}."
+            )
+        if stored != found:
+            raise ValueError(
+                f"{where} is read by a tokenizer or chat template that gives other ids than the one in training. Use "
+                "the tokenizer that was saved with the model."
+            )
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The token ids that close a sequence, from the config."""
         ids = self.config.get_text_config().eos_token_id
@@ -147,7 +178,7 @@ class HeadedModel(PreTrainedModel):
     @classmethod
     def check_record(cls, record: dict[str, Any]) -> None:
         """Raise ValueError where a setting of `record` is unknown or impossible."""
-        unknown = sorted(set(record) - {"kind", "backbone", *cls.defaults})
+        unknown = sorted(set(record) - {"kind", "backbone", "text", *cls.defaults})
         if unknown:
             raise ValueError(
                 f"Unknown settings of a {cls.kind} head: {', '.join(unknown)}; known: {', '.join(cls.defaults)}."
@@ -266,10 +297,14 @@ class HeadedModel(PreTrainedModel):
         from peft import PeftModel  # not needed where no adapter is read
 
         if not (path / ADAPTER_RECORD).is_file():
-            raise ValueError(f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward model's.")
+            raise ValueError(
+                f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward or preference model's. To start "
+                "from it, merge it into its base (peft's `merge_and_unload`), save that and give its folder."
+            )
         record = read_json(path / ADAPTER_RECORD)
+        text = record.pop("text", None)
         if record.pop("kind") != cls.kind:
-            raise ValueError(f"{path} holds an adapter of another kind of head than {cls.kind}.")
+            raise ValueError(f"{path} holds the adapter of another kind of head than {cls.kind}.")
         _check_asked(path, record, head_settings)
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base:
@@ -280,8 +315,12 @@ class HeadedModel(PreTrainedModel):
             )
         model = cls.from_pretrained(base, new_head=True, **record, **settings)
         merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+        if not getattr(merged, "is_quantized", False):
+            merged.requires_grad_(True)  # peft froze what it put the adapter on
         # an adapter that is trained on top of it belongs to this folder, and not to the base alone
         merged.name_or_path = merged.config.name_or_path = str(path)
+        if text is not None:
+            merged.head_record["text"] = text
         return merged
 
     # --- saving
@@ -343,6 +382,16 @@ class HeadedModel(PreTrainedModel):
         if pooling == "last":
             last_index = last_index - is_eos(input_ids.reshape(-1)[last_index], self.eos_token_ids)
         return hidden.reshape(-1, hidden.shape[-1])[last_index]
+
+
+def head_kind(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind of head that a local folder's model or adapter has; None for any other model."""
+    for name in (ADAPTER_RECORD, "config.json"):
+        if (file := Path(path, name)).is_file():
+            found = read_json(file)
+            record = found if name == ADAPTER_RECORD else found.get(RECORD)
+            return record and record["kind"].replace("_", " ")
+    return None
 
 
 def _check_asked(path: str | os.PathLike[str], stored: dict[str, Any], asked: dict[str, Any]) -> None:

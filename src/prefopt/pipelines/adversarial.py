@@ -10,12 +10,14 @@ Reference: arXiv 2311.08045.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from prefopt.arguments import check_settings, missing, setting
 from prefopt.candidates.prompts import load_prompts
+from prefopt.data.encoding import MESSAGES, STRINGS, check_chat_template, load_tokenizer
 from prefopt.data.holdout import prompt_identity
 from prefopt.data.messages import BadRow, without_none
 from prefopt.data.rows import normalise_comparison
@@ -156,6 +158,7 @@ def check_data(loop: AdversarialLoop) -> dict[str, int]:
         common = prompts["test_prompts"] & _compared_prompts(loop.testing_comparisons)
         unseen = "the evaluating reward model must not be trained on the prompts on which it judges."
         _check_disjoint(loop, "test_prompts", "testing_comparisons", common, unseen)
+    _check_forms(loop)
     return {f"prompts of {name}": len(keys) for name, keys in prompts.items()} | counts
 
 
@@ -165,6 +168,66 @@ def _check_disjoint(loop: AdversarialLoop, one: str, other: str, common: set[str
             f"{one} ({getattr(loop, one)}) and {other} ({getattr(loop, other)}) have {len(common)} prompts in "
             f"common: {why}"
         )
+
+
+def _check_forms(loop: AdversarialLoop) -> None:
+    """Check that every reward model is trained and evaluated on the form of text that it judges.
+
+    Raises:
+        ValueError: strings beside messages, or messages for a reward model without a chat template.
+    """
+    answers = {"policy_prompts": loop.sampling}
+    if loop.reward_update != "fixed":
+        answers["reward_prompts"] = loop.sampling
+    forms = {name: _form_of_comparisons(getattr(loop, name)) for name in ("comparisons", "test_comparisons")}
+    forms |= {f"the policy's answers to {name}": _form_of_answers(loop, name, how) for name, how in answers.items()}
+    _check_alike(forms)
+    judge = _form_of_comparisons(loop.testing_comparisons)
+    judged = _form_of_answers(loop, "test_prompts", loop.test_sampling)
+    _check_alike({"testing_comparisons": judge, "the policy's answers to test_prompts": judged})
+    if MESSAGES in (forms["comparisons"], judge):
+        tokenizer = _tokenizer(loop.reward_model_name_or_path)
+        if tokenizer is not None:
+            check_chat_template(tokenizer)
+
+
+def _check_alike(forms: Mapping[str, str | None]) -> None:
+    """Raise a ValueError where some of what one reward model reads are strings and some messages."""
+    known = {name: form for name, form in forms.items() if form is not None}
+    if len(set(known.values())) > 1:
+        strings = ", ".join(name for name, form in known.items() if form == STRINGS)
+        messages = ", ".join(name for name, form in known.items() if form == MESSAGES)
+        raise ValueError(
+            f"{strings}: strings; {messages}: messages. A reward model that is trained on one means nothing on the "
+            "other. Give all as messages (HH dialogues: `prefopt convert ... --as_messages true`), with a policy that "
+            "has a chat template; or all as strings, with `prompt_format: text` in sampling and test_sampling."
+        )
+
+
+def _form_of_comparisons(path: str | None) -> str | None:
+    """Return the form of the first usable comparison; None where there is none."""
+    for row in load_source(DataSource(path)) if path is not None else ():
+        with suppress(BadRow):
+            return MESSAGES if isinstance(normalise_comparison(without_none(row))["prompt"], list) else STRINGS
+    return None
+
+
+def _form_of_answers(loop: AdversarialLoop, prompts: str, sampling: Mapping[str, Any]) -> str | None:
+    """Return the form in which `prefopt generate` writes the policy's answers; None where it is not known here."""
+    if any(isinstance(prompt, list) for prompt in _prompts(getattr(loop, prompts)).values()):
+        return MESSAGES
+    how = sampling.get("prompt_format", "auto")
+    if how == "auto":
+        tokenizer = None if "recipe" in sampling else _tokenizer(loop.model_name_or_path)
+        return tokenizer and (MESSAGES if tokenizer.chat_template else STRINGS)
+    return MESSAGES if how == "chat" else STRINGS
+
+
+def _tokenizer(name: str) -> Any:
+    """Load a model's tokenizer; None where it is not at hand, which is for the stage that needs it to report."""
+    with suppress(OSError, ValueError, ImportError):
+        return load_tokenizer(name)
+    return None
 
 
 def _prompts(path: str) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from prefopt.arguments import check_settings, setting
+from prefopt.arguments import check_settings, setting, without_secrets
 from prefopt.files import write_text
 from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines import adversarial, self_play
 from prefopt.pipelines.commands import Commands, as_script
 from prefopt.pipelines.stages import Runner, Stage, table
-from prefopt.recipes.convert import Text, unknown_key
+from prefopt.recipes.convert import parsed, unknown_key
 from prefopt.recipes.recipe import build, load_settings, parse_settings, plain
 from prefopt.recipes.source import Setting
 
@@ -122,7 +122,7 @@ def read_pipeline(name: str | None, settings: list[Setting]) -> tuple[PipelineAr
     recipe = parse_settings(name, settings, classes)
     arguments, loop = build(recipe, classes)
     values = {key: plain(value) for key, value in recipe.values.items() if key not in OF_ONE_CALL}
-    return arguments, loop, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return arguments, loop, yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True)
 
 
 def folded(settings: list[Setting]) -> list[Setting]:
@@ -156,7 +156,7 @@ def _put(mapping: Any, path: list[str], value: Any, where: str) -> Any:
 def _parsed(value: Any) -> Any:
     if isinstance(value, list):
         return [_parsed(item) for item in value]
-    return yaml.safe_load(value) if isinstance(value, Text) else value
+    return parsed(value)
 
 
 def check_launchers(launchers: dict[str, str], stages: list[Stage]) -> None:

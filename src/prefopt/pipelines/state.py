@@ -20,7 +20,8 @@ from typing import Any, TextIO
 
 import psutil
 
-from prefopt.files import content_hash, file_hash, read_json, write_json
+from prefopt.arguments import masked, without_secrets
+from prefopt.files import content_hash, file_hash, read_json, remove_partial_files, write_json
 
 VERSION = 1
 STATE_FILE = "state.json"
@@ -88,13 +89,15 @@ class RunState:
             raise ValueError(
                 f"{self.path} was written by another version of prefopt (state {version}, not {VERSION})."
             )
+        for record in records.values():
+            record.settings = without_secrets(record.settings)  # earlier versions wrote them
         return records
 
     def save(self, name: str, record: StageRecord) -> None:
         """Write a stage's record to disk, and the state before it beside it."""
         self.stages[name] = record
         if self.path.exists():
-            write_json(self.path.with_name(PREVIOUS_FILE), read_json(self.path))
+            write_json(self.path.with_name(PREVIOUS_FILE), without_secrets(read_json(self.path)))
         stages = {name: asdict(record) for name, record in self.stages.items()}
         write_json(self.path, {"version": VERSION, "stages": stages})
 
@@ -190,6 +193,7 @@ class RunLock:
             self._end_leftovers()  # a stage that does not hold the lock may live as well
             self._file = file
             self._sign()
+            remove_partial_files(self.path.parent)
             try:
                 yield self
             finally:
@@ -284,7 +288,8 @@ def run_logged(words: Sequence[str], log: Path, *, mark: str, keep_open: int, co
             pass_fds=(keep_open,),
         )
         try:
-            for text in _output(process):
+            for output in _output(process):
+                text = masked(output)  # its environment and command line may hold secrets
                 for stream in (file, console):
                     stream.write(text)
                     stream.flush()

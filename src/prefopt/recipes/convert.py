@@ -12,9 +12,8 @@ from inspect import isclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from prefopt.arguments import default_of
+from prefopt.files import parse_yaml
 
 TRUE = ("true", "yes", "on", "t", "y", "1")
 FALSE = ("false", "no", "off", "f", "n", "0")
@@ -48,7 +47,7 @@ def convert(value: Any, kind: Any, choices: Sequence[Any] | None = None) -> Any:
 def _convert(value: Any, kind: Any) -> Any:
     origin, members = get_origin(kind) or kind, get_args(kind)
     if kind is Any:
-        return _parsed(value)
+        return parsed(value)
     if origin in (Union, UnionType):
         return _union(value, members)
     if origin is Literal:
@@ -66,8 +65,9 @@ def _convert(value: Any, kind: Any) -> Any:
     raise ValueError(f"a value of type {getattr(kind, '__name__', kind)} cannot be given in a recipe")
 
 
-def _parsed(value: Any) -> Any:
-    return yaml.safe_load(value) if isinstance(value, Text) else value
+def parsed(value: Any) -> Any:
+    """Return a value as YAML has it, where it is a word of the command line."""
+    return parse_yaml(value, "the value")[0] if isinstance(value, Text) else value
 
 
 def _none(value: Any) -> None:
@@ -151,7 +151,7 @@ def _rank(value: Any, member: Any) -> int:
 def _list(value: Any, kind: Any) -> list[Any]:
     if isinstance(value, Text):
         is_yaml = value.lstrip().startswith("[")
-        value = _parsed(value) if is_yaml else [Text(part.strip()) for part in value.split(",")]
+        value = parsed(value) if is_yaml else [Text(part.strip()) for part in value.split(",")]
     if isinstance(value, dict) or value is None:
         raise ValueError(f"expected a list, found {_show(value)}")
     return [_convert(item, kind) for item in (value if isinstance(value, list) else [value])]
@@ -159,14 +159,14 @@ def _list(value: Any, kind: Any) -> list[Any]:
 
 def _dict(value: Any, kinds: Sequence[Any]) -> dict[Any, Any]:
     # a word that is no mapping may be the name of a file, which other members of a union take
-    parsed = _parsed(value) if isinstance(value, Text) and value.lstrip().startswith("{") else value
-    if not isinstance(parsed, dict):
+    given = value if isinstance(value, Text) and not value.lstrip().startswith("{") else parsed(value)
+    if not isinstance(given, dict):
         raise ValueError(f"expected a mapping, found {_show(value)}")
-    return {_convert(key, kinds[0]): _convert(item, kinds[1]) for key, item in parsed.items()}
+    return {_convert(key, kinds[0]): _convert(item, kinds[1]) for key, item in given.items()}
 
 
 def _dataclass(value: Any, kind: Any) -> Any:
-    value = _parsed(value)
+    value = parsed(value)
     if not isinstance(value, dict):
         raise ValueError(f"expected a mapping, found {_show(value)}")
     hints = get_type_hints(kind)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from prefopt.arguments import default_of, missing
+from prefopt.arguments import default_of, masked, missing, remember_secrets, without_secrets
 from prefopt.recipes.convert import convert, is_required, unknown_key
 from prefopt.recipes.legacy import LEGACY_KEYS, translate
 from prefopt.recipes.source import BASE_KEY, Setting, read_settings, split_recipe
@@ -34,7 +35,7 @@ WIDENED: dict[str, Any] = {
     "resume_from_checkpoint": bool | str | None,
     "report_to": str | list[str],
 }  # "none" is a name there
-SECRETS = frozenset({"hub_token", "api_key"})
+BEFORE_TRAINING = "nothing has been trained yet"
 
 
 @dataclass
@@ -54,6 +55,16 @@ class Recipe:
     notices: list[str] = field(default_factory=list)
 
 
+@contextmanager
+def before_training() -> Iterator[None]:
+    """Note on errors that nothing has been trained yet, so that what else is wrong can be looked for in peace."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        error.add_note(BEFORE_TRAINING)
+        raise
+
+
 def apply_environment(settings: list[Setting]) -> list[Setting]:
     """Set the variables of the `env:` mappings, and return the settings without them.
 
@@ -61,11 +72,14 @@ def apply_environment(settings: list[Setting]) -> list[Setting]:
         ValueError: `env` is not a mapping of names to single values.
     """
     for setting in settings:
-        if setting.key == "env":
-            if not isinstance(setting.value, dict) or any(isinstance(v, (dict, list)) for v in setting.value.values()):
-                raise ValueError(f"{setting.place}: env must map names of environment variables to values.")
-            for name, value in setting.value.items():
-                os.environ[str(name)] = str(value)
+        if setting.key != "env":
+            continue
+        if not isinstance(setting.value, dict) or any(isinstance(v, (dict, list)) for v in setting.value.values()):
+            raise ValueError(f"{setting.place}: env must map names of environment variables to values.")
+        for name, value in ((str(name), str(value)) for name, value in setting.value.items()):
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"{setting.place}: env: {name!r} cannot be an environment variable with this value.")
+            os.environ[name] = value
     return [setting for setting in settings if setting.key != "env"]
 
 
@@ -105,6 +119,7 @@ def collect(name: str | None, settings: list[Setting], classes: Sequence[type], 
     """Make a recipe as `parse_settings` does, but append every problem to `problems` instead of raising."""
     fields, hints = _fields(classes), _hints(classes)
     recipe = Recipe(name)
+    remember_secrets({setting.key: setting.value for setting in settings})
     settings = translate(settings, set(fields), recipe.notices, problems)
     levels: dict[str, int] = {}
     for setting in settings:
@@ -115,11 +130,12 @@ def collect(name: str | None, settings: list[Setting], classes: Sequence[type], 
                     f"{setting.place}: {setting.key} is given twice (also by {recipe.places[setting.key]})."
                 )
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(masked(str(error)))
             continue
         recipe.values[setting.key], recipe.places[setting.key] = value, setting.place
         levels[setting.key] = setting.level
     _choose_alternatives(recipe, levels, problems)
+    remember_secrets(recipe.values)  # what was one word on the command line is a mapping by now
     return recipe
 
 
@@ -175,15 +191,15 @@ def build(recipe: Recipe, classes: Sequence[type]) -> tuple[Any, ...]:
 def resolved_yaml(recipe: Recipe, classes: Sequence[type], *, without_defaults: frozenset[str] = frozenset()) -> str:
     """Write the recipe as YAML that can be run again: what was set, then the defaults of everything else.
 
-    Secrets are left out, and so are fields whose default is nothing or that are named in `without_defaults`.
+    Secrets are left out at any depth, and so are fields whose default is nothing or that `without_defaults` names.
     """
-    given = {key: plain(value) for key, value in recipe.values.items() if key not in SECRETS}
+    given = without_secrets(plain(recipe.values))
     defaults = {
         key: plain(default_of(declared))
         for key, declared in _fields(classes).items()
-        if key not in {*recipe.values, *SECRETS, *without_defaults} and not is_required(declared)
+        if key not in {*recipe.values, *without_defaults} and not is_required(declared)
     }
-    defaults = {key: value for key, value in defaults.items() if value is not None}
+    defaults = {key: value for key, value in without_secrets(defaults).items() if value is not None}
     parts = ["# Set by the recipe or on the command line.", _dump(given)]
     if defaults:
         parts += ["\n# Defaults of the versions in package_versions.json.", _dump(defaults)]

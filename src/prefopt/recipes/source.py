@@ -7,8 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from prefopt.files import read_yaml
 from prefopt.recipes.convert import Text
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -101,7 +100,7 @@ def _next_level(settings: list[Setting]) -> int:
 def _from_file(path: Path, above: tuple[Path, ...]) -> list[Setting]:
     if path.resolve() in above:
         raise ValueError(f"{path}: {BASE_KEY} leads back to this file.")
-    entries = _read_yaml(path)
+    entries = _read_entries(path)
     settings: list[Setting] = []
     for base in _base_names(path, entries):
         beside = path.parent / base
@@ -124,36 +123,14 @@ def _base_names(path: Path, entries: list[tuple[str, Any, int]]) -> list[str]:
     return []
 
 
-def _read_yaml(path: Path) -> list[tuple[str, Any, int]]:
+def _read_entries(path: Path) -> list[tuple[str, Any, int]]:
     """Read the top-level entries of a YAML mapping: key, value, line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
+    values, lines = read_yaml(path)
+    if values is None:
         raise ValueError(f"{path} is empty.")
-    if not isinstance(tree, yaml.MappingNode):
+    if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
-    lines = _lines_of_keys(path, tree)
-    return [(str(key), value, lines.get(str(key), 0)) for key, value in values.items()]
-
-
-def _lines_of_keys(path: Path, node: yaml.Node) -> dict[str, int]:
-    """Return the line of each key of a mapping; raise for a key that stands twice, here or in anything below."""
-    lines: dict[str, int] = {}
-    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
-        key, value = part if isinstance(part, tuple) else (None, part)
-        if key is not None:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise ValueError(f"{path}, line {line}: {key.value!r} was already given in line {lines[key.value]}.")
-            lines[key.value] = line
-        _lines_of_keys(path, value)
-    return lines
+    return [(str(key), value, lines.get(str(key), 1)) for key, value in values.items()]
 
 
 def _from_words(words: list[str], level: int) -> list[Setting]:

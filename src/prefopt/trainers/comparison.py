@@ -24,10 +24,10 @@ from prefopt.data.encoding import with_pad_token
 from prefopt.data.tokenization import TokenizationReport, tokenize_comparisons
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
-from prefopt.trainers.base import BaseTrainer
+from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, evaluated
 from prefopt.trainers.collators import in_rows, step_columns
 from prefopt.trainers.config import BatchConfig, check_unset, choose_precision
-from prefopt.trainers.policy import add_adapter, load_tokenizer
+from prefopt.trainers.policy import add_adapter, check_trainable, load_tokenizer
 
 # TRL settings that would change a result here and have no counterpart: field, value that means "off", what to do
 _REFUSED = (
@@ -95,7 +95,7 @@ class ComparisonCollator:
     ) -> dict[str, Any]:
         """Collate `examples`, which are in the order of `micro_batch.indices`."""
         groups = [Group(e["prompt_ids"], e["response_ids"]) for e in examples]
-        batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch), row_length=micro_batch.row_length)
+        batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch))
         batch |= step_columns(examples, micro_batch)
         scores = [e["scores"] for e in examples]
         width = max(map(len, scores))
@@ -158,7 +158,7 @@ class ComparisonData:
         if dataset is None or any(dataset is made for made in self._made):
             return dataset
         if isinstance(dataset, dict):
-            prepared: Any = {key: self.prepare(each, key) for key, each in dataset.items()}
+            prepared: Any = {key: self.prepare(each, evaluated(key)) for key, each in dataset.items()}
         else:
             prepared, self.reports[name] = tokenize_comparisons(
                 dataset,
@@ -241,10 +241,12 @@ class ComparisonTrainer(BaseTrainer):
         loaded = self.load(model, args, quantization_config)
         processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
         self.data = ComparisonData(args, processing_class, self.check_rows)
-        train_dataset = self.data.prepare(train_dataset, "train")
-        eval_dataset = self.data.prepare(eval_dataset, "eval")
+        train_dataset = self.data.prepare(train_dataset, TRAINING)
+        eval_dataset = self.data.prepare(eval_dataset, EVALUATION)
+        self.check_text(loaded, processing_class)
         if peft_config is not None:
             loaded = add_adapter(loaded, args, self.adapter_config(peft_config, loaded))
+        check_trainable(loaded)
         if args.disable_dropout:
             disable_dropout_in_model(loaded)
         super().__init__(
@@ -262,6 +264,9 @@ class ComparisonTrainer(BaseTrainer):
     @abstractmethod
     def load(self, model: Any, args: Any, quantization_config: Any) -> Any:
         """Return the model to train, before any new adapter."""
+
+    def check_text(self, model: Any, tokenizer: Any) -> None:
+        """Check that all data sets so far are read as the model reads texts; here nothing is known of that."""
 
     def adapter_config(self, peft_config: PeftConfig, model: Any) -> PeftConfig:
         """Return the config of the adapter that is put around the model; here as it was given."""
@@ -286,5 +291,6 @@ class ComparisonTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """Evaluate; a data set given here is tokenised like the one of the constructor."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = self.data.prepare(eval_dataset, metric_key_prefix)
+            eval_dataset = self.data.prepare(eval_dataset, evaluated(metric_key_prefix))
+            self.check_text(self.accelerator.unwrap_model(self.model), self.processing_class)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -146,14 +146,17 @@ class GeneralPreferenceTrainer(HeadTrainer):
         margin = batch["margin"][batch["pair_rows"]] if "margin" in batch else None
         losses = general_preference_loss(scores, tau=self.temperature, margin=margin)
         real = batch["real"][batch["pair_rows"]]
-        self.watch_finite(losses.new_zeros(len(batch["real"])).index_add(0, batch["pair_rows"], losses), batch, sums)
+        of_rows = losses.new_zeros(len(batch["real"])).index_add(0, batch["pair_rows"], losses)
         total = torch.where(real, losses, 0.0).sum()
         logits = scores.detach() / self.temperature
         self.record_pairs(total.detach(), logits, batch, sums)
         self._keep(values.detach(), scales, batch)
         loss = self.reduce_pairs(total, batch)
         if sequence_logps is not None:
-            loss = self._with_supervision(loss, sequence_logps[batch["best"]], batch, sums)
+            best_logps = sequence_logps[batch["best"]]
+            of_rows = of_rows + best_logps
+            loss = self._with_supervision(loss, best_logps, batch, sums)
+        self.watch_finite(of_rows, batch, sums)
         return loss, self._best_over_worst(values.detach(), scales, batch)
 
     def _forward(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:

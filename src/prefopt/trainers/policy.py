@@ -9,14 +9,20 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
-from prefopt.scoring.attention import load_with_flex_attention
 from prefopt.scoring.logprobs import install_scoring
 
 REFERENCE_ADAPTER = "ref"
+_RESERVED_NAMES = {
+    REFERENCE_ADAPTER: "the name of the frozen copy that is its reference",
+    "weight": "which PEFT cannot tell from the names of weights when it saves",
+    "bias": "which PEFT cannot tell from the names of weights when it saves",
+}
 
 
 def load_model(
@@ -29,7 +35,7 @@ def load_model(
 
     Args:
         model: hub name, local folder, or a model in memory (a `PeftModel` too).
-        args: trainer config; `model_init_kwargs`, `trust_remote_code` and `batch_layout` are read.
+        args: trainer config; `model_init_kwargs` and `trust_remote_code` are read.
         quantization_config: passed to the loader.
         loader: loads a name or folder, given the settings as keywords.
 
@@ -49,8 +55,6 @@ def load_model(
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         init["device_map"] = None
     init.setdefault("trust_remote_code", args.trust_remote_code)
-    if args.device.type == "cuda" and args.batch_layout != "padded":
-        return load_with_flex_attention(loader, model, **init)
     return loader(model, **init)
 
 
@@ -106,20 +110,36 @@ def with_adapter(
     elif isinstance(model, PeftModel):
         _copy_adapter(model)
     if isinstance(model, PeftModel):
-        if isinstance(base_model_of(model).get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
-                "An adapter on `lm_head` would be ignored: log-probs are computed from `lm_head.weight`. Remove "
-                "`lm_head` from `target_modules`, or name it in `modules_to_save`."
-            )
         _choose_checkpointing(args)
+    check_trainable(model)
+    if args.disable_dropout:
+        disable_dropout_in_model(model)
+    return model
+
+
+def check_trainable(model: PreTrainedModel | PeftModel) -> None:
+    """Check that something trains, and nothing that the scoring path would ignore.
+
+    Raises:
+        ValueError: no parameter is trainable, or an adapter wraps the LM head.
+    """
+    head = base_model_of(model).get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise ValueError(
+            "An adapter on `lm_head` would be ignored: log-probs are computed from `lm_head.weight`. Remove "
+            "`lm_head` from `target_modules`, or name it in `modules_to_save`."
+        )
+    if isinstance(head, TrainableTokensWrapper):
+        raise ValueError(
+            "`trainable_token_indices` wraps the LM head of a model with tied embeddings, and log-probs are computed "
+            "from `lm_head.weight` without it. Leave the setting out, or train both whole with "
+            "`modules_to_save: [embed_tokens, lm_head]`."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter of the model is trainable (`requires_grad`). Load a trained adapter with "
             "`is_trainable=True`."
         )
-    if args.disable_dropout:
-        disable_dropout_in_model(model)
-    return model
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: PeftConfig) -> PeftModel:
@@ -150,16 +170,20 @@ def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Peft
 def _copy_adapter(model: PeftModel) -> None:
     """Copy the active adapter's present weights into a second, frozen adapter."""
     trained = model.active_adapter
+    if why := _RESERVED_NAMES.get(trained):
+        raise ValueError(f"The model's adapter is called {trained!r}, {why}: load it under another `adapter_name`.")
     if REFERENCE_ADAPTER in model.peft_config:  # of an earlier trainer on this model
         model.delete_adapter(REFERENCE_ADAPTER)
     model.add_adapter(REFERENCE_ADAPTER, model.peft_config[trained])
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if f".{trained}" in name:
-            copied = parameters[name.replace(f".{trained}", f".{REFERENCE_ADAPTER}")]
-            with torch.no_grad():
-                copied.copy_(parameter)
-            copied.requires_grad_(False)
+    # by the containers that hold one entry an adapter, as adapters may be called like any module of the model
+    for container in model.modules():
+        if isinstance(container, (nn.ModuleDict, nn.ParameterDict)) and {trained, REFERENCE_ADAPTER} <= {*container}:
+            entries: list[Any] = [container[REFERENCE_ADAPTER], container[trained]]
+            weights = [[each] if isinstance(each, nn.Parameter) else each.parameters() for each in entries]
+            for copied, parameter in zip(*weights):
+                with torch.no_grad():
+                    copied.copy_(parameter)
+                copied.requires_grad_(False)
 
 
 def _choose_checkpointing(args: Any) -> None:

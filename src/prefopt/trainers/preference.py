@@ -20,8 +20,9 @@ from prefopt import losses as pure
 from prefopt.data.encoding import with_pad_token
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
+from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.logprobs import CompletionScores, score_completions
-from prefopt.trainers.base import BaseTrainer, describe_wrapping
+from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, describe_wrapping, evaluated
 from prefopt.trainers.collators import CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
@@ -164,6 +165,7 @@ class PreferenceTrainer(BaseTrainer):
         )
         self._aux_coefficient = _router_coefficient(policy, args)
         self._margin_checked = False
+        self._scored_by_policy = False
         if args.precompute_ref_log_probs:
             self._attach_scores_to_all(reference)
             reference = None
@@ -174,7 +176,7 @@ class PreferenceTrainer(BaseTrainer):
         """The reference as a module; None where the policy holds it or its scores are cached."""
         return None if self.reference is None else self.reference.module
 
-    # ---- the spine --------------------------------------------------------------------------------------------------
+    # ---- the spine
 
     def step_loss(self, model: nn.Module, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """Compute the loss of a micro-batch; predictions are the (B, 2) rewards. See `BaseTrainer.step_loss`."""
@@ -195,8 +197,6 @@ class PreferenceTrainer(BaseTrainer):
         return score_completions(
             model,
             batch,
-            attn_implementation=self.attn_implementation,
-            dtype=self.model.dtype,
             alignment=self.args.weight_alignment if self.args.use_weighting else None,
             vocab_statistics=self.args.vocab_metrics,
             aux_loss=bool(self._aux_coefficient),
@@ -266,8 +266,8 @@ class PreferenceTrainer(BaseTrainer):
         if self._margin_checked:
             return
         self._margin_checked = True
-        live = self.needs_reference and not args.precompute_ref_log_probs
-        if not (self.reference_is_initial and live and self.state.global_step == 0 and args.disable_dropout):
+        known = self._scored_by_policy if args.precompute_ref_log_probs else self.needs_reference
+        if not (self.reference_is_initial and known and self.state.global_step == 0 and args.disable_dropout):
             return
         tolerance = 1e-3 if self.model.dtype == torch.float32 and not (args.bf16 or args.fp16) else 2e-2
         policy = torch.stack([pair.chosen_logps, pair.rejected_logps])
@@ -313,7 +313,7 @@ class PreferenceTrainer(BaseTrainer):
             sft = values.pop("_sft", 0.0) * dict(self._weighted_losses()).get(SFT, 0.0)
             values["loss"] = values["loss"] + sft + self._aux_coefficient * values.get("aux_loss", 0.0)
 
-    # ---- checks and words -------------------------------------------------------------------------------------------
+    # ---- checks and words
 
     @classmethod
     def _check_arguments(
@@ -378,6 +378,12 @@ class PreferenceTrainer(BaseTrainer):
         """Name a user's collator, which makes padded batches, as the reason against packing."""
         return "a `data_collator` was given" if isinstance(self.collate, CustomCollator) else None
 
+    def restore_attention(self) -> None:
+        """See `BaseTrainer.restore_attention`; the reference's as well."""
+        super().restore_attention()
+        if self.ref_model is not None:
+            restore_attention(self.ref_model)
+
     def describe_run(self) -> str:
         """Describe processes, wrapping, batches and reference in one line."""
         if self.args.precompute_ref_log_probs:
@@ -390,7 +396,7 @@ class PreferenceTrainer(BaseTrainer):
             reference = f"live, {describe_wrapping(self.reference.module)}"
         return f"{super().describe_run()[:-1]}; reference: {reference}."
 
-    # ---- data -------------------------------------------------------------------------------------------------------
+    # ---- data
 
     def _prepare_all(
         self,
@@ -400,10 +406,10 @@ class PreferenceTrainer(BaseTrainer):
         tokenizer: PreTrainedTokenizerBase,
     ) -> tuple[Dataset | None, Dataset | dict[str, Dataset] | None]:
         self._args_for_data = args, tokenizer
-        train_dataset = self._prepare(train_dataset, "train")
+        train_dataset = self._prepare(train_dataset, TRAINING)
         if isinstance(eval_dataset, dict):
-            return train_dataset, {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
-        return train_dataset, self._prepare(eval_dataset, "eval")
+            return train_dataset, {key: self._prepare(d, evaluated(key)) for key, d in eval_dataset.items()}
+        return train_dataset, self._prepare(eval_dataset, EVALUATION)
 
     def _prepare(self, dataset: Dataset | None, name: str) -> Dataset | None:
         """Tokenise `dataset` and check the columns that the method needs."""
@@ -445,20 +451,23 @@ class PreferenceTrainer(BaseTrainer):
         )
 
     def _attach_scores_to_all(self, module: PreTrainedModel | PeftModel | None) -> None:
-        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        datasets = {"train": self.train_dataset, **named}
-        done = self._attach_scores({name: d for name, d in datasets.items() if d is not None}, module)
-        self.train_dataset = done.pop("train", None)
-        self.eval_dataset = done if isinstance(self.eval_dataset, dict) else done.get("eval")
+        # scores that came with the data may be those of any model
+        self._scored_by_policy = not any(has_scores(dataset) for dataset in self._datasets())
+        done = self._attach_scores(self._named_datasets(), module)
+        self.train_dataset = done.get(TRAINING)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {key: done.get(evaluated(key)) for key in self.eval_dataset}
+        else:
+            self.eval_dataset = done.get(EVALUATION)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate; a data set given here is prepared like the one of the constructor."""
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare_late(dataset, name) for name, dataset in eval_dataset.items()}
+            eval_dataset = {key: self._prepare_late(d, evaluated(key)) for key, d in eval_dataset.items()}
         elif isinstance(eval_dataset, Dataset) and eval_dataset not in self._datasets():
-            eval_dataset = self._prepare_late(eval_dataset, metric_key_prefix)
+            eval_dataset = self._prepare_late(eval_dataset, evaluated(metric_key_prefix))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _prepare_late(self, dataset: Dataset, name: str) -> Dataset:

@@ -30,6 +30,7 @@ from prefopt.losses.reward import adversarial_reward_loss, bradley_terry_loss, r
 from prefopt.models.heads import ADAPTER_RECORD, HeadedModel
 from prefopt.models.reward import RewardModel
 from prefopt.scoring.logprobs import attention_mask_of
+from prefopt.trainers.base import TRAINING
 from prefopt.trainers.comparison import ComparisonConfig, ComparisonTrainer, as_table, ranked
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.policy import base_model_of, load_model
@@ -111,6 +112,17 @@ class HeadTrainer(ComparisonTrainer):
                 )
         return loaded
 
+    def check_text(self, model: Any, tokenizer: Any) -> None:
+        """Record in the model how the training texts become ids; check every other data set against that.
+
+        Raises:
+            ValueError: strings beside messages, or either for a model that was trained on the other.
+        """
+        headed: Any = base_model_of(model)
+        for name, report in self.data.reports.items():
+            if report.form is not None:
+                headed.record_text(tokenizer, report.form, where=f"The {name} set")
+
     def adapter_config(self, peft_config: PeftConfig, model: Any) -> PeftConfig:
         """Have the heads trained in full, and no task, as a task's wrapper would not run the head's forward."""
         changed: Any = copy.deepcopy(peft_config)
@@ -137,9 +149,8 @@ class HeadTrainer(ComparisonTrainer):
 
     def run_model(self, model: Any, batch: dict[str, Any], **inputs: Tensor) -> Any:
         """Run one forward over the batch's responses, through whatever wraps the model."""
-        mask = attention_mask_of(model, batch, attn_implementation=self.attn_implementation, dtype=self.model.dtype)
         shared = {name: batch[name] for name in ("input_ids", "position_ids", "last_index")}
-        return model(attention_mask=mask, **shared, **inputs)
+        return model(attention_mask=attention_mask_of(model, batch), **shared, **inputs)
 
     def why_not_packed(self) -> str | None:
         """Give each sequence a separate row for heads that read every token of it."""
@@ -271,7 +282,8 @@ class RewardTrainer(HeadTrainer):
     def step_loss(self, model: Any, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 2) rewards of each row's best and worst response."""
         rewards = as_table(self.run_model(model, batch).logits[:, 0], batch)  # (B, R)
-        self.watch_finite(rewards.sum(1), batch, sums)
+        # a row's loss is finite where its rewards and its margin are
+        self.watch_finite(rewards.sum(1) + batch.get("margin", 0.0), batch, sums)
         mask = batch["mask"] & batch["real"][:, None]
         total = self.total_loss(rewards, mask, batch)
         self.record(total, rewards.detach(), mask, batch, sums)
@@ -364,7 +376,7 @@ class AdversarialRewardTrainer(RewardTrainer):
             raise ValueError(
                 f"The {name} set has margins, which the adversarial loss does not read; remove the column."
             )
-        if name != "train":
+        if name != TRAINING:
             return
         adversarial = sum(dataset["is_adversarial"])
         if not adversarial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,16 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from prefopt.arguments import setting
 from prefopt.candidates.pairs import Array
-from prefopt.data.encoding import TextGroup, Truncation, encode_groups, prepare_tokenizer
+from prefopt.data.encoding import MESSAGES, STRINGS, TextGroup, Truncation, encode_groups, prepare_tokenizer
 from prefopt.data.messages import BadRow, TextOrMessages, as_messages
+from prefopt.models.heads import HeadedModel, head_kind
+
+logger = logging.get_logger(__name__)
 
 UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
 
@@ -144,6 +149,33 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
         start += size
 
 
+def load_tokenizer(path: str, **settings: Any) -> Any:
+    """Load a ranker's tokenizer.
+
+    Raises:
+        ValueError: it cannot be read, because packages for SentencePiece models are missing or otherwise.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, **settings)
+    except (ImportError, ValueError, OSError) as error:
+        # without these transformers takes such a model for another kind, and its error names another package
+        packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        missing = [package for module, package in packages.items() if not _is_installed(module)]
+        if missing and any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken")):
+            raise ValueError(
+                f"{path}: reading its SentencePiece tokenizer needs {' and '.join(missing)}: pip install "
+                "'prefopt[pairrm]'."
+            ) from error
+        raise ValueError(f"{path}: its tokenizer cannot be read: {error}") from error
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def ordered_pairs(requests: Sequence[Request]) -> list[tuple[int, int, int]]:
     """Return every ordered pair of different candidates as (request, first, second)."""
     return [
@@ -195,18 +227,26 @@ class Answer:
 
 
 def encode_answers(
-    requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase, max_length: int | None, tally: Tally
+    requests: Sequence[Request],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    tally: Tally,
+    *,
+    form: str | None = None,
 ) -> list[list[Answer]]:
-    """Encode every answer behind its prompt, under the ranker's own chat template (as plain text where it has none).
+    """Encode every answer behind its prompt.
 
-    Too long a sequence loses the beginning of its prompt, then that of the answer: rewards are read at the end.
+    Texts become ids as in training, whose `form` is "strings" or "messages"; where that is unknown (None), under the
+    ranker's own chat template, and as plain text where it has none. Too long a sequence loses the beginning of its
+    prompt, then that of the answer: rewards are read at the end.
 
     Raises:
-        ValueError: the chat template raises for a row (because of a system turn, say).
+        ValueError: the chat template raises for a row (because of a system turn, say), or a ranker that was trained on
+            strings gets a dialogue.
     """
     prepare_tokenizer(tokenizer)
     truncation = Truncation(max_length=max_length, mode="keep_end")
-    encoded = encode_groups([_group(request, tokenizer) for request in requests], tokenizer)
+    encoded = encode_groups([_group(request, tokenizer, form) for request in requests], tokenizer)
     answers = []
     for request, group in zip(requests, encoded):
         if isinstance(group, BadRow):
@@ -225,11 +265,35 @@ def encode_answers(
     return answers
 
 
-def _group(request: Request, tokenizer: PreTrainedTokenizerBase) -> TextGroup:
-    if tokenizer.chat_template:
+def _group(request: Request, tokenizer: PreTrainedTokenizerBase, form: str | None) -> TextGroup:
+    if form == MESSAGES or (form is None and tokenizer.chat_template):
         replies: list[TextOrMessages] = [[{"role": "assistant", "content": text}] for text in request.candidates]
         return TextGroup(as_messages(request.prompt), replies)
+    turns = as_messages(request.prompt)
+    if form == STRINGS and [turn["role"] for turn in turns] != ["user"]:
+        raise ValueError(
+            f"Row {request.row!r}: its prompt is a dialogue of {len(turns)} turns, and the ranker was trained on "
+            "strings, which do not say how turns are joined. Train it on messages, or give the prompts as the strings "
+            "that it knows."
+        )
     return TextGroup(plain_text(request.prompt), list(request.candidates))
+
+
+def form_of_model(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> str | None:
+    """Return the form of the texts that a ranker was trained on; None where it is not recorded.
+
+    Raises:
+        ValueError: the tokenizer gives other ids than in training.
+    """
+    form = model.text_form if isinstance(model, HeadedModel) else None
+    if form is not None:
+        model.record_text(tokenizer, form, where=f"{path}: what it ranks")
+    elif isinstance(model, HeadedModel) and tokenizer.chat_template and head_kind(path) is not None:
+        logger.warning(
+            f"{path} does not say whether it was trained on strings or on messages; it reads messages under its chat "
+            "template."
+        )
+    return form
 
 
 def score_answers(

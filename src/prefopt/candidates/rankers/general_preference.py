@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import (
@@ -19,6 +19,8 @@ from prefopt.candidates.rankers.base import (
     Request,
     Tally,
     encode_answers,
+    form_of_model,
+    load_tokenizer,
     longest_input,
     pad,
     positions_of,
@@ -44,9 +46,10 @@ class GeneralPreferenceRanker(Ranker):
 
     def __init__(self, options: Any) -> None:
         path, self.device, self.tokens_per_batch = options.path, options.device, options.tokens_per_batch
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = load_tokenizer(path)
         model: Any = GeneralPreferenceModel.from_pretrained(path, dtype=options.torch_dtype)
         self.model = model.to(self.device).eval()
+        self.form = form_of_model(model, self.tokenizer, path)
         self.dim = int(model.head_record["dim"])
         self.max_length = longest_input(path, options.max_length, positions_of(model.config))
         known = Path(path, "adapter_config.json").is_file() or RECORD in PretrainedConfig.get_config_dict(path)[0]
@@ -60,7 +63,7 @@ class GeneralPreferenceRanker(Ranker):
 
     def encode(self, requests: Sequence[Request], tally: Tally) -> list[list[Answer]]:
         """Return the token ids that the model reads."""
-        answers = encode_answers(requests, self.tokenizer, self.max_length, tally)
+        answers = encode_answers(requests, self.tokenizer, self.max_length, tally, form=self.form)
         if not self.as_released:
             return answers
         return [self._released_row(request, row) for request, row in zip(requests, answers)]

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, DebertaV2Config, DebertaV2Model
+from transformers import AutoConfig, DebertaV2Config, DebertaV2Model
 
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import (
@@ -21,6 +21,7 @@ from prefopt.candidates.rankers.base import (
     Request,
     Tally,
     length_batches,
+    load_tokenizer,
     ordered_pairs,
     pad,
     plain_text,
@@ -124,11 +125,11 @@ class PairRanker(nn.Module):
         weights = _read_weights(folder)
         if described.get("ranker_type") == "pairranker":
             backbone = AutoConfig.from_pretrained(described["model_name"])
-            tokenizer = AutoTokenizer.from_pretrained(described["model_name"])
+            tokenizer = load_tokenizer(described["model_name"])
             limits = Limits(described["source_maxlength"], described["candidate_maxlength"])
         elif described.get("model_type") == "deberta-v2" and "source_prefix_id" in described:
             backbone = DebertaV2Config.from_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = load_tokenizer(str(folder))
             limits = Limits()
         else:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from prefopt.arguments import setting
 from prefopt.candidates.pairs import Array
@@ -20,12 +20,15 @@ from prefopt.candidates.rankers.base import (
     Request,
     Tally,
     encode_answers,
+    form_of_model,
+    load_tokenizer,
     longest_input,
     pad,
     plain_text,
     positions_of,
     score_answers,
 )
+from prefopt.models.gated_reward import ARCHITECTURE, GatedRewardModel
 from prefopt.models.heads import RECORD
 from prefopt.models.reward import RewardModel
 
@@ -34,7 +37,7 @@ from prefopt.models.reward import RewardModel
 class RewardOptions(LengthOptions):
     """Options of reward models."""
 
-    trust_remote_code: bool = setting(False, "reward-model: run the code that comes with the model (ArmoRM).")
+    trust_remote_code: bool = setting(False, "reward-model: run the Python code that comes with the model.")
 
 
 class RewardRanker(Ranker):
@@ -48,8 +51,9 @@ class RewardRanker(Ranker):
 
     def __init__(self, options: Any) -> None:
         self.path, self.device, self.tokens_per_batch = options.path, options.device, options.tokens_per_batch
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=options.trust_remote_code)
-        model = _load(self.path, options.torch_dtype, options.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.path, trust_remote_code=options.trust_remote_code)
+        model = _load(self.path, self.tokenizer, options.torch_dtype, options.trust_remote_code)
+        self.form = form_of_model(model, self.tokenizer, self.path)
         self.model = model.to(self.device).eval()
         self.max_length = longest_input(
             self.path, options.max_length, positions_of(self.model.config), self.tokenizer.model_max_length
@@ -70,7 +74,7 @@ class RewardRanker(Ranker):
         """Return the token ids that the model reads."""
         if self.reads_pairs:
             return [self._encode_pairs(request, tally) for request in requests]
-        return encode_answers(requests, self.tokenizer, self.max_length, tally)
+        return encode_answers(requests, self.tokenizer, self.max_length, tally, form=self.form)
 
     def _encode_pairs(self, request: Request, tally: Tally) -> list[Answer]:
         """Encode prompt and answer as a pair of texts, for encoders without a template; the longer is cut first."""
@@ -100,11 +104,13 @@ class RewardRanker(Ranker):
         return output.logits[:, 0]
 
 
-def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _load(path: str, tokenizer: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     is_adapter = Path(path, "adapter_config.json").is_file()
     config = {} if is_adapter else PretrainedConfig.get_config_dict(path)[0]
     if is_adapter or config.get(RECORD):
         return RewardModel.from_pretrained(path, dtype=dtype)
+    if ARCHITECTURE in (config.get("architectures") or ()):
+        return GatedRewardModel.load(path, tokenizer, dtype=dtype)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
