@@ -27,7 +27,9 @@ YAML_VALUES = 100_000  # once every alias is written out
 # a disk or a quota that is full, a limit on a file's size, a read-only or failing disk, a folder without permission
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 # the same in the words of torch and safetensors, which raise other errors
-_STORAGE_WORDS = re.compile(r"os error (28|122|27|30|5|13|1)\)|file write failed|iostream error|enforce fail.*write")
+_STORAGE_WORDS = re.compile(
+    r"os error (28|122|27|30|5|13|1)\)|file write failed|iostream error|enforce fail.*(write|unexpected pos)"
+)
 
 
 def storage_fault(error: BaseException, folder: str | os.PathLike[str], needed: float = 0) -> str | None:

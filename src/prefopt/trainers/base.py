@@ -569,15 +569,15 @@ class BaseTrainer(HookedTrainer):
         self._raise_on_all_ranks(lambda: check_space(Path(args.output_dir), int(needed), checkpoints=kept))
 
     def _raise_on_all_ranks(self, check: Callable[[], None]) -> None:
-        problem = ""
+        problem, cause = "", None
         if self.is_world_process_zero():
             try:
                 check()
             except ValueError as error:
-                problem = str(error)
+                problem, cause = str(error), error.__cause__
         (problem,) = broadcast_object_list([problem])
         if problem:
-            raise ValueError(problem)
+            raise ValueError(problem) from cause
 
     def create_model_card(  # type: ignore[override]  # the arguments are those of TRL's trainers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -6,9 +6,7 @@ is there, with optimizer and schedule, and its files are those that were written
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
 import shutil
 import tempfile
 import zipfile
@@ -160,9 +158,10 @@ def try_saving(folder: Path, save: Callable[[Path], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".try-saving-") as trial:
             save(Path(trial))
-    except OSError as error:
-        raise ValueError(f"Nothing can be written to {folder}: {error.strerror or error}.") from error
     except Exception as error:
+        if isinstance(error, OSError) or files.storage_fault(error, folder) is not None:
+            fault = files.storage_fault(error, folder) if folder.is_dir() else None
+            raise ValueError(fault or f"{folder} cannot be written: {error}.") from error
         reason = " ".join(str(error).split())
         advice = (
             " Set `model.generation_config`, or edit generation_config.json in the model's folder."
@@ -200,24 +199,20 @@ def check_space(folder: Path, needed: int, *, checkpoints: int) -> None:
 
 @contextmanager
 def one_line_about_storage(folder: Path, output_dir: Path) -> Iterator[None]:
-    """Turn errors of the disk while `folder` is written into one line on what is lost and how to continue.
+    """Turn errors of the disk while `folder` is written into one line on what is missing and how to continue.
 
     An unfinished checkpoint is removed: nobody can continue from it, and it takes the space of the next one.
 
     Raises:
-        OSError: the disk is full, the folder was deleted or may not be written.
+        OSError: the disk is full, the folder was removed or may not be written.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not _raised_by(error, "serialization.py"):
-            raise
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and free < 2**20:  # torch does not say what it got from the system
-            reason = os.strerror(errno.ENOSPC)
+        fault = files.storage_fault(error, folder, size)
+        if fault is None:
+            raise
         if folder != output_dir:
             shutil.rmtree(folder, ignore_errors=True)
         last = last_checkpoint(output_dir) if output_dir.is_dir() else None
@@ -226,18 +221,7 @@ def one_line_about_storage(folder: Path, output_dir: Path) -> Iterator[None]:
             if last
             else "start the run again: there is no earlier checkpoint to continue from"
         )
-        raise OSError(
-            f"{folder} could not be written: {reason.rstrip('.')} (more than {size / GIB:.3g} GiB are needed, "
-            f"{free / GIB:.3g} GiB are free). Make room, or the folder writable, then {advice}."
-        ) from error
-
-
-def _raised_by(error: BaseException, module: str) -> bool:
-    """Check in which file an error was raised; `torch.save` raises plain RuntimeErrors when it cannot write."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename).name == module
+        raise OSError(f"{fault} Make room, or the folder writable, then {advice}.") from error
 
 
 def check_saved_shapes(folder: Path) -> None:
