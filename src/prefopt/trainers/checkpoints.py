@@ -161,7 +161,10 @@ def try_saving(folder: Path, save: Callable[[Path], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) or files.storage_fault(error, folder) is not None:
             fault = files.storage_fault(error, folder) if folder.is_dir() else None
-            raise ValueError(fault or f"{folder} cannot be written: {error}.") from error
+            raise ValueError(
+                f"{fault or f'{folder} cannot be written: {error}.'} Nothing is trained that could not be saved; once it "
+                "can be written, the same command with --resume_from_checkpoint true continues."
+            ) from error
         reason = " ".join(str(error).split())
         advice = (
             " Set `model.generation_config`, or edit generation_config.json in the model's folder."
