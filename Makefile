@@ -4,6 +4,7 @@
 #   make quickstart        train a tiny chat model with WPO on this machine's CPU (about two minutes)
 #   make test              the whole offline test suite
 #   make quality           what CI checks: lint, format, types, imports;  make style fixes the first two
+#   make fuzz              random inputs to everything that reads what others wrote, for two minutes
 #   make bench             our padded path against TRL's DPOTrainer on this machine
 #   make test-oldest       the fast tests on the oldest versions that pyproject.toml allows (an environment of its own)
 #   make test-newest       the fast tests on the newest versions that the index has (an environment of its own)
@@ -24,7 +25,7 @@ RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOK
 SOURCES := src tests scripts benchmarks examples docs/file_tree.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup style quality test test-oldest test-newest quickstart bench clean
+.PHONY: help setup style quality test test-oldest test-newest quickstart fuzz bench clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -60,11 +61,15 @@ test-oldest test-newest: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(PYTHON) -m venv .venv-$(@:test-%=%)
 	$(BIN)/uv pip install --quiet --python .venv-$(@:test-%=%) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		--resolution $(if $(findstring oldest,$@),lowest-direct,highest) --upgrade $(RESOLVE) --editable '.[dev]'
+		--resolution $(if $(findstring oldest,$@),lowest-direct,highest) --upgrade $(RESOLVE) --editable .
+	$(BIN)/uv pip install --quiet --python .venv-$(@:test-%=%) $(RESOLVE) --editable '.[dev]'
 	$(RUN) OMP_NUM_THREADS=1 .venv-$(@:test-%=%)/bin/python -m pytest -n 2 --dist worksteal
 
 quickstart: $(READY)
 	$(RUN) $(BIN)/python examples/quickstart/quickstart.py
+
+fuzz: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 bench: $(READY)
 	$(RUN) $(BIN)/python benchmarks/step_throughput.py --layouts padded $(ARGS)

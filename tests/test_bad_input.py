@@ -105,10 +105,13 @@ CASES = {
     "prompt as long as everything": ({"max_prompt_length": 96}, None, ["max_prompt_length", "96"]),
     "beta not positive": ({"beta": 0}, None, ["beta", "positive"]),
     "no output folder": ({"output_dir": None}, None, ["output_dir is missing"]),
-    "another model in the folder": ({}, earlier_run, ["already holds a trained model: replace it with --overwrite_output_dir"]),
+    "another model in the folder": ({}, earlier_run,
+        ["already holds a trained model: replace it with --overwrite_output_dir"]),
     "resuming another model": ({"resume_from_checkpoint": True}, earlier_run, ["a trained model of other settings"]),
-    "another run in the folder": ({}, earlier_checkpoint, ["reached step 7: continue it with --resume_from_checkpoint"]),
-    "resuming another run": ({"resume_from_checkpoint": True}, earlier_checkpoint, ["other settings", "learning_rate was 1.0"]),
+    "another run in the folder": ({}, earlier_checkpoint,
+        ["reached step 7: continue it with --resume_from_checkpoint"]),
+    "resuming another run": ({"resume_from_checkpoint": True}, earlier_checkpoint,
+        ["other settings", "learning_rate was 1.0"]),
     "overwriting the model": (
         {"model_name_or_path": "{folder}/model/", "output_dir": "{folder}", "overwrite_output_dir": True},
         without_template,
@@ -119,7 +122,8 @@ CASES = {
         lambda folder, model: LoraConfig(base_model_name_or_path="./nowhere").save_pretrained(folder / "adapter"),
         ["model_name_or_path './nowhere'"],
     ),
-    "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None, ["give one of them"]),
+    "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None,
+        ["give one of them"]),
     "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no whole checkpoint"]),
     "adapter on the head": (
         {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]},
@@ -127,8 +131,10 @@ CASES = {
         ["recipe.yaml, line", "lm_head", "lora_modules_to_save"],
     ),
     "adapter settings without adapter": ({"lora_r": 8}, None, ["lora_r needs use_peft: true"]),
-    "no pairs in a batch": ({"per_device_train_batch_size": 0}, None, ["per_device_train_batch_size` must be at least 1"]),
-    "no accumulation step": ({"gradient_accumulation_steps": 0}, None, ["gradient_accumulation_steps` must be at least 1"]),
+    "no pairs in a batch": ({"per_device_train_batch_size": 0}, None,
+        ["per_device_train_batch_size` must be at least 1"]),
+    "no accumulation step": ({"gradient_accumulation_steps": 0}, None,
+        ["gradient_accumulation_steps` must be at least 1"]),
     "negative learning rate": ({"learning_rate": -1}, None, ["learning_rate"]),
     "beta without end": ({"beta": float("inf")}, None, ["beta", "positive"]),
     "compressed data cut short": (
@@ -137,10 +143,12 @@ CASES = {
         ["rows.jsonl.gz", "could not be read"],
     ),
     "uncompressed data under a compressed name": (
-        {"dataset_name": "{folder}/rows.jsonl.gz"}, write("rows.jsonl.gz", ROW), ["rows.jsonl.gz", "could not be read"],
+        {"dataset_name": "{folder}/rows.jsonl.gz"}, write("rows.jsonl.gz", ROW),
+        ["rows.jsonl.gz", "could not be read"],
     ),
     "uneven batch": ({"global_batch_size": 0}, None, ["global_batch_size 0"]),
-    "two batch sizes": ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, None, ["two ways to say one thing"]),
+    "two batch sizes": ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, None,
+        ["two ways to say one thing"]),
     "attention that needs a GPU": ({"attn_implementation": "flash_attention_2"}, None, ["needs a GPU"]),
     "WPO without weights": ({"use_weighting": False}, None, ["use_weighting"]),
     "streamed data": ({"dataset_streaming": True}, None, ["dataset_streaming", "only False is possible"]),
@@ -167,6 +175,10 @@ CASES = {
 }  # fmt: skip
 
 
+# the model in the folder has no chat template either; the attention's package is not installed
+TWO_MISTAKES = ("overwriting the model", "attention that needs a GPU")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_recipe(name, tmp_path, model, data, capsys, request):
     changes, prepare, expected = CASES[name]
@@ -181,11 +193,27 @@ def test_bad_recipe(name, tmp_path, model, data, capsys, request):
     assert main(["wpo", str(recipe)]) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in printed if line.startswith("prefopt: error: ")]
-    assert len(errors) == 1
+    assert len(errors) == (2 if name in TWO_MISTAKES else 1)
     assert not any("Traceback" in line for line in printed)
     for words in expected:
         assert words in errors[0], errors[0]
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_all_mistakes_are_shown_at_once(tmp_path, model, data, capsys, no_weights):
+    """As many lines as `prefopt check` finds problems, the same ones."""
+    changes = {"learning_rte": 1, "beta": "strong", "lora_r": 8, "dataset_name": f"{tmp_path}/no.jsonl"}
+    recipe = str(tiny_recipe(tmp_path, model, data, **changes))
+    assert main(["wpo", recipe]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prefopt: error: ")]
+    for words in ("unknown key 'learning_rte'", "beta: expected a number", "lora_r needs use_peft", "no.jsonl"):
+        assert sum(words in line for line in errors) == 1, words
+    assert main(["check", recipe]) == 2
+    problems = capsys.readouterr().out.split("problem(s):")[1].strip().splitlines()
+    assert sorted(line.strip(" -") for line in problems) == sorted(
+        line.removeprefix("prefopt: error: ") for line in errors
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_good_recipe_does_load_weights(tmp_path, model, data, no_weights):

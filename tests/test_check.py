@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedModel
 
 from prefopt.cli import main
+from prefopt.files import write_jsonl
 from prefopt.memory import Memory
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
@@ -62,8 +63,8 @@ def test_all_problems_are_collected(tmp_path, model, data, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_text("")
     recipe = tiny_recipe(
-        tmp_path, model, data, beta="strong", learning_rte=1, warmup_ratio=7, use_peft=True, lora_target_modules=["lm_head"],
-        dataset_name=f"{tmp_path}/no.jsonl", use_cpu=None,
+        tmp_path, model, data, beta="strong", learning_rte=1, warmup_ratio=7, use_peft=True, use_cpu=None,
+        lora_target_modules=["lm_head"], dataset_name=f"{tmp_path}/no.jsonl",
     )  # fmt: skip
     status, printed = check(capsys, recipe, "--accelerate_config", "deepspeed_zero3")
     assert status == 2
@@ -150,7 +151,7 @@ def test_an_adapter_is_estimated_with_the_model_under_it(tmp_path, model, data, 
     status, printed = check(capsys, tiny_recipe(tmp_path, tmp_path / "adapter", data))
     assert status == 0, printed
     ((shape, settings),) = estimates
-    assert settings["trained"] == 2 * (32 * 8 + 8 * 32)  # two layers' q_proj, 32 to 32
+    assert shape.trained == 2 * (32 * 8 + 8 * 32)  # two layers' q_proj, 32 to 32
     assert shape.parameters > 10_000 and settings["keeps_reference"] is False
 
 
@@ -221,3 +222,21 @@ def test_checking_changes_nothing_for_the_run_after_it(tmp_path, model, data, ca
 def test_the_recipe_of_a_loop_is_told_what_looks_at_it(capsys):
     assert main(["check", "pipelines/sppo_llama3_8b"]) == 2
     assert "`prefopt pipeline RECIPE --dry_run` checks it" in capsys.readouterr().err
+
+
+def test_rows_that_are_largely_cut_are_a_warning_before_training(tmp_path, model, data, capsys):
+    recipe = tiny_recipe(tmp_path, model, data, max_length=32, max_prompt_length=None)
+    status, printed = check(capsys, recipe)
+    assert status == 0
+    assert "rows (100%) do not fit in max_length 32 and are cut" in printed
+    with pytest.raises(AssertionError, match="check loaded weights"):  # so that all of this came before
+        main(["wpo", str(recipe)])
+    assert "rows (100%) do not fit in max_length 32 and are cut" in capsys.readouterr().err
+    assert "do not fit" not in check(capsys, tiny_recipe(tmp_path, model, data))[1]
+
+
+def test_many_dropped_rows_are_a_warning(tmp_path, model, capsys):
+    good = [{"prompt": "x", "chosen": "y", "rejected": f"z{number}"} for number in range(20)]
+    write_jsonl(tmp_path / "rows.jsonl", [*good, *(3 * [{"prompt": "a", "chosen": "b", "rejected": "b"}])])
+    _, printed = check(capsys, tiny_recipe(tmp_path, model, tmp_path / "rows.jsonl"))
+    assert "note: train: 3 of 23 rows are dropped: 3 " in printed

@@ -90,7 +90,7 @@ def test_the_processes_status_is_ours_without_the_launchers_report(monkeypatch):
 
 
 def test_only_the_first_process_speaks(monkeypatch, capsys):
-    launch.tell("hello")
+    launch.print_on_main("hello")
     monkeypatch.setenv("RANK", "1")
-    launch.tell("hello again")
+    launch.print_on_main("hello again")
     assert capsys.readouterr().err == "prefopt: hello\n"

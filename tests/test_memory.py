@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from prefopt import DPOConfig, DPOTrainer
-from prefopt.memory import Launch, ModelShape, adapter_parameters, estimate, optimizer_bytes
+from prefopt.memory import Launch, ModelShape, estimate, optimizer_bytes
 from prefopt.recipes import locate
 from tests.tiny import tiny_model
 from tests.tiny_runs import pair_rows, write_model
 
 # Llama-3-8B: 32 layers of 218,112,000 parameters, two vocabularies of 128,256 x 4,096, a final norm
 LLAMA = AutoConfig.for_model(
-    "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+    "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, vocab_size=128256,
 )  # fmt: skip
 N = 8_030_261_248
 
 
 def parts(shape, launch, **changes):
     settings = {
-        "dtype": "float32", "bf16": True, "optimizer": "adamw_torch", "trained": shape.parameters, "tokens": 1000, "scored_tokens": 500,
+        "dtype": "float32", "bf16": True, "optimizer": "adamw_torch", "tokens": 1000, "scored_tokens": 500,
     }  # fmt: skip
     return estimate(shape, launch, **{**settings, **changes}).parts
 
@@ -76,9 +79,11 @@ def test_activations_and_log_probs(shape):
 
 def test_four_bit_adapter(shape):
     adapter = LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trained = adapter_parameters(LLAMA, shape, adapter)
+    adapted = ModelShape.of(LLAMA, adapter)
+    trained = adapted.trained
     assert trained == 32 * 8 * (4096 + 4096)
-    found = parts(shape, Launch(), dtype="bfloat16", trained=trained, four_bit=True, keeps_reference=False)
+    assert replace(adapted, trained=N) == shape
+    found = parts(adapted, Launch(), dtype="bfloat16", four_bit=True, keeps_reference=False)
     rest = N - shape.linear_parameters
     assert found["weights"] == pytest.approx(0.56 * shape.linear_parameters + 2 * rest + 2 * trained)
     assert found["gradients"] == 2 * trained

@@ -99,7 +99,7 @@ def test_every_name_of_the_readme_exists():
         r"`([\w./*-]+)`", " ".join(re.findall(r"^\| (`.*?) \|", recipes_table, flags=re.MULTILINE))
     ):
         assert any(Path(name).match(pattern) for name in recipes), pattern
-    hardware = RECIPES.split("## Which accelerate config")[1].split("\n## ")[0]
+    hardware = RECIPES.split("| accelerate config |")[1].split("\n\n")[0]
     for name in re.findall(r"`((?:cpu|single|multi|deepspeed|fsdp)\w+)`", hardware):
         assert locate(name, "accelerate_configs").is_file()
 
@@ -120,7 +120,14 @@ def test_the_file_tree_is_up_to_date():
 def test_ci_calls_the_same_targets():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    assert steps == ["make setup", "make quality", "make test", "make quickstart", "make ${{ matrix.target }}", ".ci/run"]
+    assert steps == [
+        "make setup",
+        "make quality",
+        "make test",
+        "make quickstart",
+        "make ${{ matrix.target }}",
+        ".ci/run",
+    ]
     for target in workflow["jobs"]["versions"]["strategy"]["matrix"]["target"]:
         assert re.search(rf"^[\w -]*\b{target}\b[\w -]*:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for step in steps[:4]:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 
+from prefopt import WPOTrainer
+from prefopt.cli import main
+from prefopt.files import read_json
 from prefopt.run import RECIPE_FILE, find_start, holds_run, open_folder, package_versions
+from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
 MINE = "beta: 0.1\nlearning_rate: 1.0e-06\noutput_dir: out\n"
 
@@ -148,3 +158,93 @@ def test_a_file_is_no_folder(folder):
 
 def test_versions_name_what_computes():
     assert {"python", "torch", "transformers", "trl", "accelerate", "prefopt"} <= set(package_versions())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model")), write_pairs(
+        tmp_path_factory.mktemp("data"), {"train": 6, "test": 2}
+    )
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_command_given_again_changes_nothing(tmp_path, tiny, capsys):
+    settings = {"do_eval": True, "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": True}
+    recipe = str(tiny_recipe(tmp_path, *tiny, **settings))
+    assert main(["wpo", recipe]) == 0
+    before = contents(tmp_path / "out")
+    assert read_json(tmp_path / "out" / "train_results.json")["train_loss"] > 0
+    assert main(["wpo", recipe]) == 0
+    assert "had reached its end already" in capsys.readouterr().err
+    after = contents(tmp_path / "out")
+    assert [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)] == []
+    (tmp_path / "out" / "eval_results.json").unlink()  # as if killed during the last evaluation
+    assert main(["wpo", recipe]) == 0
+    assert (tmp_path / "out" / "eval_results.json").exists()
+    assert read_json(tmp_path / "out" / "train_results.json")["train_loss"] > 0
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_again(tmp_path, tiny, monkeypatch):
+    step = WPOTrainer.training_step
+
+    def remove(self, *args, **kwargs):
+        shutil.rmtree(self.args.output_dir, ignore_errors=True)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(WPOTrainer, "training_step", remove)
+    assert main(["wpo", str(tiny_recipe(tmp_path, *tiny))]) == 0
+    assert {"recipe.yaml", "model.safetensors", "train_results.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+FULL_DISK = """
+import resource, sys
+from prefopt import training
+from prefopt.cli import main
+
+opened = training.open_folder
+
+def limited(*values, **keywords):
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1))
+    return opened(*values, **keywords)
+
+training.open_folder = limited
+sys.exit(main(["wpo", {recipe!r}]))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 4000, 60_000])
+def test_a_full_disk_is_one_line(tmp_path, tiny, capfd, limit):
+    """Files cannot grow beyond a limit: what a full disk does, at the recipe, the weights or the optimizer."""
+    recipe = tiny_recipe(tmp_path, *tiny, save_strategy="steps", save_steps=1)
+    code = FULL_DISK.format(limit=limit, recipe=str(recipe))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("prefopt: error: ")]
+    assert (result.returncode, len(errors)) == (2, 1), result.stderr
+    assert "Traceback" not in result.stderr
+    assert str(tmp_path / "out") in errors[0] and "cannot be written" in errors[0]
+    assert "GiB are free" in errors[0] and "--resume_from_checkpoint true continues" in errors[0]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, tiny, capsys, monkeypatch, number):
+    def fail(self, *_, **__):
+        raise OSError(number, os.strerror(number), str(tmp_path / "out" / "checkpoint-1" / "model.safetensors"))
+
+    monkeypatch.setattr(WPOTrainer, "_save", fail)
+    recipe = tiny_recipe(tmp_path, *tiny, save_strategy="steps", save_steps=1)
+    assert main(["wpo", str(recipe)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prefopt: error: ")]
+    assert "checkpoint-1/model.safetensors cannot be written" in line and os.strerror(number) in line
+    assert "continues from it" in line
+
+
+def test_a_damaged_recipe_of_the_run_before_is_one_line(folder):
+    open_folder(folder, MINE, overwrite=False)
+    checkpoint(folder, 3)
+    for damaged in ("beta: [1\n", "\0\0\0", "- x\n"):
+        (folder / RECIPE_FILE).write_text(damaged)
+        with pytest.raises(ValueError, match=r"recipe\.yaml.*remove that file"):
+            start(folder, resume=True)

@@ -5,35 +5,31 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# public name -> module; imported when first used, so that `import prefopt` stays fast and pulls in no training backend
+# module -> public names; imported on first use, so that `import prefopt` stays fast and pulls in no backend
 _PUBLIC = {
-    "RRHFTrainer": "prefopt.trainers.rrhf",
-    "RRHFConfig": "prefopt.trainers.rrhf",
-    "GeneralPreferenceTrainer": "prefopt.trainers.general_preference",
-    "GeneralPreferenceConfig": "prefopt.trainers.general_preference",
-    "AdversarialRewardTrainer": "prefopt.trainers.reward",
-    "AdversarialRewardConfig": "prefopt.trainers.reward",
-    "RewardTrainer": "prefopt.trainers.reward",
-    "RewardConfig": "prefopt.trainers.reward",
-    "MultiReferenceDPOTrainer": "prefopt.trainers.multi_reference",
-    "MultiReferenceDPOConfig": "prefopt.trainers.multi_reference",
-    "SPPOTrainer": "prefopt.trainers.sppo",
-    "SPPOConfig": "prefopt.trainers.sppo",
-    "DPOConfig": "prefopt.trainers.dpo",
-    "DPOTrainer": "prefopt.trainers.dpo",
-    "WPOConfig": "prefopt.trainers.wpo",
-    "WPOTrainer": "prefopt.trainers.wpo",
+    "prefopt.trainers.dpo": ("DPOConfig", "DPOTrainer"),
+    "prefopt.trainers.general_preference": ("GeneralPreferenceConfig", "GeneralPreferenceTrainer"),
+    "prefopt.trainers.multi_reference": ("MultiReferenceDPOConfig", "MultiReferenceDPOTrainer"),
+    "prefopt.trainers.reward": (
+        "AdversarialRewardConfig",
+        "AdversarialRewardTrainer",
+        "RewardConfig",
+        "RewardTrainer",
+    ),
+    "prefopt.trainers.rrhf": ("RRHFConfig", "RRHFTrainer"),
+    "prefopt.trainers.sppo": ("SPPOConfig", "SPPOTrainer"),
+    "prefopt.trainers.wpo": ("WPOConfig", "WPOTrainer"),
 }
-_MODULES = ("losses",)
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [*sorted(_PUBLIC), *_MODULES]
+__all__ = [*sorted(_MODULE_OF), "losses"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"prefopt.{name}")
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name == "losses":
+        return importlib.import_module("prefopt.losses")
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'prefopt' has no attribute {name!r}")
 
 

@@ -1,7 +1,7 @@
 """`python -m prefopt`: the same as the command `prefopt`."""
 
 from prefopt.cli import main
-from prefopt.launch import leave
+from prefopt.launch import exit_process
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

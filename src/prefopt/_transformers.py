@@ -91,7 +91,7 @@ def set_attention(config: PretrainedConfig, implementation: str) -> None:
     config._attn_implementation = implementation
 
 
-def model_from_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def model_from_config(model_class: Any, config: PretrainedConfig) -> Any:
     """Make a model with random weights in the config's dtype; only Auto classes have a public `from_config`."""
     return model_class._from_config(config)
 
@@ -111,7 +111,7 @@ def drop_weight_conversions(model: PreTrainedModel, patterns: Collection[str]) -
     model._weight_conversions = kept
 
 
-def share_tied_weights(model: PreTrainedModel, like: type[PreTrainedModel]) -> None:
+def share_tied_weights(model: PreTrainedModel, like: Any) -> None:
     """Tie the weights that the class `like` ties; a class says so in a private attribute only."""
     model._tied_weights_keys = like._tied_weights_keys
 

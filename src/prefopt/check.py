@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from trl import ModelConfig
 
+from prefopt import run
+from prefopt.arguments import masked, missing
+from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport
 from prefopt.launch import launch_words, split_launch_settings, world_size
-from prefopt.memory import GIB, Launch, Memory, ModelShape, adapter_parameters, estimate
-from prefopt.recipes.arguments import RunArguments
+from prefopt.memory import GIB, Launch, Memory, ModelShape, estimate
+from prefopt.pages import printable
+from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
-from prefopt.run import (
-    adapter_config,
-    adapter_of,
-    batch_sizes,
-    check_adapter_keys,
-    check_devices,
-    check_model,
-    check_output,
-    check_reference,
-    config_values,
-    is_adapter,
-    load_tokenizer,
-    may_evaluate,
-    missing_packages,
-    read_config,
-    resolved_recipe,
-)
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.training import tokenise_data
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,169 +41,149 @@ class Findings:
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        """Note what goes wrong in the block, and go on."""
+    def attempt(self, function: Callable[..., T], *values: Any) -> T | None:
+        """Call a function; add what it raises to the problems, and go on with `None`."""
         try:
-            yield
+            return function(*values)
         except (ValueError, OSError, ImportError) as error:
             text = " ".join(str(error).split())
             if text not in self.problems:
                 self.problems.append(text)
+            return None
 
 
-def run(words: list[str]) -> int:
-    """Print what `words` (a recipe and settings that override it) would run; the exit status is 0 when nothing would stop it."""
+def check(words: list[str]) -> int:
+    """Print what `words` (a recipe and settings that override it) would run; return 0 when nothing would stop it."""
     findings = inspect(words)
-    print(report(findings))
+    print(printable(masked(report(findings))))
     return 2 if findings.problems else 0
 
 
-def inspect(words: list[str]) -> Findings:
-    """Look at everything that a run looks at, short of loading weights.
+def inspect(words: list[str], method: str | None = None) -> Findings:
+    """Check everything that a run checks, short of loading weights.
+
+    Args:
+        words: a recipe and settings that override it.
+        method: the training command; by default the one that the recipe names.
 
     Raises:
-        ValueError: there is no recipe to look at, or no telling which method it is for.
+        ValueError: there is no recipe, or it does not say which method it is for.
     """
-    from prefopt.cli import arguments_of, function_of, method_of
-
     found = Findings()
     name, settings = load_settings(words)
     launch_settings, settings = split_launch_settings(settings)
-    found.method = method_of(settings)
+    found.method = method or method_of(settings)
     classes = arguments_of(found.method)
     recipe = collect(name, settings, classes, found.problems)
     found.notices += recipe.notices
-    found.resolved = resolved_recipe(recipe, classes)
-    with found.looking():
-        found.launch, found.launch_name = read_launch(launch_settings, found)
-    with found.looking():
-        check_adapter_keys(recipe)
-    with found.looking():
-        check_output(recipe, found.resolved)
+    found.resolved = run.resolved_recipe(recipe, classes)
+    found.attempt(read_launch, launch_settings, found)
+    found.attempt(run.check_adapter_keys, recipe)
+    found.attempt(run.check_output, recipe, found.resolved)
     if not found.launch_name:
-        with found.looking():
-            check_devices(recipe)
-    found.problems += missing_packages(recipe)
+        found.attempt(run.check_devices, recipe)
+    found.problems += run.missing_packages(recipe)
     config, data_args, model_args, run_args = build_each(recipe, classes, found)
-    check_precision(recipe, config, found)
     if config is not None:
-        with found.looking():
-            function_of(found.method).check_settings(config)
+        check_precision(recipe, config, found)
+        found.attempt(function_of(found.method).check_settings, config)
     if config is None or model_args is None or model_args.model_name_or_path is None:
-        found.notices.append("The model and the data were not looked at: mend the problems first.")
+        found.notices.append("The model and the data were not checked: fix the problems first.")
     else:
-        look_at_model_and_data(config, data_args, model_args, run_args or RunArguments(), found)
+        check_model_and_data(config, data_args, model_args, run_args or RunArguments(), found)
     return found
 
 
-def look_at_model_and_data(
-    config: Any, data_args: Any, model_args: Any, run_args: RunArguments, found: Findings
-) -> None:
-    """Model and reference by their configs, tokenizer, data, and the memory that these ask for."""
-    from prefopt.cli import COMMANDS, function_of
-
-    trainer, rows = function_of(found.method), COMMANDS[found.method].rows
-    with found.looking():
-        check_model(model_args.model_name_or_path, model_args, config)
-    with found.looking():
-        check_reference(run_args, config, rows)
-    tokenizer = None
-    with found.looking():
-        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args, config, run_args)
-    if tokenizer is not None and data_args is not None:
-        with found.looking(), contextlib.redirect_stdout(sys.stderr):
-            datasets, found.reports = tokenise_data(rows, tokenizer, config, data_args)
-            for name, dataset in datasets.items():
-                trainer.check_data(dataset, config, name)
-    with found.looking():
-        found.memory = estimate_memory(config, model_args, found)
-        if torch.cuda.is_available() and not found.launch.use_cpu:
-            available = torch.cuda.get_device_properties(0).total_memory
-            if found.memory.total > available:
-                found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
-
-
-def read_launch(settings: dict[str, str], found: Findings) -> tuple[Launch, str]:
-    """The accelerate config that would be used, and its name; one process without a launcher where none is asked for."""
+def read_launch(settings: dict[str, str], found: Findings) -> None:
+    """Read the accelerate config that would be used; its name stays empty without a launcher."""
     if not settings:
-        return Launch(), ""
-    launch_words(settings)  # numbers that are none
+        return
+    launch_words(settings)  # raises for numbers that are none
     processes = int(settings["num_processes"]) if "num_processes" in settings else None
     name = settings.get("accelerate_config", "multi_gpu" if processes and processes > 1 else "single_gpu")
-    launch = Launch.read(locate(name, "accelerate_configs"), processes)
+    found.launch = launch = Launch.read(locate(name, "accelerate_configs"), processes)
+    found.launch_name = name
     if launch.batch_keys:
         found.problems.append(f"{name}: remove {', '.join(launch.batch_keys)}; batch sizes belong into the recipe.")
     gpus = torch.cuda.device_count()
     if not launch.use_cpu and gpus * launch.machines < launch.processes:
         found.notices.append(f"{name} starts {launch.processes} processes; this machine has {gpus} GPUs.")
-    return launch, name
 
 
 def build_each(recipe: Recipe, classes: Sequence[type], found: Findings) -> list[Any]:
-    """An instance of each class, or `None` where its values are refused."""
-    values = config_values(recipe)
-    with found.looking():
-        values.update(batch_sizes(values, classes[0], max(world_size(), found.launch.processes)))
+    """Build an instance of each class, or `None` where it rejects its values."""
+    values, processes = run.config_values(recipe), found.launch.processes
+    values |= found.attempt(run.batch_sizes, values, classes[0], max(world_size(), processes)) or {}
     if not values.get("use_cpu") and not torch.cuda.is_available():
         values["use_cpu"] = True  # configs ask the machine at hand, which need not be the one that trains
         values.setdefault("bf16", not values.get("fp16"))  # what a GPU would choose
         found.notices.append("There is no GPU here: settings were checked as they stand, and not against one.")
     if values.get("model_name_or_path") is None:
-        found.problems.append("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
-    adjusted = Recipe(recipe.name, values, recipe.places)
-    instances: list[Any] = []
-    for cls in classes:
-        instance = None
-        with found.looking():
-            (instance,) = build(adjusted, [cls])
-        instances.append(instance)
-    if instances[1] is not None:
-        instances[1].evaluates = may_evaluate(recipe)
-    if instances[0] is not None:
-        config, launch = instances[0], found.launch
-        total = config.per_device_train_batch_size * config.gradient_accumulation_steps * launch.processes
+        found.problems.append(missing("model_name_or_path"))
+    adjusted = Recipe(recipe.name, values)
+    instances = [(found.attempt(build, adjusted, [cls]) or (None,))[0] for cls in classes]
+    config, data_args = instances[:2]
+    if data_args is not None:
+        data_args.evaluates = run.may_evaluate(recipe)
+    if config is not None:
+        per_device, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
         found.batch = (
-            f"{config.per_device_train_batch_size} per device x {config.gradient_accumulation_steps} accumulation "
-            "steps x "
-            f"{launch.processes} processes = {total}"
+            f"{per_device} per device x {accumulation} accumulation steps x {processes} processes = "
+            f"{per_device * accumulation * processes}"
         )
     return instances
 
 
 def check_precision(recipe: Recipe, config: Any, found: Findings) -> None:
-    """Recipe and accelerate config must name the same precision."""
-    if config is None or found.launch_name == "":
+    """Check that recipe and accelerate config name the same precision and the same kind of device."""
+    launch, name = found.launch, found.launch_name
+    if not name:
         return
     wanted = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
-    if found.launch.mixed_precision not in (wanted, "no") or (
-        found.launch.zero_stage and found.launch.mixed_precision != wanted
-    ):
+    # DeepSpeed computes as its config says; others leave "no" to the recipe
+    if launch.mixed_precision not in ((wanted,) if launch.zero_stage else (wanted, "no")):
         found.problems.append(
-            f"the recipe computes in {wanted} and {found.launch_name} says mixed_precision: "
-            f"{found.launch.mixed_precision}; make them equal."
+            f"the recipe computes in {wanted} and {name} says mixed_precision: {launch.mixed_precision}; make them "
+            "equal."
         )
-    if found.launch.use_cpu and not recipe.values.get("use_cpu"):
-        found.problems.append(f"{found.launch_name} runs on the CPU: set use_cpu: true and bf16: false in the recipe.")
+    if launch.use_cpu and not recipe.values.get("use_cpu"):
+        found.problems.append(f"{name} runs on the CPU: set use_cpu: true and bf16: false in the recipe.")
 
 
-def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory:
-    """See `prefopt.memory`."""
-    name, trust = model_args.model_name_or_path, config.trust_remote_code
-    model_config = read_config(name, model_args, config)
-    shape = ModelShape.of(model_config, trust_remote_code=trust)
-    adapter = adapter_of(name) if is_adapter(name) else adapter_config(model_args)
-    trained = (
-        adapter_parameters(model_config, shape, adapter, trust_remote_code=trust) if adapter else shape.parameters
-    )
+def check_model_and_data(
+    config: Any, data_args: DatasetArguments | None, model_args: ModelConfig, run_args: RunArguments, found: Findings
+) -> None:
+    """Check model and reference by their configs, the tokenizer, the data, and the memory that these ask for."""
+    trainer, rows, name = function_of(found.method), COMMANDS[found.method].rows, str(model_args.model_name_or_path)
+    is_there = found.attempt(run.read_config, name, model_args, config) is not None
+    found.attempt(run.check_reference, run_args, config, rows)
+    tokenizer = found.attempt(run.load_tokenizer, name, model_args, config, run_args) if is_there else None
+    if tokenizer is not None and data_args is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            datasets, found.reports = found.attempt(tokenise_data, rows, tokenizer, config, data_args) or ({}, [])
+            for data in found.reports:
+                found.notices += run.data_warnings(data, config.max_length)
+            for split, dataset in datasets.items():
+                found.attempt(trainer.check_data, dataset, config, split)
+    found.memory = found.attempt(estimate_memory, config, model_args, found)
+    if found.memory is not None and torch.cuda.is_available() and not found.launch.use_cpu:
+        available = torch.cuda.get_device_properties(0).total_memory
+        if found.memory.total > available:
+            found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
+
+
+def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
+    """Estimate the memory of one GPU; see `prefopt.memory`."""
+    name = str(model_args.model_name_or_path)
+    model_config = run.read_config(name, model_args, config)
+    adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
     tokens, scored = micro_batch_tokens(config, found.reports)
     return estimate(
-        shape,
+        ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code),
         found.launch,
         dtype=model_args.dtype,
         bf16=config.bf16,
         optimizer=config.optim.value,
-        trained=trained,
         four_bit=model_args.load_in_4bit,
         keeps_reference=adapter is None and keeps_reference(found.method, config),
         checkpointing=config.gradient_checkpointing,
@@ -223,16 +193,14 @@ def estimate_memory(config: Any, model_args: Any, found: Findings) -> Memory:
 
 
 def keeps_reference(method: str, config: Any) -> bool:
-    """Whether a run of full fine-tuning holds a reference model beside the policy."""
-    from prefopt.cli import COMMANDS
-
+    """Return whether a run of full fine-tuning holds a reference model beside the policy."""
     if COMMANDS[method].rows != "pairs" or method == "multi-reference-dpo":
         return False
     return not config.precompute_ref_log_probs and not set(config.loss_type) <= set(REFERENCE_FREE_LOSSES)
 
 
 def micro_batch_tokens(config: Any, reports: list[TokenizationReport]) -> tuple[int, int]:
-    """Tokens of a large micro-batch and how many of them are scored: by the 95th percentiles of the data, else by max_length."""
+    """Return the tokens of a large micro-batch (95th percentiles of the data, or max_length) and the scored ones."""
     batch = config.per_device_train_batch_size
     lengths = next((report.lengths for report in reports if report.name == "train"), {})
     if not lengths:
@@ -244,14 +212,9 @@ def micro_batch_tokens(config: Any, reports: list[TokenizationReport]) -> tuple[
 
 
 def report(found: Findings) -> str:
-    """Everything that was found, as text."""
-    lines = [
-        f"method: {found.method}",
-        "",
-        found.resolved.rstrip(),
-        "",
-        f"launch: {found.launch_name or 'no launcher'}, {found.launch.processes} process(es)",
-    ]
+    """Write everything that was found as text."""
+    launch = f"launch: {found.launch_name or 'no launcher'}, {found.launch.processes} process(es)"
+    lines = [f"method: {found.method}", "", found.resolved.rstrip(), "", launch]
     if found.batch:
         lines.append(f"batch: {found.batch}")
     for data in found.reports:
@@ -261,7 +224,5 @@ def report(found: Findings) -> str:
     if found.notices:
         lines += ["", *(f"note: {notice}" for notice in found.notices)]
     if found.problems:
-        lines += ["", f"{len(found.problems)} problem(s):", *(f"  - {problem}" for problem in found.problems)]
-    else:
-        lines += ["", "Nothing was found that would stop this run."]
-    return "\n".join(lines)
+        return "\n".join([*lines, "", f"{len(found.problems)} problem(s):", *(f"  - {p}" for p in found.problems)])
+    return "\n".join([*lines, "", "Nothing was found that would stop this run."])

@@ -8,115 +8,97 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from prefopt import __version__
+from prefopt.arguments import masked
 from prefopt.launch import (
     USER_MISTAKE,
+    exit_process,
+    is_launched,
     launch,
-    leave,
+    print_on_main,
     rank,
     split_launch_settings,
-    tell,
     without_launch_words,
 )
+from prefopt.pages import printable
 from prefopt.recipes.convert import unknown_key
-from prefopt.recipes.recipe import build, load_settings, parse_settings
+from prefopt.recipes.recipe import BEFORE_TRAINING, before_training, build, load_settings, parse_settings
 from prefopt.recipes.source import Setting
 
 
-class Command(NamedTuple):
+@dataclass(frozen=True)
+class Command:
     """Where a command lives.
 
     A method's dataclass is its trainer's config, and its function is the trainer. A tool's function takes an instance
-    of each of its
-    dataclasses; one without dataclasses takes the words of the command line, since its keys depend on them.
+    of each of its dataclasses; one without dataclasses takes the words of the command line, since its keys depend on
+    them.
     """
 
     summary: str
     module: str
-    arguments: tuple[str, ...]
-    function: str
-    several: bool = False  # may run on several processes
-    rows: str = ""  # what a method trains on
+    arguments: tuple[str, ...] = ()
+    function: str = "run"
+    rows: str = ""  # what a method trains on; tools have none
+    launched: bool = False  # a tool that may run on several processes, as every method may
     aliases: str = ""  # the module's table of older names of its keys
 
     @property
     def is_method(self) -> bool:
-        """Whether the command trains a model."""
+        """Return whether the command trains a model."""
         return bool(self.rows)
 
 
-def _method(summary: str, module: str, name: str, rows: str = "pairs") -> Command:
-    return Command(
-        summary, f"prefopt.trainers.{module}", (f"{name}Config",), f"{name}Trainer", several=True, rows=rows
-    )
-
-
+# fmt: off
 COMMANDS: dict[str, Command] = {
-    "dpo": _method("direct preference optimization, with any pairwise loss", "dpo", "DPO"),
-    "wpo": _method("weighted preference optimization", "wpo", "WPO"),
-    "sppo": _method("self-play preference optimization, and GPO", "sppo", "SPPO"),
-    "multi-reference-dpo": _method("DPO against several reference models", "multi_reference", "MultiReferenceDPO"),
-    "reward-model": _method("a scalar reward model", "reward", "Reward", "comparisons"),
-    "adversarial-reward-model": _method(
-        "the reward model of adversarial preference optimization", "reward", "AdversarialReward", "comparisons"
-    ),
-    "general-preference-model": _method(
-        "a general preference model", "general_preference", "GeneralPreference", "comparisons"
-    ),
-    "rrhf": _method("ranking of scored answers by their likelihood", "rrhf", "RRHF", "comparisons"),
-    "generate": Command(
-        "sample candidates from a model",
-        "prefopt.candidates.generate",
-        ("GenerateArguments",),
-        "run",
-        several=True,
-        aliases="FLAG_ALIASES",
-    ),
-    "rank": Command(
-        "score candidates", "prefopt.candidates.rank", ("RankArguments",), "run", several=True, aliases="FLAG_ALIASES"
-    ),
-    "build-pairs": Command(
-        "choose pairs among scored candidates", "prefopt.candidates.build_pairs", ("BuildPairsArguments",), "run"
-    ),
-    "build-rows": Command(
-        "make training rows that are no pairs: best of n, scored answers, golden against sampled answers",
-        "prefopt.candidates.build_rows",
-        ("BuildRowsArguments",),
-        "run",
-    ),
-    "convert": Command(
-        "read and write other projects' data formats", "prefopt.candidates.convert", ("ConvertArguments",), "run"
-    ),
-    "split": Command("split prompts into disjoint sets", "prefopt.candidates.split", ("SplitArguments",), "run"),
-    "score-references": Command(
-        "fill the cache of reference scores",
-        "prefopt.score_references",
-        (),
-        "run",
-        several=True,
-    ),
-    "evaluate": Command(
-        "evaluate a model", "prefopt.evaluation.evaluate", ("EvaluateArguments",), "run", several=True
-    ),
-    "report": Command("write a report about runs", "prefopt.evaluation.report", ("ReportArguments",), "run"),
-    "sweep": Command("run a recipe over a grid of settings", "prefopt.pipelines.sweep", ("SweepArguments",), "run"),
-    "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run", (), "run"),
-    "sft": Command(
-        "supervised fine-tuning with TRL's trainer",
-        "prefopt.trainers.sft",
-        ("SFTArguments", "SFTConfig", "ModelConfig"),
-        "run",
-        several=True,
-    ),
-    "check": Command("show what a recipe would run, and what would stop it", "prefopt.check", (), "run"),
+    "dpo": Command("direct preference optimization, with any pairwise loss", "prefopt.trainers.dpo",
+                   ("DPOConfig",), "DPOTrainer", rows="pairs"),
+    "wpo": Command("weighted preference optimization", "prefopt.trainers.wpo",
+                   ("WPOConfig",), "WPOTrainer", rows="pairs"),
+    "sppo": Command("self-play preference optimization, and GPO", "prefopt.trainers.sppo",
+                    ("SPPOConfig",), "SPPOTrainer", rows="pairs"),
+    "multi-reference-dpo": Command("DPO against several reference models", "prefopt.trainers.multi_reference",
+                                   ("MultiReferenceDPOConfig",), "MultiReferenceDPOTrainer", rows="pairs"),
+    "reward-model": Command("a scalar reward model", "prefopt.trainers.reward",
+                            ("RewardConfig",), "RewardTrainer", rows="comparisons"),
+    "adversarial-reward-model": Command("the reward model of adversarial preference optimization",
+                                        "prefopt.trainers.reward", ("AdversarialRewardConfig",),
+                                        "AdversarialRewardTrainer", rows="comparisons"),
+    "general-preference-model": Command("a general preference model", "prefopt.trainers.general_preference",
+                                        ("GeneralPreferenceConfig",), "GeneralPreferenceTrainer", rows="comparisons"),
+    "rrhf": Command("ranking of scored answers by their likelihood", "prefopt.trainers.rrhf",
+                    ("RRHFConfig",), "RRHFTrainer", rows="comparisons"),
+
+    "generate": Command("sample candidates from a model", "prefopt.candidates.generate",
+                        ("GenerateArguments",), launched=True, aliases="FLAG_ALIASES"),
+    "rank": Command("score candidates", "prefopt.candidates.rank",
+                    ("RankArguments",), launched=True, aliases="FLAG_ALIASES"),
+    "build-pairs": Command("choose pairs among scored candidates", "prefopt.candidates.build_pairs",
+                           ("BuildPairsArguments",)),
+    "build-rows": Command("make training rows that are no pairs: best of n, scored answers, golden against sampled "
+                          "answers", "prefopt.candidates.build_rows", ("BuildRowsArguments",)),
+    "convert": Command("read and write other projects' data formats", "prefopt.candidates.convert",
+                       ("ConvertArguments",)),
+    "split": Command("split prompts into disjoint sets", "prefopt.candidates.split", ("SplitArguments",)),
+    "score-references": Command("fill the cache of reference scores", "prefopt.score_references", launched=True),
+    "evaluate": Command("evaluate a model", "prefopt.evaluation.evaluate", ("EvaluateArguments",), launched=True),
+    "report": Command("write a report about runs", "prefopt.evaluation.report", ("ReportArguments",)),
+    "sweep": Command("run a recipe over a grid of settings", "prefopt.pipelines.sweep", ("SweepArguments",)),
+    "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run"),
+    "sft": Command("supervised fine-tuning with TRL's trainer", "prefopt.trainers.sft",
+                   ("SFTArguments", "SFTConfig", "ModelConfig"), launched=True),
+    "check": Command("show what a recipe would run, and what would stop it", "prefopt.check", function="check"),
 }
-# said of names that TRL, accelerate and DeepSpeed use, over and over; nothing that a user could mend
-LIBRARY_WARNINGS = ("`gradient_checkpointing", "`torch.distributed")
+# fmt: on
 METHODS = tuple(name for name, command in COMMANDS.items() if command.is_method)
+# FutureWarnings from inside TRL, accelerate and DeepSpeed that a user cannot act on
+LIBRARY_WARNINGS = ("`gradient_checkpointing", "`torch.distributed")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -126,7 +108,7 @@ def main(words: list[str] | None = None) -> int:
         words: command-line words, `sys.argv[1:]` by default; the first is the command's name.
 
     Returns:
-        The exit status: 0, or 2 after a user's mistake, which is told in one line on stderr.
+        The exit status: 0, or 2 after a user's mistake, which is printed in one line on stderr.
     """
     words = list(sys.argv[1:] if words is None else words)
     try:
@@ -134,24 +116,40 @@ def main(words: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:  # the last: a loss that is not finite
         if os.environ.get("PREFOPT_TRACEBACK"):
             raise
-        _tell(error)
+        _print_error(error)
+        if BEFORE_TRAINING in getattr(error, "__notes__", ()) and not is_launched():
+            _print_further_problems(words, error)
         return USER_MISTAKE
 
 
+def script(command: str) -> None:
+    """Run `command` with the words after the script's name, and exit with its status: the body of `scripts/*.py`."""
+    folder = Path(sys.argv[0]).resolve().parent
+    # the scripts' folder must not be searched: scripts/evaluate.py is not the package `evaluate`
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != folder]
+    exit_process(main([command, *sys.argv[1:]]))
+
+
 def arguments_of(name: str) -> tuple[type, ...]:
-    """The dataclasses whose fields are the keys of the command `name`; imports its module."""
+    """Return the dataclasses whose fields are the keys of the command `name`; imports its module."""
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
-    own = tuple(getattr(module, argument) for argument in command.arguments)
+    arguments = tuple(getattr(module, argument) for argument in command.arguments)
     if not command.is_method:
-        return own
+        return arguments
     from prefopt.training import shared_arguments
 
-    return (*own, *shared_arguments())
+    return (*arguments, *shared_arguments())
+
+
+def function_of(name: str) -> Any:
+    """Return what the command `name` calls: a tool's function or a method's trainer class."""
+    command = COMMANDS[name]
+    return getattr(importlib.import_module(command.module), command.function)
 
 
 def method_of(settings: list[Setting]) -> str:
-    """The method that settings are for: their key `method`, taken out unless a config has it.
+    """Return the method that settings are for: the value of their key `method`.
 
     Raises:
         ValueError: there is no such key, or no such method.
@@ -165,14 +163,17 @@ def method_of(settings: list[Setting]) -> str:
         raise ValueError(f"the recipe does not say for which method it is: add --method ({', '.join(METHODS)}).")
     name = str(named[-1].value).replace("_", "-")
     if name not in METHODS:
-        raise ValueError(f"{named[-1].place}: {unknown_key(name, list(METHODS)).replace('key', 'method')}")
+        raise ValueError(f"{named[-1].place}: {unknown_key(name, METHODS).replace('key', 'method')}")
     return name
 
 
-def function_of(name: str) -> Callable[..., Any]:
-    """What the command `name` calls: a tool's function or a method's trainer class."""
+def with_current_names(name: str, settings: list[Setting]) -> list[Setting]:
+    """Replace older names of a command's keys, which its module lists, by the current ones."""
     command = COMMANDS[name]
-    return getattr(importlib.import_module(command.module), command.function)
+    if not command.aliases:
+        return settings
+    current = getattr(importlib.import_module(command.module), command.aliases)
+    return [dataclasses.replace(setting, key=current.get(setting.key, setting.key)) for setting in settings]
 
 
 def _run(words: list[str]) -> int:
@@ -180,16 +181,13 @@ def _run(words: list[str]) -> int:
         print(_overview())
         return 0
     if words[0] == "--version":
-        from prefopt import __version__
-
         print(__version__)
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
-        raise ValueError(
-            f"unknown command {name!r}; " + (f"did you mean {near[0]!r}?" if near else "`prefopt --help` lists them.")
-        )
+        hint = f"did you mean {near[0]!r}?" if near else "`prefopt --help` lists them."
+        raise ValueError(f"unknown command {name!r}; {hint}")
     if "-h" in rest or "--help" in rest:
         print(_help(name))
         return 0
@@ -204,17 +202,15 @@ def _run_command(name: str, words: list[str]) -> int:
         return int(function_of(name)(words) or 0)
     recipe_name, settings = load_settings(words)
     launch_settings, settings = split_launch_settings(settings)
-    if launch_settings and not command.several:
+    if launch_settings and not (command.launched or command.is_method):
         raise ValueError(f"`prefopt {name}` runs in one process: remove {', '.join(sorted(launch_settings))}.")
     classes = arguments_of(name)
-    if command.aliases:
-        names = getattr(importlib.import_module(command.module), command.aliases)
-        settings = [dataclasses.replace(setting, key=names.get(setting.key, setting.key)) for setting in settings]
-    recipe = parse_settings(recipe_name, settings, classes)
+    with before_training():
+        recipe = parse_settings(recipe_name, with_current_names(name, settings), classes)
     if launch_settings:
         return launch(launch_settings, [name, *without_launch_words(words)])
     for notice in recipe.notices:
-        tell(notice)
+        print_on_main(notice)
     if command.is_method:
         from prefopt.training import train
 
@@ -224,61 +220,68 @@ def _run_command(name: str, words: list[str]) -> int:
     return 0
 
 
-def _tell(error: Exception) -> None:
-    """One line on stderr, from the first process; another one speaks up only if it was not stopped meanwhile."""
+def _print_error(error: Exception) -> None:
+    """Print one line on stderr."""
     if rank() != 0:
-        time.sleep(10)  # all processes usually meet the same mistake, and the launcher stops the rest
-    message = " ".join(str(error).split()) or type(error).__name__
+        # All processes usually meet the same mistake, and the launcher stops the others when the first one ends; only
+        # a process that is alone with its mistake is still here after this.
+        time.sleep(10)
+    message = _one_line(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}."
-    print(f"prefopt: error: {message}", file=sys.stderr, flush=True)
+    print(f"prefopt: error: {printable(masked(message))}", file=sys.stderr, flush=True)
+
+
+def _print_further_problems(words: list[str], first: Exception) -> None:
+    """Print what else would have stopped a training run, so that all of it can be corrected at once."""
+    name, rest = words[0], words[1:]
+    if not COMMANDS[name].is_method:
+        return
+    inspect = importlib.import_module(COMMANDS["check"].module).inspect  # commands are imported when they are run
+    problems: list[str] = []
+    # the mistake itself has been printed: whatever goes wrong while looking for more must not hide it
+    with suppress(Exception), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        problems = inspect(rest, name).problems
+    for problem in problems:
+        if problem != _one_line(first):
+            print(f"prefopt: error: {printable(masked(problem))}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = ["usage: prefopt COMMAND [RECIPE] [--key value | --key=value ...]", ""]
+    lines = ["usage: prefopt COMMAND [RECIPE] [--key value | --key=value ...]"]
     for title, wanted in (("methods", True), ("tools", False)):
-        lines.append(f"{title}:")
-        lines += [
-            f"  {name:<{width}}  {command.summary}"
-            for name, command in COMMANDS.items()
-            if command.is_method == wanted
-        ]
-        lines.append("")
-    lines += [
-        "A recipe is a YAML file or the name of a packaged one, such as llama3/wpo; the command line wins over it.",
-        "On several GPUs: --num_processes 8 [--accelerate_config deepspeed_zero3], or start scripts/run_METHOD.py "
-        "with accelerate.",
-        "`prefopt COMMAND --help` lists the keys of a command.",
-    ]
-    return "\n".join(lines)
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items() if c.is_method == wanted]
+    return "\n".join(lines) + (
+        "\n\nA recipe is a YAML file or the name of a packaged one, such as llama3/wpo; the command line wins over it."
+        "\nOn several GPUs: --num_processes 8 [--accelerate_config deepspeed_zero3], or start scripts/run_METHOD.py "
+        "with accelerate.\n`prefopt COMMAND --help` lists the keys of a command."
+    )
 
 
 def _help(name: str) -> str:
-    lines = [f"usage: prefopt {name} [RECIPE] [--key value | --key=value ...]", "", f"{COMMANDS[name].summary}", ""]
+    lines = [f"usage: prefopt {name} [RECIPE] [--key value | --key=value ...]", "", COMMANDS[name].summary, ""]
     if not COMMANDS[name].arguments:
         lines.append(str(importlib.import_module(COMMANDS[name].module).__doc__))
-    seen: set[str] = set()
+    shown: set[str] = set()
     for cls in arguments_of(name):
         lines.append(f"{cls.__name__}:")
-        for field in dataclasses.fields(cls):
-            if not field.init or field.name in seen:
+        for field in sorted(
+            dataclasses.fields(cls), key=lambda field: field.kw_only is True
+        ):  # those of mixins come last
+            if not field.init or field.name in shown:
                 continue
-            seen.add(field.name)
+            shown.add(field.name)
             default = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
             text = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").split())
-            lines.append(f"  --{field.name}{default}" + (f"\n      {text}" if text else ""))
+            lines += [f"  --{field.name}{default}", *([f"      {text}"] if text else [])]
         lines.append("")
     return "\n".join(lines)
-
-
-def script(command: str) -> None:
-    """The body of `scripts/*.py`: run `command` with the words after the script's name, and leave with its status."""
-    folder = Path(sys.argv[0]).resolve().parent
-    sys.path[:] = [
-        path for path in sys.path if Path(path or ".").resolve() != folder
-    ]  # scripts/evaluate.py is no module
-    leave(main([command, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,56 @@
-"""Files that are either whole or absent, locks of folders, and hashes of what goes into files."""
+"""Files that are either whole or absent, YAML read strictly, locks of folders, and hashes."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import yaml
 from filelock import FileLock, Timeout
+
+YAML_DEPTH = 50  # of lists and mappings within each other, aliases included
+YAML_VALUES = 100_000  # once every alias is written out
+
+
+# a disk or a quota that is full, a limit on a file's size, a read-only or failing disk, a folder without permission
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+# the same in the words of torch and safetensors, which raise other errors
+_STORAGE_WORDS = re.compile(r"os error (28|122|27|30|5|13|1)\)|file write failed|iostream error|enforce fail.*write")
+
+
+def storage_fault(error: BaseException, folder: str | os.PathLike[str], needed: float = 0) -> str | None:
+    """Describe in one sentence why `folder` could not be written, if that is what `error` is about; else None.
+
+    Args:
+        error: what was raised while something was written.
+        folder: where.
+        needed: bytes that were to be written, if known.
+    """
+    lost = not Path(folder).exists()
+    known = isinstance(error, OSError) and error.errno in _STORAGE_ERRORS
+    if not (known or _STORAGE_WORDS.search(str(error)) or (lost and isinstance(error, (OSError, RuntimeError)))):
+        return None
+    if lost:
+        return f"{folder} was removed while it was written to."
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    where = error.filename if isinstance(error, OSError) and error.filename else folder
+    room = f"; about {needed / 2**30:.2f} GiB were to be written" if needed else ""
+    return f"{where} cannot be written: {reason} ({shutil.disk_usage(folder).free / 2**30:.2f} GiB are free{room})."
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path` that replaces it when the block ends well, and vanishes when it does not.
+    """Yield a temporary path beside `path` that replaces it when the block ends well, and is removed when it does not.
 
     The file is flushed to disk before the rename, so a reader sees the old content or the new, never a part.
     """
@@ -34,6 +67,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno in _STORAGE_ERRORS and error.filename in (None, name):  # which names nothing that a user knows
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -57,11 +94,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write `rows` to `path`, one JSON object a line, atomically; gzip where the name ends in .gz."""
-    with atomic_path(path) as temporary:
-        opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(temporary, "wt", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with atomic_path(path) as temporary, _opener(path)(temporary, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -70,9 +104,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
-    opener = gzip.open if str(path).endswith(".gz") else open
     rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
+    with _opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -86,8 +119,127 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:
+    return gzip.open if str(path).endswith(".gz") else open  # type: ignore[return-value]
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """SafeLoader without implicit dates and `=`, which are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # yaml looks for it here
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_yaml(path: str | os.PathLike[str]) -> tuple[Any, dict[str, int]]:
+    """Read a YAML file as `parse_yaml` does.
+
+    Raises:
+        ValueError: it is not UTF-8, or not YAML; the message names the file and the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> tuple[Any, dict[str, int]]:
+    """Parse one YAML document strictly: plain values only, each key once, and aliases only as far as they end.
+
+    Args:
+        text: the document.
+        name: what messages call it: a path, for instance.
+
+    Returns:
+        Its value, and the line of each key if that is a mapping.
+
+    Raises:
+        ValueError: one line that says where and why.
+    """
+    try:
+        loader = _YamlLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        _check_yaml(node, name, loader, {}, ())
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        lines = {key.value: key.start_mark.line + 1 for key, _ in pairs}
+        return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        reason = " ".join((error.problem or error.context or "no reason known").split())
+        raise ValueError(f"{name} is not valid YAML{at}: {reason}; {_YAML_ADVICE}") from None
+    except yaml.YAMLError as error:  # characters that no text holds
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply; at most {YAML_DEPTH} lists and mappings may do.") from None
+
+
+_YAML_ADVICE = "close every [ { and quote, and quote text that begins with one of @ % & * ! ` [ {"
+
+
+def _check_yaml(
+    node: yaml.Node,
+    name: str,
+    loader: _YamlLoader,
+    known: dict[int, tuple[int, int]],
+    above: tuple[int, ...],
+) -> tuple[int, int]:
+    """Return how many values a node stands for and how deep they are; raise for what a recipe must not hold."""
+    at = f"{name}, line {node.start_mark.line + 1}"
+    if id(node) in above:
+        raise ValueError(f"{at}: an alias stands within its own anchor, so the value has no end; write it out.")
+    if id(node) in known:
+        return known[id(node)]
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, at, loader)
+        return 1, 0
+    if node.tag not in (loader.DEFAULT_MAPPING_TAG, loader.DEFAULT_SEQUENCE_TAG):
+        raise ValueError(f"{at}: the tag {node.tag} is not allowed; write a plain list or mapping.")
+    lines: dict[str, int] = {}
+    values, depth = 1, len(above) + 1
+    for part in node.value:
+        key, value = part if isinstance(part, tuple) else (None, part)
+        if key is not None:
+            _check_key(key, name, lines, loader)
+        size, height = _check_yaml(value, name, loader, known, (*above, id(node)))
+        values, depth = values + size, max(depth, len(above) + 1 + height)
+        if values > YAML_VALUES or depth > YAML_DEPTH:
+            limit = f"{YAML_VALUES:,} values" if values > YAML_VALUES else f"{YAML_DEPTH} levels"
+            raise ValueError(f"{at}: more than {limit} once its aliases are written out; write less, or a data file.")
+    known[id(node)] = values, depth - len(above)
+    return known[id(node)]
+
+
+def _check_key(key: yaml.Node, name: str, lines: dict[str, int], loader: _YamlLoader) -> None:
+    line = key.start_mark.line + 1
+    if not isinstance(key, yaml.ScalarNode):
+        raise ValueError(f"{name}, line {line}: a key must be text, not a list or mapping.")
+    if key.value in lines:
+        raise ValueError(f"{name}, line {line}: {key.value!r} was already given in line {lines[key.value]}.")
+    lines[key.value] = line
+    if key.tag.endswith((":bool", ":null")):
+        key.tag = loader.DEFAULT_SCALAR_TAG  # `on`, `no` and `null` as keys are names
+    if not key.tag.endswith(":merge"):
+        _check_scalar(key, f"{name}, line {line}", loader)
+
+
+def _check_scalar(node: yaml.ScalarNode, at: str, loader: _YamlLoader) -> None:
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    fits = {loader.resolve(yaml.ScalarNode, node.value, (True, False)).removeprefix("tag:yaml.org,2002:"), "str"}
+    if kind not in (fits | {"float"} if "int" in fits else fits):
+        raise ValueError(f"{at}: {node.value[:40]!r} cannot have the tag {node.tag}; write a plain value.")
+    try:
+        loader.construct_object(node, deep=True)
+    except (ValueError, OverflowError) as error:  # a number that is too long, or has no digits
+        raise ValueError(f"{at}: {node.value[:40]!r} is no number: {error}; quote it if it is text.") from None
+
+
 def content_hash(*values: Any) -> str:
-    """SHA-256 (hex, 64 digits) of JSON-serialisable `values`; equal values give equal hashes on every machine."""
+    """Compute the SHA-256 (hex, 64 digits) of JSON values; equal values give equal hashes on every machine."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -100,7 +252,9 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str], *, name: str = ".lock") -> Iterator[None]:
-    """Hold the lock of a folder, made if absent, so that no second command writes there; it is released when its holder ends.
+    """Hold the lock of a folder, made if absent, so that no second command writes there.
+
+    The operating system releases it when its holder ends, killed or not; the lock file itself stays.
 
     Raises:
         ValueError: another process holds it.

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from typing import Any, NoReturn
 
+from prefopt.arguments import masked
+from prefopt.pages import printable
 from prefopt.recipes import locate
 from prefopt.recipes.source import Setting
 
-# what `accelerate launch` is told; all may be in a recipe, too, as with TRL's command line
+# The launcher's settings; they may stand in a recipe, too, as with TRL's command line.
 LAUNCH_KEYS = frozenset(
     {
         "accelerate_config",
@@ -28,27 +30,25 @@ USER_MISTAKE = 2  # exit status of a process that has printed one line about it
 
 
 def is_launched() -> bool:
-    """Whether this process was started by a launcher (accelerate, torchrun, deepspeed)."""
+    """Return whether this process was started by a launcher (accelerate, torchrun, deepspeed)."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def rank() -> int:
-    """This process's number among all, 0 without a launcher."""
+    """Return this process's number among all, 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """The number of processes, 1 without a launcher."""
+    """Return the number of processes, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process with an exit status.
 
-    A process of a launcher that has done its work ends without tearing the interpreter down: threads of libraries
-    (connections, autograd) now
-    and then abort it there, which would be a failed status for a finished run. What was registered to happen at the
-    end happens.
+    Under a launcher, run atexit hooks and end without tearing the interpreter down: threads of libraries (connections,
+    autograd) sometimes abort during it and would fail a finished run.
     """
     if status or not is_launched():
         sys.exit(status)
@@ -58,14 +58,14 @@ def leave(status: int) -> NoReturn:
     os._exit(0)
 
 
-def tell(message: str, stream: Any = None) -> None:
-    """One line from the first process, on stderr by default."""
+def print_on_main(message: str, stream: Any = None) -> None:
+    """Print one line from the first process, on stderr by default."""
     if rank() == 0:
-        print(f"prefopt: {message}", file=stream or sys.stderr, flush=True)
+        print(f"prefopt: {printable(masked(message))}", file=stream or sys.stderr, flush=True)
 
 
 def split_launch_settings(settings: list[Setting]) -> tuple[dict[str, str], list[Setting]]:
-    """The launcher's settings as text, and the rest.
+    """Take the launcher's settings, as text, out of all settings.
 
     Raises:
         ValueError: launcher settings on the command line of a process that a launcher has already started.
@@ -86,7 +86,7 @@ def split_launch_settings(settings: list[Setting]) -> tuple[dict[str, str], list
 
 
 def without_launch_words(words: list[str]) -> list[str]:
-    """Command-line words without the launcher's keys and their values, for the processes that it starts."""
+    """Return command-line words without the launcher's keys and their values, for the processes that it starts."""
     kept: list[str] = []
     dropping = False
     for word in words:
@@ -102,7 +102,7 @@ def without_launch_words(words: list[str]) -> list[str]:
 
 
 def launch_words(settings: dict[str, str]) -> list[str]:
-    """The words for `accelerate launch`: the config file found by name, then every other key as a flag.
+    """Return the words for `accelerate launch`: the config file found by name, then every other key as a flag.
 
     Raises:
         ValueError: a number that is not one, or an unknown accelerate config.
@@ -121,7 +121,7 @@ def launch_words(settings: dict[str, str]) -> list[str]:
 def launch(settings: dict[str, str], command: list[str]) -> int:
     """Run `python -m prefopt COMMAND` under `accelerate launch` and return the exit status.
 
-    The processes report their own errors; the launcher's report about them is left out.
+    The processes report their own errors; the report of the launcher about them is not printed.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -2,38 +2,35 @@
 
 With N parameters of which T train, p bytes per weight, W processes, and s = W where a part is sharded, else 1:
 
-    weights      p N / s            (4-bit: 0.56 bytes for each weight of a linear layer, p for the rest; the policy is
-    never sharded then)
-    bf16 copies  2 T                where float32 weights compute in bf16 without DeepSpeed (autocast keeps them
-    through a forward)
+    weights      p N / s            (4-bit: 0.56 bytes for each weight of a linear layer, p for the rest; not sharded)
+    bf16 copies  2 T                where float32 weights compute in bf16 without DeepSpeed (autocast keeps them)
     gradients    p T / s
     optimizer    states x 4 T / s   (1-byte states for 8-bit optimizers), plus a float32 master copy, 4 T / s, under
-    DeepSpeed with bf16
-    reference    p N / s            when a reference model is kept
-    one layer    4 bytes of the largest layer and of the embeddings where weights are sharded (gathered while they are
-    used)
-    activations  checkpointed: 2 bytes x tokens x width x layers, and one layer's own
-                 one layer: tokens x (16 width + 6 feed-forward width) x 2 bytes; without checkpointing this times
-                     layers
+                                    DeepSpeed with bf16
+    reference    p N / s            where a reference model is kept
+    one layer    4 bytes of the largest layer and of the embeddings, where weights are sharded (gathered while in use)
+    activations  checkpointed: 2 bytes x tokens x width x layers, and one layer's
+                 one layer: tokens x (16 width + 6 feed-forward width) x 2 bytes; without checkpointing, for all layers
     log-probs    8 bytes x scored tokens x min(vocabulary, 32768)
 
 ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well; offloaded parts count
-as nothing.
-"Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded training in
-one dtype;
-activations and log-probs are upper estimates: kernels, fragmentation and the CUDA context come on top.
+as nothing. "Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded
+training in one dtype; activations and log-probs are upper estimates: kernels, fragmentation and the CUDA context come
+on top.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
+from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from prefopt.files import read_yaml
 
 GIB = 2**30
 LOGPROB_COLUMNS = 32768
@@ -44,9 +41,10 @@ OPTIMIZER_STATES = {"sgd": 0, "rmsprop": 1, "adagrad": 1, "lion": 1, "adafactor"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the estimate needs of a model."""
+    """The numbers of a model that the estimate needs."""
 
     parameters: int
+    trained: int  # all of them, or the adapter's
     linear_parameters: int  # those that 4-bit loading quantises
     largest_layer: int
     embedding_parameters: int
@@ -56,36 +54,42 @@ class ModelShape:
     vocabulary: int
 
     @classmethod
-    def of(cls, config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelShape:
-        """The shape of the causal LM that `config` describes, built without memory (meta device)."""
+    def of(
+        cls, config: PretrainedConfig, adapter: PeftConfig | None = None, *, trust_remote_code: bool = False
+    ) -> ModelShape:
+        """Count the causal LM that `config` describes, built without memory (meta device), and its adapter."""
+        text = config.get_text_config()
         with torch.device("meta"), contextlib.redirect_stderr(None):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        text = config.get_text_config()
-        embeddings = {
-            id(part.weight): part.weight
-            for part in (model.get_input_embeddings(), model.get_output_embeddings())
-            if part
-        }
-        layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-        blocks = max(layers, key=len) if layers else torch.nn.ModuleList([model])
-        width = text.hidden_size
+            layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+            blocks = max(layers, key=len) if layers else torch.nn.ModuleList([model])
+            linear = [module for module in blocks.modules() if isinstance(module, torch.nn.Linear)]
+            ends = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part]
+            counts = {
+                "parameters": _size(model.parameters()),
+                "linear_parameters": _size(module.weight for module in linear),
+                "largest_layer": max(_size(block.parameters()) for block in blocks),
+                "embedding_parameters": _size({part.weight for part in ends}),  # tied ones once
+            }
+            # adds its weights to the modules counted above
+            trained = get_peft_model(model, adapter) if adapter is not None else model
         return cls(
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            linear_parameters=sum(
-                m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)
-            ),
-            largest_layer=max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
-            embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
+            **counts,
+            trained=_size(parameter for parameter in trained.parameters() if parameter.requires_grad),
             layers=len(blocks),
-            width=width,
-            feed_forward=text.to_dict().get("intermediate_size") or 4 * width,
+            width=text.hidden_size,
+            feed_forward=text.to_dict().get("intermediate_size") or 4 * text.hidden_size,
             vocabulary=text.vocab_size,
         )
 
 
+def _size(weights: Iterable[torch.Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
 @dataclass(frozen=True)
 class Launch:
-    """What an accelerate config says that memory depends on."""
+    """The parts of an accelerate config that memory depends on."""
 
     processes: int = 1
     machines: int = 1
@@ -104,10 +108,7 @@ class Launch:
         Raises:
             ValueError: it is no YAML mapping.
         """
-        try:
-            values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values, _ = read_yaml(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold `key: value` lines, as `accelerate config` writes them.")
         deepspeed, fsdp = values.get("deepspeed_config") or {}, values.get("fsdp_config") or {}
@@ -134,32 +135,19 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """The sum of all parts."""
+        """Sum all parts."""
         return sum(self.parts.values())
 
     def table(self) -> str:
-        """The parts as lines of text, in GiB."""
+        """Write the parts as lines of text, in GiB."""
         lines = [f"  {name:<12}{size / GIB:>9.2f} GiB" for name, size in self.parts.items() if size]
         return "\n".join([*lines, f"  {'sum':<12}{self.total / GIB:>9.2f} GiB"])
 
 
 def optimizer_bytes(name: str) -> float:
-    """Bytes of optimizer state per trained parameter (`adamw_torch` 8, `rmsprop` 4, `paged_adamw_8bit` 2)."""
+    """Return the bytes of optimizer state per trained parameter: `adamw_torch` 8, `rmsprop` 4, `adamw_8bit` 2."""
     states = next((count for key, count in OPTIMIZER_STATES.items() if key in name), 2)
     return states * (1 if "8bit" in name else 4)
-
-
-def adapter_parameters(
-    config: PretrainedConfig, shape: ModelShape, peft_config: Any, *, trust_remote_code: bool = False
-) -> int:
-    """How many parameters a LoRA adapter trains, counted on a model without memory."""
-    from peft import get_peft_model
-
-    with torch.device("meta"), contextlib.redirect_stderr(None):
-        model = get_peft_model(
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), peft_config
-        )
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def estimate(
@@ -169,14 +157,13 @@ def estimate(
     dtype: str | None,
     bf16: bool,
     optimizer: str,
-    trained: int,
     four_bit: bool = False,
     keeps_reference: bool = True,
     checkpointing: bool = True,
     tokens: int,
     scored_tokens: int,
 ) -> Memory:
-    """Memory of one GPU; see the module's docstring for the formula.
+    """Estimate the memory of one GPU by the formula in the module's docstring.
 
     Args:
         shape: the model.
@@ -184,40 +171,35 @@ def estimate(
         dtype: of the loaded weights; "auto" and `None` count as two bytes.
         bf16: whether the run computes in bfloat16.
         optimizer: transformers' name of it.
-        trained: trained parameters: all, or the adapter's.
         four_bit: whether the base is loaded in 4 bits.
         keeps_reference: whether a reference model stays in memory.
         checkpointing: whether activations are recomputed.
         tokens: of one micro-batch.
         scored_tokens: those of them that are scored.
     """
-    deepspeed = launch.zero_stage > 0
+    deepspeed, trained = launch.zero_stage > 0, shape.trained
     size = 2 if deepspeed and bf16 else 4 if dtype == "float32" else 2
     sharded = (launch.zero_stage == 3 or launch.fsdp) and not four_bit
     weights_over = launch.processes if sharded else 1
     states_over = launch.processes if sharded or launch.zero_stage == 2 else 1
-    weights = (
-        FOUR_BIT * shape.linear_parameters + size * (shape.parameters - shape.linear_parameters)
-        if four_bit
-        else size * shape.parameters
-    )
-    full = trained == shape.parameters
-    added = 0 if full else size * trained
-    one_layer = tokens * (16 * shape.width + 6 * shape.feed_forward) * 2
+    quantised = shape.linear_parameters if four_bit else 0
+    weights = FOUR_BIT * quantised + size * (shape.parameters - quantised)
+    if trained != shape.parameters:
+        weights += size * trained  # the adapter
+    copied = size == 4 and bf16 and not deepspeed and not launch.fsdp
+    states = optimizer_bytes(optimizer) + (4 if deepspeed and bf16 else 0)
     on_gpu = 0 if launch.offload_weights else 1
+    one_layer = tokens * (16 * shape.width + 6 * shape.feed_forward) * 2
+    recomputed = 2 * tokens * shape.width * shape.layers + one_layer
     return Memory(
         {
-            "weights": on_gpu * (weights + added) / weights_over,
-            "bf16 copies": 2 * trained if size == 4 and bf16 and not deepspeed and not launch.fsdp else 0,
+            "weights": on_gpu * weights / weights_over,
+            "bf16 copies": 2 * trained if copied else 0,
             "gradients": size * trained / states_over,
-            "optimizer": 0
-            if launch.offload_optimizer
-            else (optimizer_bytes(optimizer) + (4 if deepspeed and bf16 else 0)) * trained / states_over,
+            "optimizer": 0 if launch.offload_optimizer else states * trained / states_over,
             "reference": on_gpu * size * shape.parameters / weights_over if keeps_reference else 0,
             "one layer": 4 * (shape.largest_layer + shape.embedding_parameters) if sharded else 0,
-            "activations": 2 * tokens * shape.width * shape.layers + one_layer
-            if checkpointing
-            else one_layer * shape.layers,
+            "activations": recomputed if checkpointing else one_layer * shape.layers,
             "log-probs": 8 * scored_tokens * min(shape.vocabulary, LOGPROB_COLUMNS),
         }
     )

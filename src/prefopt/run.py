@@ -1,277 +1,95 @@
-"""What a training run needs to know from its recipe before anything is loaded: devices, folder, batch sizes, configs."""
+"""What a training run needs of its recipe: checked settings, a folder of its own, and the models that it starts from.
+
+Nothing here loads data, and everything up to the last section works without loading weights, so that `prefopt check`
+makes the same checks as training.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from prefopt.arguments import missing, names_without_effect, setting_changes
+from prefopt.data import TokenizationReport
 from prefopt.data.encoding import with_pad_token
-from prefopt.files import write_json, write_text
-from prefopt.launch import is_launched, tell, world_size
+from prefopt.files import parse_yaml, read_yaml, write_json, write_text
+from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.trainers.checkpoints import is_whole, last_checkpoint
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import load_model
 
-RECIPE_FILE = "recipe.yaml"
-# beside weights and checkpoints; a leftover would describe another model (an adapter's config) or another run (its
-# figures)
-LEFT_BY_RUNS = (
-    TRAINER_STATE_NAME,
-    "config.json",
-    "adapter_config.json",
-    "model.safetensors.index.json",
-    "train_results.json",
-    "eval_results.json",
-    "all_results.json",
-)
-VERSIONS_FILE = "package_versions.json"
-PACKAGES = (
-    "prefopt",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "peft",
-    "deepspeed",
-    "tokenizers",
-    "numpy",
-)
-OPTIONAL_PACKAGES = ("bitsandbytes", "flash-attn", "liger-kernel", "vllm", "kernels")
+# --- What we know of settings that transformers and TRL declare; of our own, it stands in the fields' metadata.
 
-# settings that may differ between a run and its continuation: where it writes, what it reports, how long it goes on
-FREE_TO_CHANGE = frozenset(
-    {
-        "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "method", "env",
-        "num_train_epochs", "max_steps", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
-        "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
-        "logging_strategy", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval",
-        "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit", "dataset_num_proc", "ddp_timeout",
-        "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    }
-)  # fmt: skip
-
-
-def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, resolved: str) -> str | None:
-    """Where a run may start: the checkpoint to continue from, or `None` for the beginning.
-
-    Args:
-        output_dir: the run's folder; it need not exist.
-        resume: the path of a checkpoint, or true for the last one in `output_dir` (from the beginning if there is none
-            yet).
-        overwrite: whether another run in `output_dir` may be replaced.
-        resolved: this run's resolved recipe (YAML).
-
-    Raises:
-        ValueError: the folder cannot be one, or holds another run, or the run to continue had other settings.
-    """
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"output_dir {output_dir}: {there} is a file; name a folder.")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"output_dir {output_dir} cannot be made or written: {there} is not yours to write to.")
-    if resume and overwrite:
-        raise ValueError(
-            "resume_from_checkpoint continues a run and overwrite_output_dir replaces it: give one of them."
-        )
-    last = last_checkpoint(output_dir)
-    if isinstance(resume, str) and resume.lower() not in ("true", "false"):
-        if not is_whole(Path(resume)):
-            raise ValueError(
-                f"resume_from_checkpoint: {resume} holds no whole checkpoint (no readable trainer_state.json)."
-            )
-        _check_same_run(Path(resume).parent, resolved)
-        return resume
-    has_model, same, resumes = _has_model(output_dir), _same_run(output_dir, resolved), str(resume).lower() == "true"
-    if resumes:
-        if last is not None:
-            _check_same_run(output_dir, resolved)
-            return last
-        if same or not has_model:
-            return None
-    elif overwrite or not holds_run(output_dir) or (same and last is None and not has_model):
-        return None
-    what = f"a run that reached step {_step(last)}" if last else "a trained model" if has_model else "another run"
-    advice = "continue it with --resume_from_checkpoint true, " if last else ""
-    if resumes:
-        what += " of other settings, without a checkpoint to continue from"
-    raise ValueError(
-        f"output_dir {output_dir} already holds {what}: {advice}replace it with --overwrite_output_dir true, or "
-        "choose another "
-        "output_dir."
-    )
-
-
-def holds_run(output_dir: Path) -> bool:
-    """Whether a training run has left anything in `output_dir`."""
-    return (
-        (output_dir / RECIPE_FILE).exists()
-        or (output_dir / TRAINER_STATE_NAME).exists()
-        or any(output_dir.glob("checkpoint-*"))
-        or _has_model(output_dir)
-    )
-
-
-def open_folder(output_dir: Path, resolved: str, *, overwrite: bool) -> None:
-    """Make the folder this run's: with `overwrite`, remove what an earlier run left; write the recipe and the versions."""
-    if overwrite:
-        for checkpoint in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        for name in LEFT_BY_RUNS:
-            (output_dir / name).unlink(missing_ok=True)
-        for weights in output_dir.glob("*.safetensors"):
-            weights.unlink()
-    write_text(output_dir / RECIPE_FILE, resolved)
-    write_json(output_dir / VERSIONS_FILE, package_versions())
-
-
-def package_versions() -> dict[str, str]:
-    """The versions of Python and of every package that decides what a run computes."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES + OPTIONAL_PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            assert name in OPTIONAL_PACKAGES, f"{name} is not installed"
-    return versions
-
-
-def _step(checkpoint: str) -> int:
-    """The number at the end of a checkpoint's name; -1 for a folder that only looks like one."""
-    number = checkpoint.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
-
-
-def _has_model(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or (folder / "adapter_config.json").exists()
-
-
-def _differences(folder: Path, resolved: str) -> list[str] | None:
-    """What differs between the recipe in `folder` and `resolved`; `None` when the folder has no recipe."""
-    written = folder / RECIPE_FILE
-    if not written.is_file():
-        return None
-    before: dict[str, Any] = yaml.safe_load(written.read_text(encoding="utf-8")) or {}
-    now: dict[str, Any] = yaml.safe_load(resolved) or {}
-    keys = [
-        key for key in dict.fromkeys([*before, *now]) if key not in FREE_TO_CHANGE and before.get(key) != now.get(key)
-    ]
-    return [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys]
-
-
-def _same_run(folder: Path, resolved: str) -> bool:
-    return _differences(folder, resolved) == []
-
-
-def _check_same_run(folder: Path, resolved: str) -> None:
-    differences = _differences(folder, resolved)
-    if differences:
-        shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
-        raise ValueError(f"{folder} holds a run with other settings, which cannot be continued: {shown}.")
-
-
-LM_HEADS = ("lm_head", "embed_out", "output")
+# may differ between a run and its continuation: where it writes, what it reports, how long it goes on
+FREE_TO_CHANGE = names_without_effect(RunArguments) | {
+    "output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
+    "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
+    "logging_strategy", "logging_steps", "logging_first_step",
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval", "per_device_eval_batch_size",
+    "save_strategy", "save_steps", "save_total_limit", "dataset_num_proc", "ddp_timeout", "dataloader_num_workers",
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+}  # fmt: skip
+# key, value (a pattern), module (one of several), how it is installed: packages that are no dependencies of this one
 _QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")
-# settings that need a package which is not among our own dependencies: (key, value begins with, module (or another),
-# what to install)
-OPTIONAL = (
-    ("attn_implementation", "flash_attention_2", "flash_attn|kernels", "pip install flash-attn --no-build-isolation"),
+NEEDS_PACKAGE = (
+    ("attn_implementation", "flash_attention_2*", "flash_attn|kernels", "pip install flash-attn --no-build-isolation"),
     ("load_in_4bit", "True", *_QUANTIZATION),
     ("load_in_8bit", "True", *_QUANTIZATION),
-    ("optim", "paged_", *_QUANTIZATION),
-    ("optim", "adamw_bnb", *_QUANTIZATION),
-    ("optim", "adamw_8bit", *_QUANTIZATION),
+    ("optim", "paged_*", *_QUANTIZATION),
+    ("optim", "*_8bit", *_QUANTIZATION),
+    ("optim", "*_bnb*", *_QUANTIZATION),
     ("use_liger_kernel", "True", "liger_kernel", "pip install 'prefopt[fast]'"),
     ("report_to", "wandb", "wandb", "pip install wandb"),
     ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
 )
+# ignored without `use_peft`
+ADAPTER_KEYS = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "lora_task_type", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit",
+)  # fmt: skip
+LARGELY_CUT, LARGELY_DROPPED = 0.2, 0.01  # shares of rows from which on a warning says so
+LM_HEADS = ("lm_head", "embed_out", "output")
+
+# --- Settings
 
 
 def resolved_recipe(recipe: Recipe, classes: Sequence[type]) -> str:
-    """The recipe with all defaults as YAML, without values that follow from others for this number of processes."""
+    """Write the recipe with all defaults as YAML, without values that follow from the number of processes."""
     derived = {"gradient_accumulation_steps"} if "global_batch_size" in recipe.values else set()
     return resolved_yaml(recipe, classes, without_defaults=frozenset(derived | {"local_rank"}))
 
 
-def check_devices(recipe: Recipe) -> None:
-    """Refuse several visible GPUs without a launcher: one process would spread each batch over them.
-
-    Raises:
-        ValueError: says how to start on all of them, or on one.
-    """
-    count = torch.cuda.device_count()
-    if count > 1 and world_size() == 1 and not is_launched() and not recipe.values.get("use_cpu"):
-        raise ValueError(
-            f"{count} GPUs are visible, but there is one process: add --num_processes {count}, start with `accelerate "
-            "launch`, or "
-            "show it one GPU with CUDA_VISIBLE_DEVICES=0."
-        )
-
-
-def missing_packages(recipe: Recipe) -> list[str]:
-    """A sentence for each setting that needs a package which is not installed."""
-    sentences = []
-    for key, value, module, install in OPTIONAL:
-        given = plain(recipe.values.get(key))
-        wanted = any(str(item).startswith(value) for item in (given if isinstance(given, list) else [given]))
-        modules = module.split("|")
-        if wanted and all(importlib.util.find_spec(name) is None for name in modules):
-            sentences.append(f"{recipe.places[key]}: {key}: {given} needs the package {modules[0]}: {install}.")
-    return sentences
-
-
-def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
-    """The output folder, and the checkpoint to start from, if any.
-
-    Raises:
-        ValueError: no output_dir, or one that holds another run or the model to start from.
-    """
-    if not recipe.values.get("output_dir"):
-        raise ValueError("output_dir is missing: set it in the recipe or with --output_dir.")
-    output_dir = Path(recipe.values["output_dir"]).expanduser()
-    resume, overwrite = recipe.values.get("resume_from_checkpoint"), bool(recipe.values.get("overwrite_output_dir"))
-    for key in ("model_name_or_path", "ref_model_name_or_path") if overwrite else ():
-        model = Path(recipe.values.get(key) or "").expanduser().resolve()
-        if recipe.values.get(key) and output_dir.resolve() in (model, *model.parents):
-            raise ValueError(
-                f"overwrite_output_dir would remove {key}, which lies in {output_dir}: choose another output_dir."
-            )
-    start = find_start(output_dir, resume, overwrite, resolved)
-    if resume and start is None:
-        tell(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
-    return output_dir, start
-
-
 def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tuple[Any, ...]:
-    """The method's config, the data keys, the model's and the run's, with batch sizes for this number of processes.
+    """Build the method's config, the data's, the model's and the run's, with batch sizes for this number of processes.
 
     Raises:
-        ValueError: values that a config refuses, batch sizes that do not divide, or attention that does not run here.
+        ValueError: values that a config rejects, batch sizes that do not divide, or attention that does not run here.
     """
     values = config_values(recipe)
     values.update(batch_sizes(values, classes[0], processes))
-    adjusted = Recipe(recipe.name, values, recipe.places, recipe.notices)
-    if adjusted.values.get("model_name_or_path") is None:
-        raise ValueError("model_name_or_path is missing: set it in the recipe or with --model_name_or_path.")
+    if values.get("model_name_or_path") is None:
+        raise ValueError(missing("model_name_or_path"))
     check_adapter_keys(recipe)
     check_precision(values)
-    configs = build(adjusted, classes)
+    configs = build(Recipe(recipe.name, values), classes)
     configs[1].evaluates = may_evaluate(recipe)
     attention = values.get("attn_implementation") or ""
     if attention.startswith("flash_attention") and configs[0].device.type == "cpu":
@@ -280,36 +98,18 @@ def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tu
 
 
 def config_values(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values without those that a run sees to itself: `train` finds the checkpoint, `finish` pushes once everything is on disk."""
+    """Return a recipe's values without those that configs must not see.
+
+    Training finds the checkpoint itself, and pushes itself once everything is on disk.
+    """
     return {key: value for key, value in recipe.values.items() if key not in ("resume_from_checkpoint", "push_to_hub")}
 
 
-def check_precision(values: dict[str, Any]) -> None:
-    """Refuse full precision in the recipe where the launcher's config says another, which would win without a word.
-
-    Raises:
-        ValueError: says how to make them equal.
-    """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if values.get("bf16") is False and not values.get("fp16") and launched not in ("no", ""):
-        raise ValueError(
-            f"bf16: false, but the accelerate config says mixed_precision: {launched}, which would win. Make them "
-            "equal: leave bf16 out, "
-            "or use a config with mixed_precision: 'no'."
-        )
-
-
-def may_evaluate(recipe: Recipe) -> bool:
-    """Whether evaluation data is read: always where the recipe names some, unless it says `do_eval: false`."""
-    return recipe.values.get("do_eval") is not False or recipe.values.get("eval_strategy", "no") != "no"
-
-
 def batch_sizes(values: dict[str, Any], config: type, processes: int) -> dict[str, int]:
-    """Per-device batch and accumulation that make `global_batch_size` with this number of processes.
+    """Return the per-device batch and the accumulation that make `global_batch_size` with this number of processes.
 
     global_batch_size = per_device_train_batch_size x gradient_accumulation_steps x processes; the per-device batch is
-    lowered where it is
-    too large for many processes.
+    lowered where it is too large for many processes.
 
     Raises:
         ValueError: the global batch cannot be divided evenly.
@@ -320,50 +120,254 @@ def batch_sizes(values: dict[str, Any], config: type, processes: int) -> dict[st
     if wanted < 1 or wanted % processes:
         raise ValueError(f"global_batch_size {wanted} cannot be divided evenly over {processes} processes.")
     share = wanted // processes
-    per_device = min(values.get("per_device_train_batch_size", config.per_device_train_batch_size), share)  # type: ignore[attr-defined]
+    default = config.per_device_train_batch_size  # type: ignore[attr-defined]
+    per_device = min(values.get("per_device_train_batch_size", default), share)
     while share % per_device:
         per_device -= 1
     return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": share // per_device}
 
 
+def may_evaluate(recipe: Recipe) -> bool:
+    """Return whether evaluation data is read: always where the recipe names some, unless it says `do_eval: false`."""
+    return recipe.values.get("do_eval") is not False or recipe.values.get("eval_strategy", "no") != "no"
+
+
+def check_devices(recipe: Recipe) -> None:
+    """Raise if several GPUs are visible without a launcher: one process would spread each batch over them.
+
+    Raises:
+        ValueError: says how to start on all of them, or on one.
+    """
+    count = torch.cuda.device_count()
+    if count > 1 and world_size() == 1 and not is_launched() and not recipe.values.get("use_cpu"):
+        raise ValueError(
+            f"{count} GPUs are visible, but there is one process: add --num_processes {count}, start with `accelerate "
+            "launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_precision(values: dict[str, Any]) -> None:
+    """Raise if the recipe asks for full precision and the launcher's config, which would win, for another.
+
+    Raises:
+        ValueError: says how to make them equal.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if values.get("bf16") is False and not values.get("fp16") and launched not in ("no", ""):
+        raise ValueError(
+            f"bf16: false, but the accelerate config says mixed_precision: {launched}, which would win. Make them "
+            "equal: leave bf16 out, or use a config with mixed_precision: 'no'."
+        )
+
+
 def check_adapter_keys(recipe: Recipe) -> None:
-    """Refuse adapter settings that would be ignored, and an adapter on the LM head.
+    """Raise for adapter settings that would be ignored, and for an adapter on the LM head.
 
     Raises:
         ValueError: names the key.
     """
-    values = recipe.values
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    of_adapters = [key for key in defaults if key.startswith(("lora_", "use_rslora", "use_dora", "load_in_"))]
-    needs_peft = [key for key in of_adapters if values.get(key, defaults[key]) != defaults[key]]
-    if not values.get("use_peft") and needs_peft:
-        raise ValueError(
-            f"{recipe.places[needs_peft[0]]}: {needs_peft[0]} needs use_peft: true; without it, remove it."
-        )
+    values, defaults = recipe.values, ModelConfig()
+    given = [key for key in ADAPTER_KEYS if key in values and values[key] != getattr(defaults, key)]
+    if given and not values.get("use_peft"):
+        raise ValueError(f"{recipe.places[given[0]]}: {given[0]} needs use_peft: true; without it, remove it.")
     targets = values.get("lora_target_modules") or []
     heads = [name for name in ([targets] if isinstance(targets, str) else targets) if name in LM_HEADS]
     if heads:
         raise ValueError(
             f"{recipe.places['lora_target_modules']}: an adapter on {heads[0]} would be ignored, since log-probs are "
-            "computed from its "
-            "weight; remove it, or name it in lora_modules_to_save to train it whole."
+            "computed from its weight; remove it, or name it in lora_modules_to_save to train it whole."
         )
 
 
-def check_model(name: str, model_args: ModelConfig, args: Any) -> None:
-    """Make sure that there is a model under `name`, without loading its weights.
+def missing_packages(recipe: Recipe) -> list[str]:
+    """Return a sentence for each setting that needs a package which is not installed."""
+    sentences = []
+    for key, pattern, module, install in NEEDS_PACKAGE:
+        given = plain(recipe.values.get(key))
+        wanted = any(fnmatch(str(item), pattern) for item in (given if isinstance(given, list) else [given]))
+        modules = module.split("|")
+        if wanted and all(importlib.util.find_spec(name) is None for name in modules):
+            sentences.append(f"{recipe.places[key]}: {key}: {given} needs the package {modules[0]}: {install}.")
+    return sentences
+
+
+def data_warnings(report: TokenizationReport, max_length: int | None) -> list[str]:
+    """Return a sentence where much of a data set is cut or dropped, which a table of counts says too quietly."""
+    warnings = []
+    if report.rows_cut > LARGELY_CUT * report.rows_kept:
+        share = report.rows_cut / report.rows_kept
+        warnings.append(
+            f"{report.name}: {report.rows_cut} of {report.rows_kept} rows ({share:.0%}) do not fit in max_length "
+            f"{max_length} and are cut: what is scored is not the whole answer, or not after the whole prompt. Raise "
+            "max_length if memory allows."
+        )
+    if report.rows_dropped > LARGELY_DROPPED * report.rows_in:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
+        warnings.append(f"{report.name}: {report.rows_dropped} of {report.rows_in} rows are dropped: {reasons}.")
+    return warnings
+
+
+# --- The run's folder
+
+RECIPE_FILE = "recipe.yaml"
+VERSIONS_FILE = "package_versions.json"
+TRAIN_FIGURES, EVAL_FIGURES = "train_results.json", "eval_results.json"  # transformers' names
+# Beside weights and checkpoints, overwriting removes these: a leftover would describe another model (an adapter's
+# config) or another run (its figures).
+LEFT_BY_RUNS = (
+    TRAINER_STATE_NAME, "config.json", "adapter_config.json", "model.safetensors.index.json",
+    TRAIN_FIGURES, EVAL_FIGURES, "all_results.json",
+)  # fmt: skip
+# whatever decides what a run computes, as far as it is installed
+PACKAGES = (
+    "prefopt", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "tokenizers", "numpy",
+    "bitsandbytes", "flash-attn", "liger-kernel", "vllm", "kernels",
+)  # fmt: skip
+
+
+def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
+    """Return the output folder, and the checkpoint to start from, if any.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no output_dir, or one that holds another run or the model to start from.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
-        raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
-    read_config(name, model_args, args)
+    if not recipe.values.get("output_dir"):
+        raise ValueError(missing("output_dir"))
+    output_dir = Path(recipe.values["output_dir"]).expanduser()
+    resume, overwrite = recipe.values.get("resume_from_checkpoint"), bool(recipe.values.get("overwrite_output_dir"))
+    for key in ("model_name_or_path", "ref_model_name_or_path") if overwrite else ():
+        model = Path(recipe.values.get(key) or "").expanduser().resolve()
+        if recipe.values.get(key) and output_dir.resolve() in (model, *model.parents):
+            raise ValueError(
+                f"overwrite_output_dir would remove {key}, which lies in {output_dir}: choose another output_dir."
+            )
+    start = find_start(output_dir, resume, overwrite, resolved)
+    if resume and start is None:
+        print_on_main(f"{output_dir} holds no checkpoint yet: training starts at the beginning.")
+    return output_dir, start
+
+
+def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, resolved: str) -> str | None:
+    """Return the checkpoint to continue from, or `None` to start at the beginning.
+
+    Args:
+        output_dir: the run's folder; it need not exist.
+        resume: the path of a checkpoint, or true for the last one in `output_dir` (the beginning if there is none).
+        overwrite: whether another run in `output_dir` may be replaced.
+        resolved: this run's resolved recipe (YAML).
+
+    Raises:
+        ValueError: the folder cannot be one, or holds another run, or the run to continue had other settings.
+    """
+    _check_writable(output_dir)
+    if resume and overwrite:
+        raise ValueError(
+            "resume_from_checkpoint continues a run and overwrite_output_dir replaces it: give one of them."
+        )
+    if isinstance(resume, str) and resume.lower() not in ("true", "false"):
+        if not is_whole(Path(resume)):
+            raise ValueError(
+                f"resume_from_checkpoint: {resume} holds no whole checkpoint (no readable trainer_state.json)."
+            )
+        _check_same_run(Path(resume).parent, resolved)
+        return resume
+    last, has_model = last_checkpoint(output_dir), _has_model(output_dir)
+    is_same, resumes = _changes(output_dir, resolved) == [], str(resume).lower() == "true"
+    if resumes and last is not None:
+        _check_same_run(output_dir, resolved)
+        return last
+    if resumes and (is_same or not has_model):
+        return None
+    if not resumes and (overwrite or not holds_run(output_dir) or (is_same and last is None and not has_model)):
+        return None
+    what = (
+        f"a run that reached step {last.rpartition('-')[2]}"
+        if last
+        else "a trained model"
+        if has_model
+        else "another run"
+    )
+    what += " of other settings, without a checkpoint to continue from" if resumes else ""
+    advice = "continue it with --resume_from_checkpoint true, " if last else ""
+    raise ValueError(
+        f"output_dir {output_dir} already holds {what}: {advice}replace it with --overwrite_output_dir true, or "
+        "choose another output_dir."
+    )
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Return whether a training run has left anything in `output_dir`."""
+    names = (RECIPE_FILE, TRAINER_STATE_NAME, "checkpoint-*")
+    return any(True for name in names for _ in output_dir.glob(name)) or _has_model(output_dir)
+
+
+def is_finished(output_dir: Path, *, evaluated: bool) -> bool:
+    """Return whether a run has left all that it leaves at its end: a model, figures, and those of evaluation."""
+    figures = [TRAIN_FIGURES, *([EVAL_FIGURES] if evaluated else [])]
+    return _has_model(output_dir) and all((output_dir / name).exists() for name in figures)
+
+
+def open_folder(output_dir: Path, resolved: str, *, overwrite: bool) -> None:
+    """Write the recipe and the versions to the run's folder; with `overwrite`, first remove what another run left."""
+    if overwrite:
+        for checkpoint in output_dir.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        for path in (*(output_dir / name for name in LEFT_BY_RUNS), *output_dir.glob("*.safetensors")):
+            path.unlink(missing_ok=True)
+    write_text(output_dir / RECIPE_FILE, resolved)
+    write_json(output_dir / VERSIONS_FILE, package_versions())
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of every package that decides what a run computes."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _check_writable(output_dir: Path) -> None:
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir {output_dir}: {there} is a file; name a folder.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"output_dir {output_dir} cannot be made or written: {there} is not yours to write to.")
+
+
+def _has_model(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or (folder / "adapter_config.json").exists()
+
+
+def _changes(folder: Path, resolved: str) -> list[str] | None:
+    """Describe how the recipe in `folder` differs from `resolved`; `None` when the folder has no recipe."""
+    written = folder / RECIPE_FILE
+    if not written.is_file():
+        return None
+    try:
+        before = read_yaml(written)[0]
+    except ValueError as error:
+        before = error
+    if not isinstance(before, dict):
+        raise ValueError(
+            f"{written} is damaged, so nobody knows whether this run is the same: if it is, remove that file. "
+            f"({before if isinstance(before, ValueError) else 'It holds no settings.'})"
+        )
+    return setting_changes(before, parse_yaml(resolved, RECIPE_FILE)[0], FREE_TO_CHANGE)
+
+
+def _check_same_run(folder: Path, resolved: str) -> None:
+    changes = _changes(folder, resolved) or []
+    if changes:
+        shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+        raise ValueError(f"{folder} holds a run with other settings, which cannot be continued: {shown}.")
+
+
+# --- Models
 
 
 def check_reference(run_args: RunArguments, args: Any, rows: str) -> None:
-    """Make sure that the reference model that a recipe names exists and is used, without loading its weights.
+    """Raise if the reference model that a recipe names does not exist or is not used, without loading its weights.
 
     Raises:
         ValueError: there is none under this name, or the method has no reference.
@@ -377,40 +381,32 @@ def check_reference(run_args: RunArguments, args: Any, rows: str) -> None:
         raise ValueError("ref_model_name_or_path: this method has no reference model; remove it.")
     if set(args.loss_type) <= set(REFERENCE_FREE_LOSSES):
         raise ValueError(f"ref_model_name_or_path: {', '.join(args.loss_type)} has no reference; remove it.")
-    with readable_errors("ref_model_name_or_path", name):
+    with _readable_errors("ref_model_name_or_path", name):
         AutoConfig.from_pretrained(
             name, revision=run_args.ref_model_revision or "main", trust_remote_code=args.trust_remote_code
         )
 
 
 def read_config(name: str, model_args: ModelConfig, args: Any) -> Any:
-    """The config of the model, or of the one that a local adapter belongs to.
+    """Read the config of a model, or of the base model of a local adapter; no weights are loaded.
 
     Raises:
         ValueError: there is no such model.
     """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
+        raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
     revision = model_args.model_revision
-    with readable_errors("model_name_or_path", name):
+    with _readable_errors("model_name_or_path", name):
         if is_adapter(name):
             name, revision = str(adapter_of(name).base_model_name_or_path), "main"
-    with readable_errors("model_name_or_path", name):
+    with _readable_errors("model_name_or_path", name):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
-def adapter_of(name: str) -> PeftConfig:
-    """The config of an adapter in a local folder."""
-    return PeftConfig.from_pretrained(str(Path(name).expanduser()))
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a local folder holds an adapter and no whole model."""
-    path = Path(name).expanduser()
-    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
-
-
 def load_tokenizer(name: str, model_args: ModelConfig, args: Any, run_args: RunArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token, and the recipe's chat template if it gives one."""
-    with readable_errors("the tokenizer of model_name_or_path", name):
+    """Load the model's tokenizer, with a pad token, and the recipe's chat template if it gives one."""
+    with _readable_errors("the tokenizer of model_name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
         )
@@ -419,17 +415,19 @@ def load_tokenizer(name: str, model_args: ModelConfig, args: Any, run_args: RunA
     return with_pad_token(tokenizer)
 
 
-def single_model(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:
-    """The model of a method without a reference, as its trainer takes it."""
-    return {
-        "model": name,
-        "quantization_config": get_quantization_config(model_args),
-        "peft_config": adapter_config(model_args),
-    }
+def is_adapter(name: str) -> bool:
+    """Return whether a local folder holds an adapter and no whole model."""
+    path = Path(name).expanduser()
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
+def adapter_of(name: str) -> PeftConfig:
+    """Read the config of an adapter in a local folder."""
+    return PeftConfig.from_pretrained(str(Path(name).expanduser()))
 
 
 def adapter_config(model_args: ModelConfig) -> PeftConfig | None:
-    """The adapter that the recipe describes, if any."""
+    """Make the config of the adapter that the recipe describes, if any."""
     config = get_peft_config(model_args)
     targets = model_args.lora_target_modules
     if config is not None and isinstance(targets, str) and targets.isidentifier():
@@ -437,48 +435,48 @@ def adapter_config(model_args: ModelConfig) -> PeftConfig | None:
     return config
 
 
+def single_model(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:
+    """Return the model of a method without a reference, as keywords of its trainer."""
+    return {
+        "model": name,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": adapter_config(model_args),
+    }
+
+
 def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArguments) -> dict[str, Any]:
-    """Policy and reference of a pair method, as its trainer takes them."""
-    models = {**single_model(name, args, model_args, RunArguments()), "ref_model": load_reference(run_args, args)}
+    """Return policy and reference of a pair method, as keywords of its trainer; an adapter is loaded here."""
+    models = {**single_model(name, args, model_args, run_args), "ref_model": load_reference(run_args, args)}
     if is_adapter(name):
-        options = {**args.model_init_kwargs, "dtype": torch_dtype(model_args)}
+        # peft takes no names of types, unlike transformers
+        dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, str(model_args.dtype))
         models["model"] = AutoPeftModelForCausalLM.from_pretrained(
-            name, is_trainable=True, quantization_config=models["quantization_config"], **options
+            name,
+            is_trainable=True,
+            quantization_config=models["quantization_config"],
+            **{**args.model_init_kwargs, "dtype": dtype},
         )
         args.model_init_kwargs = models["quantization_config"] = models["peft_config"] = None
-        tell(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
+        print_on_main(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
     return models
 
 
-def torch_dtype(model_args: ModelConfig) -> Any:
-    """The recipe's dtype as `from_pretrained` takes it."""
-    return getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
-
-
 def load_reference(run_args: RunArguments, args: Any) -> Any:
-    """The reference model that the recipe names, or `None`: the policy before training."""
+    """Load the reference model that the recipe names; return `None` for the policy before training."""
     name = run_args.ref_model_name_or_path
     if name is None:
         return None
-    kept = args.model_init_kwargs
-    args.model_init_kwargs = {**kept, "revision": run_args.ref_model_revision or "main"}
-    try:
-        return load_model(name, args)
-    finally:
-        args.model_init_kwargs = kept
+    reference_args = copy(args)
+    reference_args.model_init_kwargs = {**args.model_init_kwargs, "revision": run_args.ref_model_revision or "main"}
+    return load_model(name, reference_args)
 
 
-class readable_errors:
+@contextmanager
+def _readable_errors(key: str, name: str) -> Iterator[None]:
     """Turn what transformers raises about a missing or unreadable model into one sentence."""
-
-    def __init__(self, key: str, name: str) -> None:
-        self.key, self.name = key, name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError)):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = "cannot be read" if Path(self.name).exists() else "is no folder here, and the hub does not give it"
-            raise ValueError(f"{self.key} {self.name!r} {where}: {reason}") from error
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "cannot be read" if Path(name).exists() else "is no folder here, and the hub does not give it"
+        raise ValueError(f"{key} {name!r} {where}: {reason}") from error

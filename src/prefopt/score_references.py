@@ -1,7 +1,8 @@
 """`prefopt score-references RECIPE`: fill the score cache ahead of training, for the recipe of any pair method.
 
-A multi-reference recipe: the text of all its rows is scored under each of its references, one of them in memory at a
-time, and their health cards are printed. Any other: the policy's initial model scores the policy's own token ids.
+With a multi-reference recipe the text of all its rows is scored under each of its references, one of them in memory at
+a time, and their health cards are printed. With any other recipe the policy's initial model scores the policy's own
+token ids.
 """
 
 from __future__ import annotations
@@ -12,18 +13,15 @@ from typing import Any
 from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets
 
+from prefopt.arguments import missing
 from prefopt.data import load_datasets
 from prefopt.data.rows import CONTEXT_COLUMNS
-from prefopt.launch import launch, split_launch_settings, tell, without_launch_words
+from prefopt.launch import launch, print_on_main, split_launch_settings, without_launch_words, world_size
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
 from prefopt.references.cache import default_folder
 from prefopt.references.health import cards_table
-from prefopt.references.text import (
-    ScoringReport,
-    ScoringSettings,
-    cards_of,
-    score_reference,
-)
+from prefopt.references.text import ScoringReport, ScoringSettings, cards_of, score_reference
+from prefopt.run import build_configs
 
 COMMAND = "score-references"
 MULTI_REFERENCE = "multi-reference-dpo"
@@ -55,26 +53,19 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _configs(recipe: Recipe, classes: Any) -> tuple[Any, ...]:
-    from prefopt.launch import world_size
-    from prefopt.run import build_configs
-
-    return build_configs(recipe, classes, world_size())
-
-
 def _score_tokens(trainer_class: Any, recipe: Recipe, classes: Any) -> None:
-    """Build the method's trainer with cached scores, which scores whatever its cache lacks, and stop there."""
+    """Build the method's trainer with cached scores, which scores whatever its cache lacks."""
     from prefopt.training import make_trainer
 
     recipe.values["precompute_ref_log_probs"] = True
-    args, data_args, model_args, run_args = _configs(recipe, classes)
+    args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
     make_trainer(trainer_class, "pairs", args, data_args, model_args, run_args)
 
 
 def _score_text(recipe: Recipe, classes: Any) -> None:
-    args, data_args, *_ = _configs(recipe, classes)
+    args, data_args, *_ = build_configs(recipe, classes, world_size())
     if not args.references:
-        raise ValueError("references is missing: name the models whose scores are wanted.")
+        raise ValueError(missing("references"))
     rows = _rows(args, data_args)
     settings = ScoringSettings(
         root=Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder(),
@@ -86,24 +77,21 @@ def _score_text(recipe: Recipe, classes: Any) -> None:
     )
     accelerator = Accelerator()
     for reference in args.references:
-        _tell_report(score_reference(rows, reference, settings, accelerator=accelerator))
+        print_on_main(_summary(score_reference(rows, reference, settings, accelerator=accelerator)))
     cards = cards_of(rows, args.references, settings.root, dtype=settings.dtype)
     if accelerator.is_main_process:
         print(cards_table(cards), flush=True)
-    tell(f"The scores are in {settings.root}.")
+    print_on_main(f"The scores are in {settings.root}.")
 
 
 def _rows(args: Any, data_args: Any) -> Dataset:
-    """All rows that training and evaluation will read, each once."""
-    sources = data_args.resolve(evaluates=args.do_eval or args.eval_strategy != "no", seed=args.seed)
-    train, evaluation = load_datasets(sources, "pairs", num_proc=args.dataset_num_proc)
-    named = [
-        load_datasets(source, "pairs", num_proc=args.dataset_num_proc)[0]
-        for _, source in data_args.named_evaluations()
-    ]
+    """Load all rows that training and evaluation will read, each once."""
+    main = data_args.resolve(evaluates=args.do_eval or args.eval_strategy != "no", seed=args.seed)
+    sources = [main, *(source for _, source in data_args.named_evaluations())]
+    loaded = [part for source in sources for part in load_datasets(source, "pairs", num_proc=args.dataset_num_proc)]
     parts = [
         part.select_columns([name for name in _TEXT_COLUMNS if name in part.column_names])
-        for part in (train, evaluation, *named)
+        for part in loaded
         if part is not None
     ]
     rows = concatenate_datasets(parts)
@@ -111,11 +99,9 @@ def _rows(args: Any, data_args: Any) -> Dataset:
     return rows.select(sorted(first.values()))
 
 
-def _tell_report(report: ScoringReport) -> None:
-    lost = [f"{report.too_long} rows too long", f"{report.refused} refused by its template"]
-    words = ", ".join(part for part, count in zip(lost, (report.too_long, report.refused)) if count)
-    tell(
-        f"{report.name}: {report.scored} completions scored, {report.found} found"
-        + (f"; {words}" if words else "")
-        + "."
-    )
+def _summary(report: ScoringReport) -> str:
+    """Describe what scoring one reference did, in one line."""
+    counts = {"rows too long": report.too_long, "rejected by its template": report.refused}
+    dropped = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
+    found = f"{report.name}: {report.scored} completions scored, {report.found} found"
+    return f"{found}{f'; {dropped}' if dropped else ''}."

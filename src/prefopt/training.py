@@ -7,36 +7,42 @@ is written.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import get_token
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
-from prefopt.data import TokenizationReport, describe_sample, load_datasets, tokenize_comparisons, tokenize_pairs
-from prefopt.launch import rank, tell, world_size
+from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
+from prefopt.files import read_json, storage_fault
+from prefopt.launch import print_on_main, rank, world_size
+from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
-from prefopt.recipes.recipe import Recipe
+from prefopt.recipes.recipe import Recipe, before_training
 from prefopt.run import (
+    RECIPE_FILE,
+    TRAIN_FIGURES,
     build_configs,
     check_devices,
-    check_model,
     check_output,
     check_reference,
+    data_warnings,
+    is_finished,
     load_tokenizer,
     missing_packages,
     open_folder,
     pair_models,
+    read_config,
     resolved_recipe,
     single_model,
 )
 from prefopt.trainers.config import model_options
-
-TOKENIZERS = {"pairs": tokenize_pairs, "comparisons": tokenize_comparisons}
 
 
 def shared_arguments() -> tuple[type, ...]:
@@ -57,6 +63,26 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
     Raises:
         ValueError: a user's mistake; nothing is left in output_dir.
     """
+    trainer, data_args, output_dir, start, resolved = _prepare(method, trainer_class, rows, recipe, classes)
+    trainer.accelerator.wait_for_everyone()
+    with writing_to(output_dir, trainer):
+        if trainer.is_world_process_zero():
+            open_folder(output_dir, resolved, overwrite=bool(recipe.values.get("overwrite_output_dir")))
+        trainer.accelerator.wait_for_everyone()
+        trained = fit(trainer, start)
+        if trainer.is_world_process_zero() and not (output_dir / RECIPE_FILE).exists():
+            open_folder(output_dir, resolved, overwrite=False)  # somebody has emptied the folder meanwhile
+        if not trained and is_finished(output_dir, evaluated=trainer.eval_dataset is not None):
+            print_on_main(f"{output_dir}: the run had reached its end already; its model and figures are unchanged.")
+            return
+        finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+
+
+@before_training()
+def _prepare(
+    method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]
+) -> tuple[Any, DatasetArguments, Path, str | None, str]:
+    """Make every check, and the trainer; return it with the data's settings, the folder, the start and the recipe."""
     resolved = resolved_recipe(recipe, classes)
     check_devices(recipe)
     output_dir, start = check_output(recipe, resolved)
@@ -65,7 +91,7 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
         args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
         set_seed(args.seed)
         if run_args.method is not None and run_args.method.replace("_", "-") != method:
-            tell(f"The recipe is written for {run_args.method}; it is run as {method}.")
+            print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
         for sentence in missing_packages(recipe):
             raise ValueError(sentence)
         trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
@@ -74,12 +100,7 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
             with suppress(OSError):  # not empty: not ours
                 output_dir.rmdir()
         raise
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        open_folder(output_dir, resolved, overwrite=run_args.overwrite_output_dir)
-    trainer.accelerator.wait_for_everyone()
-    fit(trainer, start)
-    finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+    return trainer, data_args, output_dir, start, resolved
 
 
 def make_trainer(
@@ -99,11 +120,13 @@ def make_trainer(
     assert name is not None
     trainer_class.check_settings(args)
     check_reference(run_args, args, rows)
-    check_model(name, model_args, args)
+    read_config(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
     train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args)
     if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
-        tell("There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out).")
+        print_on_main(
+            "There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out)."
+        )
         args.eval_strategy = type(args.eval_strategy)("no")
     args.model_init_kwargs = {**model_options(model_args), **(args.model_init_kwargs or {})}
     models = (
@@ -123,8 +146,10 @@ def prepare_data(
     datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
-            print(report.table(), flush=True)
-        print(describe_sample(tokenizer, datasets["train"][0]), flush=True)
+            print(printable(report.table()), flush=True)
+            for warning in data_warnings(report, args.max_length):
+                print_on_main(f"Warning: {warning}")
+        print(printable(describe_sample(tokenizer, datasets["train"][0])), flush=True)
     if rows != "pairs":  # the pair trainers look at them before they load weights
         for name, dataset in datasets.items():
             trainer_class.check_data(dataset, args, name)
@@ -142,42 +167,62 @@ def tokenise_data(
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
-    train_dataset, eval_dataset = load_datasets(sources, rows, num_proc=args.dataset_num_proc)
-    if not data_args.evaluates:
-        eval_dataset = None  # rows held out are left out of training all the same
-    named = {
-        name: load_datasets(source, rows, num_proc=args.dataset_num_proc)[0]
-        for name, source in data_args.named_evaluations()
+    tokenize = RowTokenizer(tokenizer, rows, Truncation(args.max_length, args.max_prompt_length, args.truncation_mode))
+    train, evaluation = load_tokenized(sources, tokenize, num_proc=args.dataset_num_proc)
+    mapped = {"train": train}
+    if evaluation is not None and data_args.evaluates:  # rows held out are left out of training all the same
+        mapped["eval"] = evaluation
+    for name, source in data_args.named_evaluations():
+        mapped[name], _ = load_tokenized(source, tokenize, num_proc=args.dataset_num_proc)
+    done = {
+        name: tokenize.settle(dataset, on_bad_row=args.on_bad_row, name=name, one_form=True)
+        for name, dataset in mapped.items()
     }
-    raw = {"train": train_dataset, **({"eval": eval_dataset} if eval_dataset is not None else {}), **named}
-    done = {}
-    reports = []
-    for name, dataset in raw.items():
-        done[name], report = TOKENIZERS[rows](
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode,
-            on_bad_row=args.on_bad_row,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
-        reports.append(report)
-    return done, reports
+    return {name: dataset for name, (dataset, _) in done.items()}, [report for _, report in done.values()]
 
 
-def fit(trainer: Any, start: str | None) -> None:
-    """Train, from a checkpoint if there is one; errors from here on that are not ours keep their traceback."""
+@contextmanager
+def writing_to(output_dir: Path, trainer: Any) -> Iterator[None]:
+    """Say in one line why the run's folder could not be written, and how the run goes on.
+
+    Raises:
+        ValueError: it was full, read-only or removed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        parameters = list(trainer.model.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        # weights, and two float32 moments of what trains
+        needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters) + 8 * trained
+        reason = storage_fault(error.__cause__ or error, output_dir, needed)
+        if reason is None:
+            raise
+        raise ValueError(
+            f"{reason} The last whole checkpoint is kept: once the folder can be written, the same command with "
+            "--resume_from_checkpoint true continues from it."
+        ) from error
+
+
+def fit(trainer: Any, start: str | None) -> bool:
+    """Train, from a checkpoint if there is one; return whether a step was left to train.
+
+    Errors of libraries from here on keep their traceback. Figures that exist are not replaced by those of no step.
+    """
+    before = read_json(Path(start) / TRAINER_STATE_NAME)["global_step"] if start else 0
     try:
         result = trainer.train(resume_from_checkpoint=start)
     except (ValueError, OSError) as error:
         if _raised_here(error):
             raise
         raise RuntimeError("training stopped on an error of a library") from error
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
+    trained, output_dir = result.global_step > before, Path(trainer.args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)  # trained weights must not be lost where somebody removed it
+    if trained or not (output_dir / TRAIN_FIGURES).exists():
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    return trained
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -197,10 +242,10 @@ def finish(trainer: Any, data_args: DatasetArguments, *, push: bool) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    tell(f"The model is in {trainer.args.output_dir}.", stream=sys.stdout)
+    print_on_main(f"The model is in {trainer.args.output_dir}.", stream=sys.stdout)
     if push:
         if trainer.args.hub_token is None and get_token() is None:
-            tell(
+            print_on_main(
                 "Not pushed: no hub login was found. `hf auth login`, then `hf upload NAME "
                 f"{trainer.args.output_dir}`."
             )

@@ -3,7 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from prefopt.candidates.build_rows import adversarial_pairs, first_turn
+from prefopt.candidates.build_rows import adversarial_pairs
+from prefopt.candidates.formats import clean_response
 from prefopt.data.tokenization import tokenize_comparisons
 from tests.tiny import tiny_tokenizer
 
@@ -59,8 +60,8 @@ def test_candidates_of_messages():
 
 
 def test_only_a_turn_is_cut():
-    assert first_turn(" a\n\nHuman: b\n\nHuman: c") == "a"
-    assert first_turn(" d\nHumans are") == " d\nHumans are"
+    assert clean_response(" a\n\nHuman: b\n\nHuman: c") == "a"
+    assert clean_response(" d\nHumans are") == " d\nHumans are"
 
 
 @pytest.mark.parametrize(

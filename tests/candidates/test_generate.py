@@ -13,9 +13,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from prefopt.candidates.backends import Request, Sampling, completion_of
+from prefopt.candidates.backends import AnswerRequest, Sampling, completion_of
 from prefopt.candidates.backends.local import PenaltyWithoutPadding, TransformersBackend
-from prefopt.candidates.generate import GenerateArguments, Job, run
+from prefopt.candidates.generate import GenerateArguments, Generation, run
 from prefopt.candidates.records import read_records
 from prefopt.candidates.shards import Processes, ShardFailed
 from prefopt.cli import main
@@ -55,7 +55,7 @@ def greedy(**changes):
 
 
 def requests_for(tokenizer, texts, limit=10):
-    return [Request(tokenizer(text)["input_ids"], limit, seed=n) for n, text in enumerate(texts)]
+    return [AnswerRequest(tokenizer(text)["input_ids"], limit, seed=n) for n, text in enumerate(texts)]
 
 
 def test_every_prompt_gets_k_answers(tmp_path, model_folder):
@@ -158,7 +158,7 @@ def test_tokens_are_drawn_with_the_models_probabilities(loaded):
     backend = TransformersBackend(
         model, tokenizer, greedy(temperature=0.5, top_k=4, stop_token_ids=()), batch_size=1000
     )
-    drawn = backend.complete([Request(prompt, 1, 0)] * 4000, 1, no_progress)
+    drawn = backend.complete([AnswerRequest(prompt, 1, 0)] * 4000, 1, no_progress)
     counts = torch.tensor([sum(c.token_ids[0] == int(token) for c in drawn) for token in top.indices])
     assert counts.sum() == 4000
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # 99.9% quantile at 3 degrees of freedom
@@ -206,7 +206,7 @@ def test_stop_ids_of_the_recipe_end_answers(tmp_path, model_folder):
         AutoModelForCausalLM.from_pretrained(model_folder), tokenizer, greedy(stop_token_ids=()), batch_size=1
     )
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
-    ids = backend.complete([Request(prompt["input_ids"], 12, 0)], 0, no_progress)[0].token_ids
+    ids = backend.complete([AnswerRequest(prompt["input_ids"], 12, 0)], 0, no_progress)[0].token_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == long["text"]
     short = generate(
         tmp_path,
@@ -223,7 +223,7 @@ def test_stop_ids_of_the_recipe_end_answers(tmp_path, model_folder):
 
 
 def test_the_end_tokens_that_a_model_declares_end_answers(tmp_path):
-    """Of a model, of the base under an adapter (where Gemma's end of turn is declared), and without a generation config."""
+    """Of a model, of the base under an adapter (with Gemma's end of turn), and without a generation config."""
     tokenizer = tiny_tokenizer("gemma2")
     turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     model = tiny_model("llama", eos_token_id=[tokenizer.eos_token_id, turn])
@@ -237,7 +237,7 @@ def test_the_end_tokens_that_a_model_declares_end_answers(tmp_path):
     assert tokenizer.eos_token_id != turn
     for name, place in places.items():
         tokenizer.save_pretrained(place)
-        job = Job(arguments(tmp_path, place, ["hello"]), Processes())
+        job = Generation(arguments(tmp_path, place, ["hello"]), Processes())
         assert job.sampling.stop_token_ids == tuple(sorted([tokenizer.eos_token_id, turn])), name
 
 
@@ -423,8 +423,8 @@ def test_the_hub_is_used_only_when_asked_and_last(tmp_path, model_folder, monkey
         ({"shard_size": 0}, "shard_size is 0"),
         ({"backend": "hf"}, "backend must be one of transformers, vllm, server"),
         ({"prompts": ""}, "prompts is missing"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is for backend 'vllm' only"),
-        ({"backend": "server", "batch_size": 2}, "batch_size is for backend 'transformers' only"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is only read with backend vllm"),
+        ({"backend": "server", "batch_size": 2}, "batch_size is only read with backend transformers"),
         ({"hub_dataset_id": "me/x"}, "belong together"),
         ({"push_to_hub": True}, "belong together"),
         ({"request_timeout": 0, "backend": "server"}, "request_timeout is 0"),

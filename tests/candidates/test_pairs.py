@@ -158,7 +158,7 @@ def test_gpo_scores_are_means_of_differences():
 
 
 def test_pairwise_and_aggregate_differ_on_an_intransitive_table():
-    """Candidate 0 beats two others narrowly and everywhere; 1 crushes 2 and loses to 0: mean probability and mean logit disagree."""
+    """Candidate 0 beats both others narrowly; 1 crushes 2 and loses to 0: mean probability and mean logit differ."""
     table = np.array([[0.0, 1.0, 1.0], [-1.0, 0.0, 9.0], [-1.0, -9.0, 0.0]])
     assert only(select_pairs(["a", "b", "c"], table, policy="best_worst")).chosen == 0
     assert only(select_pairs(["a", "b", "c"], table, policy="max_min")).chosen == 1

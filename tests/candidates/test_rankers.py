@@ -1,6 +1,10 @@
 import json
 import math
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from prefopt.candidates.backends.http import JsonClient, ServerError
 from prefopt.candidates.pairs import win_probabilities
 from prefopt.candidates.rankers import RankerOptions, build_ranker
-from prefopt.candidates.rankers.base import Request, check_scores, encode_answers, length_batches, plain_text
-from prefopt.candidates.rankers.judge import JudgeRanker, verdict
+from prefopt.candidates.rankers.base import Request, check_scores, length_batches, plain_text
+from prefopt.candidates.rankers.judge import verdict
 from prefopt.candidates.rankers.pair_rm import Limits
 from prefopt.models.general_preference import GeneralPreferenceModel
 from prefopt.models.reward import RewardModel
@@ -37,7 +41,8 @@ def conversation(prompt, answer):
 @pytest.mark.parametrize("pad", [0, None])
 @pytest.mark.parametrize("tokens_per_batch", [1, 150, 16384])
 def test_reward_model_scores_whole_conversations(tmp_path, pad, tokens_per_batch):
-    """As transformers scores each conversation alone; with `pad` None it refuses batches, so no pad token may be mistaken for one."""
+    """As transformers scores each conversation alone; with `pad` None it refuses batches, so no pad token may be
+    mistaken for one."""
     model, tokenizer = save_reward_model(tmp_path, pad=pad)
     counts = tally()
     scores = build("reward-model", tmp_path, tokens_per_batch=tokens_per_batch).rank(REQUESTS, counts)
@@ -143,7 +148,8 @@ class ManyHeads(LlamaPreTrainedModel):
 
 
 def test_many_heads_with_one_gated_score(tmp_path, monkeypatch):
-    """A model in ArmoRM's shape: its repository brings the code, its output has `rewards` (19 objectives) and `score`."""
+    """A model in ArmoRM's shape: its repository brings the code, its output has `rewards` (19 objectives) and
+    `score`."""
     _, tokenizer = save_reward_model(tmp_path)
     (tmp_path / "many_heads.py").write_text(REMOTE)
     namespace = {}
@@ -159,6 +165,110 @@ def test_many_heads_with_one_gated_score(tmp_path, monkeypatch):
     ids = tokenizer.apply_chat_template(conversation(PROMPTS[2], ANSWERS[2][3]), return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert scores[2][3] == pytest.approx(model(ids, torch.ones_like(ids)).score.item(), abs=1e-5)
+
+
+ARMO = {
+    "num_objectives": 5,
+    "num_labels": 5,
+    "gating_temperature": 2.0,
+    "gating_hidden_dim": 24,
+    "gating_n_hidden": 2,
+}
+
+
+def armo_score(weights, hidden, gate_at):
+    """ArmoRM's forward from one conversation's last hidden states, in float64: no class, no padding."""
+    weights = {name: value.double() for name, value in weights.items()}
+    rewards = weights["regression_layer.weight"] @ hidden[-1]
+    state = hidden[gate_at]
+    for layer in range(3):
+        state = weights[f"gating.layers.{layer}.weight"] @ state + weights[f"gating.layers.{layer}.bias"]
+        state = state.clamp(min=0) if layer < 2 else state
+    gates = (state / ARMO["gating_temperature"]).softmax(0) * weights["gating.logit_scale"]
+    return (gates * (rewards @ weights["reward_transform_matrix"])).sum().item()
+
+
+def test_armo_rm_is_read_without_its_code(tmp_path):
+    """The published layout: config.json names remote code (which is not there), weights have the published names."""
+    _, tokenizer = save_reward_model(tmp_path)
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), pad_token_id=0, **SHAPE)
+    torch.manual_seed(0)
+    base = spread(AutoModelForCausalLM.from_config(config)).model
+    weights = {f"model.{name}": value for name, value in base.state_dict().items()}
+    weights |= {"regression_layer.weight": torch.randn(5, 32), "reward_transform_matrix": torch.randn(5, 5)}
+    weights["gating.logit_scale"] = torch.tensor([1.5])
+    for layer, (inside, outside) in enumerate(((32, 24), (24, 24), (24, 5))):
+        weights[f"gating.layers.{layer}.weight"] = torch.randn(outside, inside)
+        weights[f"gating.layers.{layer}.bias"] = torch.randn(outside)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    described = json.loads((tmp_path / "config.json").read_text()) | ARMO
+    described["architectures"] = ["LlamaForRewardModelWithGating"]
+    described["auto_map"] = {"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    scores = build("reward-model", tmp_path, tokens_per_batch=150).rank(REQUESTS, tally())
+    turn = tokenizer("<|eot_id|><|start_header_id|>assistant<|end_header_id|>", add_special_tokens=False)
+    for prompt, answers, row in zip(PROMPTS, ANSWERS, scores):
+        for answer, score in zip(answers, row, strict=True):
+            ids = tokenizer.apply_chat_template(conversation(prompt, answer))["input_ids"]
+            pattern = turn["input_ids"]
+            gate_at = max(n for n in range(len(ids)) if ids[n : n + len(pattern)] == pattern)
+            with torch.no_grad():
+                hidden = base(torch.tensor([ids])).last_hidden_state[0].double()
+            assert score == pytest.approx(armo_score(weights, hidden, gate_at), rel=1e-4, abs=1e-4)
+    assert np.concatenate(scores).std() > 0.05
+    with pytest.raises(ValueError, match="raise `max_length`"):
+        build("reward-model", tmp_path, max_length=12).rank([Request("a", "hi", ["word " * 40])], tally())
+    del weights["regression_layer.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .* regression_layer\.weight"):
+        build("reward-model", tmp_path)
+
+
+WITHOUT_PACKAGES = """
+import sys
+for name in ("sentencepiece", "google.protobuf"):
+    sys.modules[name] = None
+from prefopt.candidates.rankers.pair_rm import PairRanker
+try:
+    PairRanker.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+def save_sentencepiece(folder):
+    """A DeBERTa-v3-style tokenizer, nothing but spm.model, of the words of the answers."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder.mkdir()
+    text = folder / "words.txt"
+    text.write_text("\n".join(["name a colour please blue is green and two plus three is five or six"] * 50))
+    pieces = {
+        f"{name}_piece": token
+        for name, token in zip(("pad", "bos", "eos", "unk"), ("[PAD]", "[CLS]", "[SEP]", "[UNK]"))
+    }
+    ids = {f"{name}_id": number for number, name in enumerate(("pad", "bos", "eos", "unk"))}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "spm"), vocab_size=60, hard_vocab_limit=False, **pieces, **ids
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "vocab_type": "spm"}))
+
+
+def test_pair_rm_with_a_sentencepiece_tokenizer(tmp_path):
+    """As deberta-v3-large, PairRM's backbone; without the packages that read it, the error names the extra."""
+    model = tiny_ranker(Limits(40, 12))
+    folder = save_published(model, tmp_path / "ranker")
+    described = json.loads((folder / "config.json").read_text())
+    for name in [path.name for path in Path(described["model_name"]).glob("tokenizer*")]:
+        Path(described["model_name"], name).unlink()
+    save_sentencepiece(tmp_path / "spm")
+    for path in (tmp_path / "spm").iterdir():
+        shutil.copy(path, described["model_name"])
+    (table,) = build("pair-rm", folder).rank([Request("a", "name a colour", ["blue", "green please"])], tally())
+    assert np.isfinite(table).all() and table[0, 1] != 0
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGES, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert "needs sentencepiece and protobuf: pip install 'prefopt[pairrm]'" in done.stdout
 
 
 def test_wrong_heads_are_refused(tmp_path):
@@ -204,7 +314,8 @@ def test_pair_rm_runs_all_ordered_pairs(tmp_path, tokens_per_batch):
 
 @pytest.mark.parametrize("gate", [None, "softmax"])
 def test_general_preference_tables(tmp_path, gate):
-    """s(i beats j) / tau = sum_k lambda_k (v_i[2k] v_j[2k+1] - v_i[2k+1] v_j[2k]) / tau, embeddings taken one conversation at a time."""
+    """s(i beats j) / tau = sum_k lambda_k (v_i[2k] v_j[2k+1] - v_i[2k+1] v_j[2k]) / tau, embeddings taken one
+    conversation at a time."""
     tokenizer = tiny_tokenizer("llama3")
     config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), pad_token_id=0, **SHAPE)
     torch.manual_seed(0)
@@ -264,8 +375,7 @@ def test_a_released_general_preference_model_reads_what_it_was_trained_on(tmp_pa
         assert table[0, 1] == pytest.approx(score.item(), abs=1e-4) and abs(table[0, 1]) > 1e-2
     # cut at its beginning, the prompt still has its gate where the turn ends
     cut = build("general-preference", tmp_path, max_length=len(rows[1]) - 3)
-    short, full = (each._released_row(requests[1], encode_answers(requests[1:], tokenizer, each.max_length, tally())[0])
-                   for each in (cut, ranker))  # fmt: skip
+    short, full = (each.encode(requests[1:], tally())[0] for each in (cut, ranker))
     for one, other in zip(short, full):
         assert one.ids[one.prompt_length - 1 :] == other.ids[other.prompt_length - 1 :]
     ranker.model.save_pretrained(tmp_path / "ours")
@@ -278,11 +388,14 @@ def test_a_released_general_preference_model_reads_what_it_was_trained_on(tmp_pa
 
 
 def judge(url):
-    return JudgeRanker("judge", JsonClient(url, "NO_KEY", 60, 4, first_pause=0.001), template=None, concurrency=4)
+    ranker = build("judge", "judge", concurrency=4)
+    ranker.client = JsonClient(url, "NO_KEY", 60, 4, first_pause=0.001)
+    return ranker
 
 
 def test_judge_sees_both_orders():
-    """This judge prefers "five" wherever it stands, and otherwise whatever is shown first: the second habit cancels."""
+    """This judge prefers "five" wherever it stands, and otherwise whatever is shown first: the second habit
+    cancels."""
     seen = []
 
     def decide(question):

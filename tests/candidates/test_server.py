@@ -1,5 +1,6 @@
 """The server backend against a real HTTP server on this machine, well and badly behaved."""
 
+import _thread
 import logging
 import socket
 import threading
@@ -7,8 +8,8 @@ import traceback
 
 import pytest
 
-from prefopt.candidates.backends import Request, Sampling, http
-from prefopt.candidates.backends.http import JsonClient, ServerError
+from prefopt.candidates.backends import AnswerRequest, Sampling, http
+from prefopt.candidates.backends.http import Call, JsonClient, ServerError
 from prefopt.candidates.backends.server import ServerBackend, find_model
 from prefopt.candidates.generate import GenerateArguments, run
 from prefopt.candidates.records import read_records
@@ -29,7 +30,7 @@ def backend_for(address, *, timeout=30.0, retries=3, concurrency=4, tokenizer=No
 
 def complete(endpoint, number=1, **changes):
     with serving(endpoint) as address:
-        requests = [Request([1, 20 + n], 16, seed=100 + n) for n in range(number)]
+        requests = [AnswerRequest([1, 20 + n], 16, seed=100 + n) for n in range(number)]
         return backend_for(address, **changes).complete(requests, 0, lambda answers, tokens: None)
 
 
@@ -58,7 +59,7 @@ def test_every_setting_is_sent_with_token_ids():
 
 
 def test_requests_run_at_once_and_come_back_in_order():
-    """The server answers nothing until four requests are there (fewer: it gives up), and waits for a fifth, which must not come."""
+    """The server answers nothing until four requests are there, and waits for a fifth, which must not come."""
     endpoint = Endpoint()
     endpoint.gather, endpoint.delay = threading.Barrier(4), 0.1
     endpoint.answer = lambda body: ([body["seed"], 9], "stop")
@@ -114,10 +115,14 @@ def test_a_refusal_is_not_repeated(status, reason):
 
 def test_pauses_grow_and_follow_the_server(monkeypatch):
     pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(http.asyncio, "sleep", sleep)
     client = JsonClient("http://127.0.0.1:9/v1", KEY_VARIABLE, 1.0, 4)
-    monkeypatch.setattr(client.stopped, "wait", pauses.append)
     with pytest.raises(ServerError, match="failed 5 times; the last time: it cannot be reached"):
-        client.request("models", None, lambda reply: reply)
+        client.request(Call("models", None, lambda reply: reply))
     assert [0.75 * 2**n <= pause <= 1.25 * 2**n for n, pause in enumerate(pauses)] == [True] * 4
 
 
@@ -129,13 +134,10 @@ def test_one_request_that_fails_for_good_ends_the_others():
     assert len(endpoint.bodies) < 50
 
 
-def test_an_interrupted_run_waits_for_no_request_that_has_not_begun(monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(http, "wait", interrupted)
+def test_an_interrupted_run_waits_for_no_request_that_has_not_begun():
     endpoint = Endpoint()
     endpoint.delay = 0.05
+    threading.Timer(0.3, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         complete(endpoint, 100, concurrency=2)
     assert len(endpoint.bodies) < 50

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from prefopt.candidates.shards import Processes, Progress, ShardFailed, ShardPlan, duration, run_shards, shard_seed
-from prefopt.files import read_json
+from prefopt.files import locked, read_json
 from tests.candidates.launching import kill_when, launch
 
 ITEMS = [{"prompt_id": f"p{i}", "prompt": f"question {i} 你好"} for i in range(7)]
@@ -125,7 +125,7 @@ def test_notes_do_not_bind(tmp_path):
 
 def test_a_second_command_is_kept_out(tmp_path):
     plan = ShardPlan(ITEMS, tool="generate", settings={}, output_dir=tmp_path, shard_size=2)
-    with plan.locked(), pytest.raises(ValueError, match="another command is at work"):
+    with locked(plan.folder), pytest.raises(ValueError, match="another command is at work"):
         run(tmp_path, Worker())
     run(tmp_path, Worker())
 

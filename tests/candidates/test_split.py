@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.candidates.split import SplitArguments, assign, check_disjoint, prompt_text_key, run
+from prefopt.candidates.split import SplitArguments, assign, check_disjoint, run
+from prefopt.data.holdout import prompt_identity
 from prefopt.files import read_json, read_jsonl, write_jsonl
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -55,12 +56,12 @@ def test_the_seed_decides_and_the_order_does_not(tmp_path):
 
 def test_prompts_are_the_same_whatever_their_form(tmp_path):
     same = ["What is  up?", "what is up?\n", [{"role": "user", "content": "What is up?"}]]
-    assert len({prompt_text_key(prompt) for prompt in same}) == 1
+    assert len({prompt_identity(prompt) for prompt in same}) == 1
     system = [{"role": "system", "content": "x"}, {"role": "user", "content": "What is up?"}]
-    assert prompt_text_key(system) != prompt_text_key(same[0])
+    assert prompt_identity(system) != prompt_identity(same[0])
     rows = [{"prompt": text} for i in range(30) for text in (f"What {i}", f"what  {i} ")]
     found = split(tmp_path, rows)
-    keys = [{prompt_text_key(row["prompt"]) for row in part} for part in found.values()]
+    keys = [{prompt_identity(row["prompt"]) for row in part} for part in found.values()]
     assert sum(map(len, keys)) == len(set().union(*keys)) == 30
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from trl import DPOTrainer
 
 from prefopt.data import BadRow, prepare_tokenizer, tokenizer_fingerprint
-from prefopt.data.encoding import EncodedGroup, Group, encode_groups
+from prefopt.data.encoding import EncodedGroup, TextGroup, encode_groups
 from tests.tiny import CHAT_TEMPLATES, tiny_tokenizer
 
 STYLES = sorted(CHAT_TEMPLATES)
@@ -51,7 +51,7 @@ def trls(rows, tokenizer):
 
 def ours(rows, tokenizer, **context):
     groups = encode_groups(
-        [Group(row["prompt"], [row["chosen"], row["rejected"]], **context) for row in rows], tokenizer
+        [TextGroup(row["prompt"], [row["chosen"], row["rejected"]], **context) for row in rows], tokenizer
     )
     return [(group.prompt_ids, group.completion_ids) for group in groups]
 
@@ -72,7 +72,7 @@ def test_tools_and_template_settings_reach_the_template():
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood }}" + CHAT_TEMPLATES["chatml"]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    group = Group(turns("a"), [answer("b"), answer("c")], tools, {"mood": "calm"})
+    group = TextGroup(turns("a"), [answer("b"), answer("c")], tools, {"mood": "calm"})
     (encoded,) = encode_groups([group], tokenizer)
     rows = [{**MESSAGE_ROWS[0], "prompt": turns("a"), "chosen": answer("b"), "rejected": answer("c"), "tools": tools,
              "chat_template_kwargs": {"mood": "calm"}}]  # fmt: skip
@@ -95,7 +95,7 @@ ENDS = {
 def test_message_rows_end_as_their_template_ends(style, adds_bos):
     """Special tokens are the template's alone, whatever plain encoding adds."""
     tokenizer = tiny_tokenizer(style, adds_bos=adds_bos)
-    (group,) = encode_groups([Group(turns("Is it?"), [answer(" Yes. "), answer("No")])], tokenizer)
+    (group,) = encode_groups([TextGroup(turns("Is it?"), [answer(" Yes. "), answer("No")])], tokenizer)
     end, count = ENDS[style]
     assert (
         tokenizer.decode(group.completion_ids[0]).lstrip("\n") == end
@@ -107,7 +107,7 @@ def test_message_rows_end_as_their_template_ends(style, adds_bos):
 
 def test_the_default_system_prompt_stays_in_the_prompt():
     tokenizer = tiny_tokenizer("chatml")
-    (group,) = encode_groups([Group(turns("Is it?"), [answer("Yes"), answer("No")])], tokenizer)
+    (group,) = encode_groups([TextGroup(turns("Is it?"), [answer("Yes"), answer("No")])], tokenizer)
     assert "You are a helpful assistant." in tokenizer.decode(group.prompt_ids)
     assert tokenizer.decode(group.completion_ids[0]) == "Yes<|im_end|>\n"
 
@@ -121,7 +121,7 @@ def test_strings_get_one_bos_and_one_end(adds_bos, bos):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     for prompt in ("Name a colour.", *(["<s>Name a colour.", "<s><s>Name a colour."] if adds_bos else [])):
-        (group,) = encode_groups([Group(prompt, [" Blue.", " Red.</s>"])], tokenizer)
+        (group,) = encode_groups([TextGroup(prompt, [" Blue.", " Red.</s>"])], tokenizer)
         assert group.prompt_ids == [*bos, *plain("Name a colour.")]
         assert group.completion_ids == [[*plain(" Blue."), 2], [*plain(" Red."), 2]]
 
@@ -134,7 +134,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_not_doubled():
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     assert tokenizer("Name")["input_ids"][-1] == 2
-    (group,) = encode_groups([Group("Name a colour.", [" Blue.", " Red."])], tokenizer)
+    (group,) = encode_groups([TextGroup("Name a colour.", [" Blue.", " Red."])], tokenizer)
     assert group.prompt_ids[0] == 1 and 2 not in group.prompt_ids
     assert [ids.count(2) for ids in group.completion_ids] == [1, 1]
     assert group.prompt_is_prefix
@@ -143,14 +143,14 @@ def test_an_end_token_that_the_tokenizer_adds_is_not_doubled():
 def test_tokens_that_merge_across_the_boundary():
     """ "bl" + "ue" is one token in context: the split goes back to where all sequences agree, and the row is marked."""
     tokenizer = tiny_tokenizer(None, adds_bos=False, corpus=["The sky is blue, is blue, is black"])
-    (merged,) = encode_groups([Group("The sky is bl", ["ue", "ack"])], tokenizer)
+    (merged,) = encode_groups([TextGroup("The sky is bl", ["ue", "ack"])], tokenizer)
     assert not merged.prompt_is_prefix
     assert tokenizer.decode(merged.prompt_ids) == "The sky is"
     assert tokenizer.decode(merged.completion_ids[0]) == " blue</s>"
-    (clean,) = encode_groups([Group("The sky is", [" blue", " black"])], tokenizer)
+    (clean,) = encode_groups([TextGroup("The sky is", [" blue", " black"])], tokenizer)
     assert clean.prompt_is_prefix
     # a template's line ends before the answer, in a tokenizer that pairs them only when nothing follows
-    (header,) = encode_groups([Group(turns("Is it?"), [answer("Yes"), answer("No")])], tiny_tokenizer("llama3"))
+    (header,) = encode_groups([TextGroup(turns("Is it?"), [answer("Yes"), answer("No")])], tiny_tokenizer("llama3"))
     assert not header.prompt_is_prefix
 
 
@@ -158,7 +158,9 @@ def test_groups_of_any_size_and_prompts_alone_share_their_prompt_ids():
     for style in ("mistral", "gemma2", "chatml", "zephyr"):
         tokenizer = tiny_tokenizer(style)
         prompt = turns("Is it?")
-        three, none = encode_groups([Group(prompt, [answer("a"), answer("b"), answer("c")]), Group(prompt)], tokenizer)
+        three, none = encode_groups(
+            [TextGroup(prompt, [answer("a"), answer("b"), answer("c")]), TextGroup(prompt)], tokenizer
+        )
         assert len(three.completion_ids) == 3
         assert none == EncodedGroup(three.prompt_ids, [], True)
 
@@ -166,8 +168,8 @@ def test_groups_of_any_size_and_prompts_alone_share_their_prompt_ids():
 @pytest.mark.parametrize("style", ["mistral", "gemma2"])
 def test_a_row_that_the_template_refuses_leaves_the_others_alone(style):
     tokenizer = tiny_tokenizer(style)
-    good = Group(turns("Is it?"), [answer("Yes"), answer("No")])
-    bad = Group(turns("Is it?", system="Be brief."), [answer("Yes"), answer("No")])
+    good = TextGroup(turns("Is it?"), [answer("Yes"), answer("No")])
+    bad = TextGroup(turns("Is it?", system="Be brief."), [answer("Yes"), answer("No")])
     first, fault, last = encode_groups([good, bad, good], tokenizer)
     assert first == last and isinstance(first, EncodedGroup)
     assert isinstance(fault, BadRow) and fault.reason == "refused by the chat template"
@@ -176,15 +178,15 @@ def test_a_row_that_the_template_refuses_leaves_the_others_alone(style):
 
 def test_an_empty_prompt_is_a_fault_unless_a_bos_stands_there():
     with_bos, without = tiny_tokenizer(None), tiny_tokenizer(None, adds_bos=False)
-    (group,) = encode_groups([Group("", ["a", "b"])], with_bos)
+    (group,) = encode_groups([TextGroup("", ["a", "b"])], with_bos)
     assert group.prompt_ids == [1]
-    (fault,) = encode_groups([Group("", ["a", "b"])], without)
+    (fault,) = encode_groups([TextGroup("", ["a", "b"])], without)
     assert isinstance(fault, BadRow) and fault.reason == "empty prompt"
 
 
 def test_messages_without_a_template_are_refused():
     with pytest.raises(ValueError, match="lists of messages, but the tokenizer of this model has no chat template"):
-        encode_groups([Group(turns("a"), [answer("b"), answer("c")])], tiny_tokenizer(None))
+        encode_groups([TextGroup(turns("a"), [answer("b"), answer("c")])], tiny_tokenizer(None))
 
 
 def test_pad_and_end_tokens():
@@ -196,7 +198,7 @@ def test_pad_and_end_tokens():
     with pytest.raises(ValueError, match="no end token"):
         prepare_tokenizer(tokenizer)
     with pytest.raises(ValueError, match="no end token"):
-        encode_groups([Group("a", ["b", "c"])], tokenizer)
+        encode_groups([TextGroup("a", ["b", "c"])], tokenizer)
 
 
 def test_the_fingerprint_follows_what_decides_ids_and_nothing_else():
@@ -221,10 +223,10 @@ def test_prompt_and_completion_ids_are_the_whole_sequence(style, prompt, complet
     """prompt_ids + completion_ids is exactly what the tokenizer gives the whole text or conversation."""
     tokenizer = TOKENIZERS[style]
     if style is None:
-        (group,) = encode_groups([Group(prompt, completions)], tokenizer)
+        (group,) = encode_groups([TextGroup(prompt, completions)], tokenizer)
         wholes = [[*tokenizer(prompt + completion)["input_ids"], 2] for completion in completions]
     else:
-        (group,) = encode_groups([Group(turns(prompt), [answer(text) for text in completions])], tokenizer)
+        (group,) = encode_groups([TextGroup(turns(prompt), [answer(text) for text in completions])], tokenizer)
         wholes = [tokenizer.apply_chat_template(turns(prompt, text))["input_ids"] for text in completions]
     assert [[*group.prompt_ids, *ids] for ids in group.completion_ids] == wholes
     assert all(group.completion_ids) and group.prompt_ids

@@ -150,7 +150,7 @@ def test_a_margin_that_is_no_number_makes_a_bad_row():
 
 def test_bad_rows_can_be_refused():
     with pytest.raises(
-        ValueError, match=r"Row 1 of the eval set: empty completion \(`chosen` is empty\)\. Mend it, or set"
+        ValueError, match=r"Row 1 of the eval set: empty completion \(`chosen` is empty\)\. Fix it, or set"
     ):
         tokenize_pairs(Dataset.from_list(BAD_ROWS), PLAIN, max_length=32, on_bad_row="raise", name="eval")
     with pytest.raises(ValueError, match='on_bad_row must be "drop" or "raise", not \'skip\''):
@@ -293,13 +293,13 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     Dataset.from_list(BAD_ROWS).save_to_disk(str(tmp_path / "rows"))
     tokenizer = tiny_tokenizer(None)
     calls = []
-    original = module._tokenize_batch
+    original = module.RowTokenizer.tokenize_batch
 
-    def counted(batch, **settings):
+    def counted(self, batch, **settings):
         calls.append(1)
-        return original(batch, **settings)
+        return original(self, batch, **settings)
 
-    monkeypatch.setattr(module, "_tokenize_batch", counted)
+    monkeypatch.setattr(module.RowTokenizer, "tokenize_batch", counted)
 
     def run(**changes):
         dataset = Dataset.load_from_disk(str(tmp_path / "rows"))

@@ -20,11 +20,11 @@ from prefopt.data import DataArguments, DataSource, load_datasets, tokenize_pair
 from tests.tiny import tiny_tokenizer
 
 state = PartialState(cpu=True)
-calls, original = [], module._tokenize_batch
-def counted(batch, **settings):
+calls, original = [], module.RowTokenizer.tokenize_batch
+def counted(self, batch, **settings):
     calls.append(1)
-    return original(batch, **settings)
-module._tokenize_batch = counted
+    return original(self, batch, **settings)
+module.RowTokenizer.tokenize_batch = counted
 folder = sys.argv[1]
 train, test = load_datasets(DataArguments([DataSource(folder + "/rows.jsonl")], test_split_size=0.2))
 ids, report = tokenize_pairs(train, tiny_tokenizer(None), max_length=32)

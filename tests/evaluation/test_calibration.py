@@ -10,7 +10,8 @@ from prefopt.evaluation.calibration import calibration_errors, reliability_diagr
 
 
 def test_bins_are_closed_on_the_right():
-    """K = 5: 0.1, 0.2 and 0.2 share the bin up to 0.2 (|0.5 - 2| / 4 = 0.375, |1/6 - 2/3| = 0.5), 1.0 is alone and wrong."""
+    """K = 5: 0.1, 0.2 and 0.2 share the bin up to 0.2 (|0.5 - 2| / 4 = 0.375, |1/6 - 2/3| = 0.5), 1.0 is alone and
+    wrong."""
     for make in (list, np.array, torch.tensor, lambda p: np.array(p, dtype=np.float32)):
         errors = calibration_errors(make([0.1, 0.2, 0.2, 1.0]), [1, 0, 1, 0], num_bins=5)
         assert (errors.ece, errors.ace, errors.mce) == pytest.approx((0.625, 0.75, 1.0))

@@ -46,7 +46,8 @@ def scored(mine, theirs, *, table=None):
 
 
 def test_a_win_rate_by_hand():
-    """Prompt 1: 2 > 1, 2 = 2, 0 < 1, 0 < 2: (1 + 1/2) / 4 = 0.375. Prompt 2: 3 > 1: 1. Mean 0.6875; sigmoids of the differences."""
+    """Prompt 1: 2 > 1, 2 = 2, 0 < 1, 0 < 2: (1 + 1/2) / 4 = 0.375. Prompt 2: 3 > 1: 1. Mean 0.6875; sigmoids of the
+    differences."""
     found = win_rate([scored([2.0, 0.0], [1.0, 2.0]), scored([3.0], [1.0])], "r", "a", "b")
     assert (found.win_rate, found.wins, found.ties, found.losses, found.prompts) == (0.6875, 2, 1, 2, 2)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
@@ -112,8 +113,13 @@ def test_answers_are_joined_by_prompt_under_their_policies_names():
         ("base", "", {}),
     ]
     assert length_statistics(joined, "base") == {
-        "answers": 2.0, "mean_characters": 1.5, "median_characters": 1.5, "empty": 0.5, "cut_off": 0.0, "mean_tokens": 1.5,
-    }  # fmt: skip
+        "answers": 2.0,
+        "mean_characters": 1.5,
+        "median_characters": 1.5,
+        "empty": 0.5,
+        "cut_off": 0.0,
+        "mean_tokens": 1.5,
+    }
 
 
 # ---- preference accuracy
@@ -262,18 +268,57 @@ def test_the_stop_rules():
     ("settings", "said"),
     [
         ({}, "nothing to evaluate"),
-        ({"pairs": "x"}, "`pairs` and `model_name_or_path` belong together"),
-        ({"answers": "x", "opponents": {"base": "y"}}, "`opponents` and `ranker` belong together"),
-        ({"answers": "x", "opponents": {"policy": "y"}, "ranker": "function", "ranker_model": "a:b"}, "choose another name than 'policy'"),
-        ({"answers": "x", "opponents": {"old": "y"}, "ranker": "function", "ranker_model": "a:b", "max_length_ratio": 2.0}, "the opponent `base`"),
+        ({"pairs": "x"}, "pairs and model_name_or_path belong together"),
+        ({"answers": "x", "opponents": {"base": "y"}}, "opponents and ranker belong together"),
+        (
+            {"answers": "x", "opponents": {"policy": "y"}, "ranker": "function", "ranker_model": "a:b"},
+            "choose another name than 'policy'",
+        ),
+        (
+            {
+                "answers": "x",
+                "opponents": {"old": "y"},
+                "ranker": "function",
+                "ranker_model": "a:b",
+                "max_length_ratio": 2.0,
+            },
+            "the opponent `base`",
+        ),
         ({"answers": "x", "opponents": {"old": "y"}, "ranker": "function"}, "model_name_or_path is missing"),
-        ({"answers": "x", "opponents": {"o": "y"}, "ranker": "function", "ranker_model": "a:b", "ranker_settings": {"sze": 1}}, "`ranker_settings`: .*'sze'"),
+        (
+            {
+                "answers": "x",
+                "opponents": {"o": "y"},
+                "ranker": "function",
+                "ranker_model": "a:b",
+                "ranker_settings": {"sze": 1},
+            },
+            "`ranker_settings`: .*'sze'",
+        ),
         ({"answers": "x", "min_win_rate": 0.5}, "`min_win_rate` needs `opponents`"),
-        ({"answers": "x", "opponents": {"base": "y"}, "ranker": "function", "ranker_model": "a:b", "min_win_rate": 55.0}, "must lie in .0, 1., not 55"),
-        ({"answers": "x", "opponents": {"base": "y"}, "ranker": "function", "ranker_model": "a:b", "max_length_ratio": 0.0}, "must be above 0, not 0"),
+        (
+            {
+                "answers": "x",
+                "opponents": {"base": "y"},
+                "ranker": "function",
+                "ranker_model": "a:b",
+                "min_win_rate": 55.0,
+            },
+            "min_win_rate is 55.0; it must be at most 1",
+        ),
+        (
+            {
+                "answers": "x",
+                "opponents": {"base": "y"},
+                "ranker": "function",
+                "ranker_model": "a:b",
+                "max_length_ratio": 0.0,
+            },
+            "it must be above 0",
+        ),
         ({"pairs": "x", "model_name_or_path": "m", "alpaca_eval": "me"}, "which are not given"),
     ],
-)  # fmt: skip
+)
 def test_what_evaluate_refuses(settings, said):
     with pytest.raises(ValueError, match=said):
         EvaluateArguments(output_dir="out", **settings)
@@ -395,3 +440,23 @@ def test_what_alpaca_eval_cannot_take():
         model_outputs([make_record("2", "q", [])], "g")
     with pytest.raises(ValueError, match="known for mistral, gemma2, llama3, not 'qwen'"):
         model_config("qwen", "x", "g")
+
+
+HOSTILE = "<img src=https://evil/x.png> ![x](https://evil/y.png) | cell \x1b[2J\u202e"
+
+
+def test_reports_show_data_literally(tmp_path, capsys):
+    """Names, answers, prompts and reasons come from data and models: no tag, image, cell or escape of theirs acts."""
+    write_iteration(tmp_path, 1, 0.6, stop=HOSTILE)
+    place = tmp_path / "iteration-1" / "evaluate" / "evaluation.json"
+    found = read_json(place)
+    found["win_rates"][HOSTILE] = found["win_rates"]["base"]
+    found["lengths"][HOSTILE] = found["lengths"]["base"]
+    found["samples"] = [{"prompt": HOSTILE, "answers": {HOSTILE: {"text": HOSTILE, "score": None}}}]
+    write_json(place, found)
+    write_json(tmp_path / "iteration-1" / "reward-train" / "eval_results.json", {f"eval_{HOSTILE}_loss": 1.0})
+    report.run(report.ReportArguments(run_dir=str(tmp_path), plots=False))
+    text = (tmp_path / "report.md").read_text() + capsys.readouterr().out
+    assert "<img" not in text and "![" not in text and "https://evil" not in text
+    assert "\x1b" not in text and "\u202e" not in text
+    assert text.count("&lt;img src=https&#58;//evil/x.png&gt; !\\[x\\]") == 7

@@ -1,4 +1,5 @@
-"""RewardBench's format: any subset names, sections as the benchmark weighs them, and a trainer that fills the table."""
+"""RewardBench's format: any subset names, sections as the benchmark weighs them, and a trainer that fills the
+table."""
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ def metrics(values):
 
 
 def test_sections_and_score():
-    """Chat (0.9 * 100 + 0.5 * 40) / 140; Reasoning: code 0.5 over 2 * 10 pairs, maths 1.0 at the same weight 20, so 0.75."""
+    """Chat (0.9 * 100 + 0.5 * 40) / 140; Reasoning: code 0.5 over 2 * 10 pairs, maths 1.0 at the same weight 20, so
+    0.75."""
     values = {
         "alpacaeval-easy": (0.9, 100),
         "mt-bench-med": (0.5, 40),

@@ -1,4 +1,4 @@
-"""The verdict by derivation: quantiles against tables, intervals by hand, choices that use validation only."""
+"""The verdict by derivation: intervals by hand, choices that use validation only."""
 
 import math
 
@@ -10,20 +10,7 @@ from prefopt.evaluation.study import (
     influence,
     paired_difference,
     sentence,
-    student_quantile,
 )
-
-
-@pytest.mark.parametrize(
-    ("degrees", "expected"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (7, 2.3646), (30, 2.0423)]
-)
-def test_quantiles_are_those_of_the_tables(degrees, expected):
-    assert student_quantile(0.975, degrees) == pytest.approx(expected, abs=1e-4)
-
-
-def test_student_tends_to_the_normal_distribution():
-    assert student_quantile(0.975, 100_000) == pytest.approx(1.95996, abs=1e-4)
-    assert student_quantile(0.5, 3) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_paired_interval_by_hand():
@@ -53,7 +40,7 @@ def test_one_seed_is_no_evidence_however_large_the_difference():
 
 @pytest.mark.parametrize("seeds", [2, 3, 40])
 def test_equal_differences_tell_nothing_of_the_spread(seeds):
-    """Accuracies of 200 pairs are multiples of 0.005, so two seeds may differ alike by chance; rounding leaves 1e-17 between them."""
+    """Accuracies of 200 pairs are multiples of 0.005, so seeds may differ alike by chance, up to rounding of 1e-17."""
     theirs = {s: 0.1 * (s % 7) for s in range(seeds)}
     found = paired_difference({s: value + 0.005 for s, value in theirs.items()}, theirs)
     assert (found.interval, found.seeds, found.verdict) == ("none", seeds, "no evidence")
@@ -61,7 +48,7 @@ def test_equal_differences_tell_nothing_of_the_spread(seeds):
 
 
 def test_many_seeds_are_resampled():
-    """The mean of n values has standard error sd / sqrt(n); a percentile interval reaches about 1.96 of them to each side."""
+    """A mean of n values has standard error sd / sqrt(n); a percentile interval reaches about 1.96 of them."""
     values = np.random.default_rng(1).normal(0.02, 0.05, size=400)
     found = paired_difference(dict(enumerate(values)), dict.fromkeys(range(400), 0.0))
     reach = 1.96 * values.std() / 20

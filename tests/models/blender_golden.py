@@ -1,4 +1,5 @@
-"""Writes a random PairRM ranker and what llm-blender 0.0.2 makes of it. Runs beside transformers 4, so not in our environment.
+"""Writes a random PairRM ranker and what llm-blender 0.0.2 makes of it. Runs beside transformers 4, so not in our
+environment.
 
     python tests/models/blender_golden.py FOLDER
 

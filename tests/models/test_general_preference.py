@@ -106,7 +106,8 @@ def test_the_variant_is_saved_with_the_model(settings, tmp_path):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
 def test_the_released_layout_is_read(gated, shards, tmp_path):
-    """A causal LM's folder with `value_head.weight` (and `prompt_head.weight`) beside the LM's weights, and nothing in the config."""
+    """A causal LM's folder with `value_head.weight` (and `prompt_head.weight`) beside the LM's weights, and nothing
+    in the config."""
     base = tiny_model()
     torch.manual_seed(0)
     heads = {"value_head.weight": torch.randn(6, 32)} | ({"prompt_head.weight": torch.randn(3, 32)} if gated else {})

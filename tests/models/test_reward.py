@@ -48,7 +48,8 @@ def test_padding_changes_nothing_on_either_side_whatever_the_pad_id(architecture
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_what_each_pooling_reads(side):
-    """The reward is the head on the hidden state(s) that the pooling names, computed here from the backbone by hand."""
+    """The reward is the head on the hidden state(s) that the pooling names, computed here from the backbone by
+    hand."""
     ids, mask = pad(SEQUENCES, side)
     for pooling in ("last", "eos", "mean", "max"):
         model = tiny_reward(pooling=pooling)

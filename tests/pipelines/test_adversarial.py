@@ -1,4 +1,4 @@
-"""The adversarial loop: its stages and their commands, what it refuses, and (slow) a whole iteration on a game with a known reward."""
+"""The adversarial loop: its stages, its checks, and (slow) an iteration of a game with a known reward."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from prefopt.pipelines.run import read_pipeline
 from prefopt.pipelines.stages import Runner
 from prefopt.recipes import locate, packaged_names
 from prefopt.recipes.recipe import load_settings
+from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RUN = Path("/runs/a")
@@ -163,7 +164,7 @@ def test_a_learning_rate_for_each_iteration(tmp_path):
     [
         ({"model_name_or_path": ""}, "model_name_or_path is missing"),
         ({"reward_prompts": ""}, "reward_prompts is missing"),
-        ({"num_iterations": 0}, "at least 1"),
+        ({"num_iterations": 0}, "num_iterations is 0; it must be at least 1"),
         ({"reward_update": "never"}, "reward_update must be one of base, continued, fixed"),
         ({"aligner": "ppo"}, "aligner must be one of rjs, rrhf, dpo, wpo"),
         ({"testing_reward_model": "judge"}, "one of testing_reward_model and testing_comparisons"),
@@ -171,8 +172,19 @@ def test_a_learning_rate_for_each_iteration(tmp_path):
         ({"policy_learning_rates": [1e-6, 1e-6]}, "2 values for 1 iterations"),
         ({"policy_learning_rates": [1e-6], "policy_training": {"learning_rate": 1.0}}, "give one of them"),
         ({"sampling": {"prompts": "x"}}, "sampling: prompts is set by the loop"),
-        ({"base_reward_training": {"seed": 1}}, "base_reward_training has no effect"),
-        ({"aligner": "rrhf", "selection": {"min_gap": 1.0}}, "selection has no effect"),
+        (
+            {"base_reward_training": {"seed": 1}},
+            "base_reward_training is only read with reward_update continued or fixed, and that is 'base'",
+        ),
+        ({"reward_update": "fixed", "reward_training": {"seed": 1}}, "reward_training is only read with"),
+        (
+            {"testing_reward_model": "judge", "testing_comparisons": None, "testing_reward_training": {"seed": 1}},
+            "testing_reward_training has no effect without testing_comparisons",
+        ),
+        (
+            {"aligner": "rrhf", "selection": {"min_gap": 1.0}},
+            "selection is only read with aligner dpo or wpo, and that is 'rrhf'",
+        ),
     ],
 )
 def test_bad_keys(tmp_path, changed, said):
@@ -193,7 +205,7 @@ def test_bad_settings_of_a_stage_are_found_before_anything_runs(tmp_path, change
         plan(tmp_path, **changed)
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------------------
+# ---- data
 
 
 def test_disjoint_prompts_pass_and_are_counted(tmp_path):
@@ -290,7 +302,6 @@ def test_packaged_recipes_make_stages(name, tmp_path):
 
 
 # ---- for real
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -350,3 +361,47 @@ def test_an_iteration_of_the_game_then_another_aligner_in_the_same_run(game, tmp
     best = [row["completion"][0]["content"] for row in read_jsonl(run / "iteration-1" / "build-rows" / "train.jsonl")]
     assert len(best) > 250
     assert tuned > before  # the best of four, by a reward model that is right in four of five cases
+
+
+def as_messages(rows: list[dict]) -> list[dict]:
+    """Comparisons as conversations."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [{name: [{"role": roles[name], "content": text}] for name, text in row.items()} for row in rows]
+
+
+HUMAN = [{"prompt": f"reward number {n}", "chosen": "yes", "rejected": "no"} for n in range(4)]
+FORMS = {"comparisons": HUMAN, "testing_comparisons": HUMAN, "test_comparisons": HUMAN}
+
+
+@pytest.mark.parametrize("odd", ["comparisons", "testing_comparisons", "test_comparisons"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_strings_beside_messages_are_found_before_anything_starts(tmp_path, odd, chat):
+    """A policy with a chat template answers in messages, one without in strings; every comparison must be alike."""
+    for name, template in (("policy", "llama3" if chat else None), ("reward", "llama3")):
+        tiny_tokenizer(template).save_pretrained(tmp_path / name)
+    fitting, other = (as_messages, list) if chat else (list, as_messages)
+    rows = {name: (other if name == odd else fitting)(rows) for name, rows in FORMS.items()}
+    models = {"model_name_or_path": str(tmp_path / "policy"), "reward_model_name_or_path": str(tmp_path / "reward")}
+    with pytest.raises(ValueError, match=rf"(^|; ){odd}: {'strings' if chat else 'messages'}"):
+        check_data(make_loop(tmp_path, **models, **write_data(tmp_path, **rows)))
+    rows = {name: fitting(rows) for name, rows in FORMS.items()}
+    assert check_data(make_loop(tmp_path, **models, **write_data(tmp_path, **rows)))
+    if chat:  # its strings may be continued as they are
+        text = {"sampling": {"prompt_format": "text"}, "test_sampling": {"prompt_format": "text"}}
+        assert check_data(make_loop(tmp_path, **models, **text, **write_data(tmp_path, **FORMS)))
+        tiny_tokenizer(None).save_pretrained(tmp_path / "bare")
+        models["reward_model_name_or_path"] = str(tmp_path / "bare")
+        with pytest.raises(ValueError, match="has no chat template"):
+            check_data(make_loop(tmp_path, **models, **write_data(tmp_path, **rows)))
+
+
+def test_a_dry_run_finds_strings_beside_messages(tmp_path, capsys):
+    tiny_tokenizer("llama3").save_pretrained(tmp_path / "policy")
+    keys = {**write_data(tmp_path), "model_name_or_path": str(tmp_path / "policy"), "pipeline": "adversarial"}
+    keys |= {"run_dir": str(tmp_path / "run"), "reward_model_name_or_path": "backbone"}
+    assert main(["pipeline", *(f"--{name}={value}" for name, value in keys.items()), "--dry_run"]) == 2
+    assert (
+        "comparisons: strings; the policy's answers to policy_prompts, the policy's answers to reward_prompts: me"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()

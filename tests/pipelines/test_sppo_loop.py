@@ -1,4 +1,4 @@
-"""The self-play loop for real, on the CPU: a tiny chat model plays against itself under a rule that anyone can check."""
+"""The self-play loop for real, on the CPU: a tiny chat model plays against itself under a rule."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def small_game(tmp_path_factory):
 
 
 def test_three_iterations_raise_the_rules_win_rate(tmp_path):
-    """`prefopt pipeline` as a user types it: each iteration wins more often against the base; then nothing is left to do."""
+    """`prefopt pipeline` as typed: each iteration wins more often against the base; then nothing is left to do."""
     start, run_dir = tmp_path / "start", tmp_path / "run"
     make_game(start)
     command = [sys.executable, "-m", "prefopt", "pipeline", *words(start, run_dir)]
@@ -76,7 +76,7 @@ def test_three_iterations_raise_the_rules_win_rate(tmp_path):
 
 
 def test_a_kill_in_every_stage_changes_nothing(small_game, tmp_path):
-    """Each stage is killed once at a random moment, the runner with it or before it; the outcome is that of an undisturbed run."""
+    """Each stage is killed once at a random moment, with its runner or after it; the outcome is the same."""
     whole, killed = tmp_path / "whole", tmp_path / "run"
     forked(run, small_game, killed)
     killed.rename(whole)  # answers are signed with the path of their model
@@ -100,7 +100,7 @@ def run(start, run_dir):
 
 
 def run_until_killed(start, run_dir, name, delay, *, with_stage):
-    """Run, and kill the runner (with the stage, as a machine's failure would, or alone) `delay` seconds into the stage `name`."""
+    """Run, and kill the runner (with the stage, as a machine's failure would, or alone) `delay` s into a stage."""
     log = run_dir / "logs" / f"{name.replace('/', '-')}.log"
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""The runner of stages, with commands of the shell: what is done again and what is not, and every way in which a run can end."""
+"""The runner of stages, with commands of the shell: what is done again, and every way in which a run can end."""
 
 import dataclasses
 import errno
@@ -163,7 +163,6 @@ def test_what_comes_at_the_end_comes_after_an_early_end_too(tmp_path):
 
 
 # ---- ways to end badly
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_stage_stops_the_run_with_its_log_and_is_continued_in_its_folder(tmp_path):
@@ -189,7 +188,7 @@ def test_a_stage_that_writes_nothing_has_failed(tmp_path):
 
 @pytest.mark.parametrize("left", ["sleep 300", "while sleep 0.1; do echo still here; done"])
 def test_a_stage_has_ended_when_its_command_has(tmp_path, monkeypatch, left):
-    """A worker that outlives its parent (killed for memory, say) keeps the pipe open: it is ended, and does not hold up the run."""
+    """A worker that outlives its parent (killed for memory, say) keeps the pipe open: it is ended."""
     monkeypatch.setattr(state, "GRACE", 2.0)
     stages = [shell(tmp_path, "a", f"({left}) & echo $! > $RUN/worker; echo the end; exit 3")]
     began = time.monotonic()
@@ -274,7 +273,7 @@ def test_the_lock_file_of_a_runner_that_is_gone_stops_nobody(tmp_path):
     assert calls(tmp_path) == ["a", "b", "c", "d"]
 
 
-# ---- killed -----------------------------------------------------------------------------------------------------------------------------
+# ---- killed
 
 SCRIPT = """
     import sys

@@ -1,4 +1,4 @@
-"""The self-play toy of examples/self_play for tests: its start model, its recipe with other settings, and stages in forked processes."""
+"""The toy of examples/self_play for tests: its start model, its recipe, and stages in forked processes."""
 
 from __future__ import annotations
 

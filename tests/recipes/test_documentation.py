@@ -36,7 +36,7 @@ def test_commands(line):
 def test_accelerate_configs():
     table = TEXT.split("| accelerate config |")[1].split("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines()[2:])))
-    assert named == set(packaged_names("accelerate_configs"))
+    assert named - {"use_cpu"} == set(packaged_names("accelerate_configs"))
 
 
 def test_recipes():
@@ -50,11 +50,8 @@ def test_keys():
     fields = {name for cls in arguments_of("wpo") for name in cls.__dataclass_fields__}
     for row in re.findall(r"^\| (`[a-z_`, ]+`) \|", TEXT, re.M):
         for key in re.findall(r"`(\w+)`", row):
-            assert key in fields | LEGACY_KEYS | set(packaged_names("accelerate_configs")) | {
-                "mistral",
-                "llama3",
-                "gemma2",
-            }, key
+            named = set(packaged_names("accelerate_configs")) | set(packaged_names("training_configs"))
+            assert key in fields | LEGACY_KEYS | named | {"mistral", "llama3", "gemma2"}, key
     for key in re.findall(r"`--(\w+)`", TEXT):
         assert key in fields | LAUNCH_KEYS | {"flag"}, key
     assert all(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
+from prefopt.files import parse_yaml
 from prefopt.recipes import build, read_recipe
 from prefopt.recipes.recipe import resolved_yaml
 from prefopt.recipes.source import split_recipe
@@ -145,6 +146,93 @@ def test_problems_name_file_line_and_nearest_key(tmp_path):
 )
 def test_bad_files(tmp_path, text, message):
     assert message in problem(write(tmp_path / "a.yaml", text))
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(9 * [f'*{old}'])}]\n" for old, new in zip("abcdefghi", "bcdefghij")
+)
+CHAIN = "k0: &k0 [x]\n" + "".join(f"k{i + 1}: &k{i + 1} [*k{i}]\n" for i in range(80))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta: 1\nrun_name: @x\n", "a.yaml is not valid YAML (line 2, column 11): "),
+        ("beta: 1\nrun_name: [a\nloss_type: b\n", "line 3, column 10"),
+        ("run_name: a: b\n", "line 1, column 12"),
+        ("beta: \x07\n", "a.yaml is not valid YAML: unacceptable character"),
+        ("beta: 1\n---\nbeta: 2\n", "line 2"),
+        ("beta: 1\nloss_type: &x [a, *x]\n", "line 2: an alias stands within its own anchor"),
+        ("dataset_mixer: &x {a: *x}\n", "line 1: an alias stands within its own anchor"),
+        ("loss_type: *nowhere\n", "undefined alias"),
+        (LAUGHS, "more than 100,000 values once its aliases are written out"),
+        (CHAIN, "more than 50 levels once its aliases are written out"),
+        ("loss_type: " + 60 * "[" + 60 * "]" + "\n", "more than 50 levels"),
+        ("loss_type: " + 5000 * "[" + "\n", "nested too deeply"),
+        ("loss_type: " + 5000 * "{a: ", "nested too deeply"),
+        ("beta: 1\nrun_name: !!timestamp x\n", "line 2: 'x' cannot have the tag tag:yaml.org,2002:timestamp"),
+        ("run_name: !!python/object:os.system x\n", "line 1: 'x' cannot have the tag"),
+        ("run_name: !mine x\n", "line 1: 'x' cannot have the tag !mine"),
+        ("beta: !!int x\n", "line 1: 'x' cannot have the tag"),
+        ("beta: !!bool x\n", "line 1: 'x' cannot have the tag"),
+        ("loss_type: !!set {a, b}\n", "line 1: the tag tag:yaml.org,2002:set is not allowed"),
+        ("beta: " + 5000 * "9" + "\n", "is no number: Exceeds the limit"),
+        ("beta: 0x_\n", "line 1: '0x_' is no number"),
+        ("? [a, b]\n: c\n", "line 1: a key must be text"),
+        ("dataset_mixer:\n  ? {a: 1}\n  : 2\n", "line 2: a key must be text"),
+        ("!!timestamp x: 1\n", "line 1: 'x' cannot have the tag"),
+        ("beta: 1\n\non: 3\n", "a.yaml, line 3: unknown key 'on'"),
+        ("loss_type: <<\n", "not valid YAML (line 1"),
+        ("<<: 3\n", "not valid YAML (line 1"),
+    ],
+)
+def test_yaml_that_is_no_recipe(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    found = problem(str(path))
+    assert message in found
+    assert str(path) in found
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"beta: \xff\xfe\n")
+    assert "a.yaml is not a text file in UTF-8" in problem(str(tmp_path / "a.yaml"))
+
+
+def test_dates_and_names_are_text(tmp_path):
+    recipe = write(tmp_path / "a.yaml", "run_name: 2024-05-01\ndataset_mixer: {no: 1, on: 0.5, null: 1, 7: 1}\n")
+    assert values(recipe) == {"run_name": "2024-05-01", "dataset_mixer": {"no": 1, "on": 0.5, "null": 1, "7": 1}}
+    assert values("--run_name", "2024-99-99", "--dataset_mixer", "{=: 1}") == {
+        "run_name": "2024-99-99", "dataset_mixer": {"=": 1},
+    }  # fmt: skip
+
+
+def test_aliases_that_end_are_fine(tmp_path):
+    text = "dataset_mixer: &x {a: 1}\ndatasets: [{<<: *x, b: 2}]\n"
+    recipe = write(tmp_path / "a.yaml", text.splitlines()[0] + "\n")
+    assert values(recipe) == {"dataset_mixer": {"a": 1}}
+    (tmp_path / "b.yaml").write_text(text)
+    assert parse_yaml(text, "x")[0]["datasets"] == [{"a": 1, "b": 2}]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--dataset_mixer={a: 1", "the command line: dataset_mixer: the value is not valid YAML (line 1, column 6)"),
+        ("--dataset_mixer={a: @x}", "column 5"),
+        ("--dataset_mixer={a: &x {b: *x}}", "an alias stands within its own anchor"),
+        ("--dataset_mixer={a: !!timestamp x}", "cannot have the tag"),
+        ("--dataset_mixer=" + 4000 * "{a: ", "nested too deeply"),
+        ("--loss_type=[a, b", "the command line: loss_type: the value is not valid YAML"),
+        ("--loss_type=[1]/model", "the value is not valid YAML"),
+        ("--dataset_mixer={a: 1, a: 2}", "'a' was already given in line 1"),
+        ("--beta=@x", "expected a number, found '@x'"),
+    ],
+)
+def test_words_that_are_no_yaml(word, message):
+    found = problem(word)
+    assert message in found
+    assert len(found) < 400
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from prefopt.references.weights import (
     uniform_weights,
     validation_accuracy_weights,
     validation_discrimination_weights,
-    weighting_name,
 )
+from prefopt.trainers.reference_weighting import weighting_name
 
 CHOSEN = torch.tensor([[-1.0, -2.0, -3.0], [-1.5, -1.0, -2.0]])
 REJECTED = torch.tensor([[-1.5, -1.0, -3.0], [-1.0, -4.0, -2.0]])

@@ -1,4 +1,5 @@
-"""The adversarial reward trainer: weights of the two kinds of pair, whatever the batches; what it says; what it refuses."""
+"""The adversarial reward trainer: weights of the two kinds of pair, whatever the batches; what it says; what it
+refuses."""
 
 import math
 
@@ -58,9 +59,14 @@ def loss_by_hand(model, rows, *, human, adversarial, kind):
 )
 def test_the_logged_loss_weighs_each_pair(tmp_path, kind, human, coeff, samples):
     trainer = make(
-        tmp_path, per_device_train_batch_size=20, max_steps=1, human_coeff=human, adversarial_coeff=coeff, num_samples=samples,
+        tmp_path,
+        per_device_train_batch_size=20,
+        max_steps=1,
+        human_coeff=human,
+        adversarial_coeff=coeff,
+        num_samples=samples,
         adversarial_loss=kind,
-    )  # fmt: skip
+    )
     expected = loss_by_hand(trainer.model, ROWS, human=human, adversarial=coeff / samples, kind=kind)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(expected, abs=2e-5)
@@ -131,9 +137,14 @@ def test_metrics_of_each_kind(tmp_path):
 def test_adversarial_pairs_are_learnt(tmp_path):
     """With a large weight the golden answers win within 20 steps."""
     trainer = make(
-        tmp_path, per_device_train_batch_size=20, max_steps=20, learning_rate=1e-2, adversarial_coeff=8.0, num_samples=1,
+        tmp_path,
+        per_device_train_batch_size=20,
+        max_steps=20,
+        learning_rate=1e-2,
+        adversarial_coeff=8.0,
+        num_samples=1,
         evaluation={"human": dataset(HUMAN), "adversarial": dataset(ADVERSARIAL)},
-    )  # fmt: skip
+    )
     trainer.train()
     assert trainer.evaluate()["eval_adversarial_accuracy"] == 1.0
 
@@ -150,7 +161,18 @@ def test_what_is_refused(tmp_path):
         ({"num_samples": 0}, "`num_samples` must be at least 1"),
         ({"adversarial_coeff": -1.0}, "`adversarial_coeff` must not be negative"),
         ({"human_coeff": -1.0}, "`human_coeff` must not be negative"),
-        ({"adversarial_loss": "hinge"}, "must be 'logistic' or 'difference'"),
+        ({"adversarial_loss": "hinge"}, "adversarial_loss must be one of logistic, difference"),
     ):
         with pytest.raises(ValueError, match=message):
             AdversarialRewardConfig(**settings(tmp_path, **changes))
+
+
+def test_an_evaluation_set_named_train_is_not_the_training_set(tmp_path):
+    """Human rows alone may be evaluated under any name, and the training rows and their report stay as they are."""
+    trainer = make(tmp_path, evaluation={"train": dataset(HUMAN), "test": dataset(ADVERSARIAL)}, max_steps=1)
+    assert len(trainer.train_dataset) == len(ROWS) and trainer.data.reports["train"].rows_in == len(ROWS)
+    assert trainer.data.reports["eval/train"].rows_in == len(HUMAN)
+    trainer.train()
+    metrics = trainer.evaluate(dataset(HUMAN), metric_key_prefix="train")
+    assert metrics["train_ranked_pairs"] == HUMAN_PAIRS and len(trainer.train_dataset) == len(ROWS)
+    assert trainer.evaluate()["eval_train_ranked_pairs"] == HUMAN_PAIRS

@@ -91,9 +91,14 @@ def test_any_micro_batch_size_gives_the_same_model(tmp_path):
     runs = []
     for size, accumulation, layout in ((16, 1, "packed"), (2, 8, "padded")):
         trainer = make(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, batch_layout=layout, dim=4,
-            scale_gate="softmax", sft_coeff=0.1,
-        )  # fmt: skip
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            batch_layout=layout,
+            dim=4,
+            scale_gate="softmax",
+            sft_coeff=0.1,
+        )
         trainer.train()
         runs.append((losses(trainer), {name: p.detach().clone() for name, p in trainer.model.named_parameters()}))
     for each, weights in runs[1:]:
@@ -163,7 +168,8 @@ CYCLE = {
 
 
 def test_cyclic_preferences_are_learnt_by_gpm_and_not_by_bradley_terry(tmp_path):
-    """No scalar orders more than two of the three pairs of a cycle, so Bradley-Terry is right in at most 2/3 of them, whatever it learns."""
+    """No scalar orders more than two of the three pairs of a cycle, so Bradley-Terry is right in at most 2/3 of
+    them, whatever it learns."""
     rows = cyclic_rows(8)
     gpm = make(tmp_path / "gpm", rows, dim=2, **CYCLE)
     gpm.train()
@@ -214,7 +220,7 @@ def test_a_trained_model_is_continued_with_its_own_variant(tmp_path):
 def test_what_is_refused(tmp_path):
     for changes, message in (
         ({"dim": 3}, "positive even number, got 3"),
-        ({"loss_type": "regression"}, "must be 'general_preference' or 'bradley_terry'"),
+        ({"loss_type": "regression"}, "loss_type must be one of general_preference, bradley_terry"),
         ({"loss_type": "bradley_terry", "dim": 4}, "`dim` has no meaning for loss_type 'bradley_terry'"),
         ({"loss_type": "bradley_terry", "sft_coeff": 0.1}, "`sft_coeff` has no meaning"),
         ({"sft_coeff": 1.0}, r"must lie in \[0, 1\)"),

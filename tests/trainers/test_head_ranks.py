@@ -114,7 +114,8 @@ def test_two_ranks_train_the_same_model_as_one_process(tmp_path, method, acceler
 
 
 def test_a_new_head_under_zero3(tmp_path):
-    """From a causal LM, as reward models are usually trained: the head is drawn once for all ranks, trained, and saved whole."""
+    """From a causal LM, as reward models are usually trained: the head is drawn once for all ranks, trained, and
+    saved whole."""
     losses, folder = run(tmp_path, "reward-model", "new", "cpu_zero3_2ranks", new_head=True)
     again, _ = run(tmp_path, "reward-model", "again", "cpu_zero3_2ranks", new_head=True)
     print(f"a new head under ZeRO-3: losses {losses}")

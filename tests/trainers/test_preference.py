@@ -583,36 +583,6 @@ def test_resumed_equals_uninterrupted(tmp_path, layout):
     assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
-    trainer = make_trainer(tmp_path, "DPO")
-    pair_losses = trainer.pair_losses
-    bad = trainer.train_dataset[7]["row_id"]
-
-    def poisoned(pair, reference, batch):
-        hit = torch.tensor([row == bad for row in batch["row_ids"]])
-        return pair_losses(pair, reference, batch).masked_fill(hit, float("nan"))
-
-    trainer.pair_losses = poisoned
-    with pytest.raises(FloatingPointError, match=bad):
-        trainer.train()
-
-
-def test_a_loss_that_was_not_finite_is_found_when_the_host_looks_later(tmp_path):
-    """On a GPU the host checks only where it waits anyway: here at the last of four steps; row 7 is in one of them."""
-    trainer = make_trainer(tmp_path, "DPO", max_steps=4, logging_steps=4)
-    pair_losses, check = trainer.pair_losses, trainer.check_finite
-    bad = trainer.train_dataset[trainer.get_train_dataloader().batch_sampler.step(0, 1)[0][0].indices[0]]["row_id"]
-
-    def poisoned(pair, reference, batch):
-        hit = torch.tensor([row == bad for row in batch["row_ids"]])
-        return pair_losses(pair, reference, batch).detach().masked_fill(hit, float("inf")) + 0 * pair.chosen_logps
-
-    trainer.pair_losses = poisoned
-    trainer.check_finite = lambda: check() if trainer.state.global_step == 4 else None
-    with pytest.raises(FloatingPointError, match=bad):
-        trainer.train()
-
-
 def test_tokens_between_the_last_log_and_a_checkpoint_are_counted_on_resume(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 3}
     whole = make_trainer(tmp_path, **settings)

@@ -72,7 +72,8 @@ def test_poolings_that_read_every_token_are_padded_and_right(tmp_path, pooling):
 
 
 def test_division_into_micro_batches_and_layout_change_nothing(tmp_path):
-    """Rows have 1 to 6 ranked pairs, so that means of micro-batch means would differ; every split gives the same weights."""
+    """Rows have 1 to 6 ranked pairs, so that means of micro-batch means would differ; every split gives the same
+    weights."""
     runs = {}
     for layout in ("packed", "padded"):
         for size, accumulation in ((8, 1), (2, 4)):
@@ -146,8 +147,8 @@ def test_metric_names_and_values(tmp_path):
     trainer.train()
     step = trainer.state.log_history[0]
     assert set(step) == {
-        "loss", "grad_norm", "learning_rate", "epoch", "step", "accuracy", "margin", "mean_reward", "min_reward", "max_reward",
-        "num_tokens", "perf/tokens_per_second",
+        "loss", "grad_norm", "learning_rate", "epoch", "step", "accuracy", "margin",
+        "mean_reward", "min_reward", "max_reward", "num_tokens", "perf/tokens_per_second",
     }  # fmt: skip
     evaluated = next(entry for entry in trainer.state.log_history if "eval_first_loss" in entry)
     names = {
@@ -372,3 +373,13 @@ def test_a_sequence_classifier_in_memory_keeps_its_head(tmp_path):
     trainer = make(tmp_path, model=theirs)
     torch.testing.assert_close(trainer.model.score.weight, theirs.score.weight)
     assert trainer.model.model is theirs.model and trainer.model.head_record["pooling"] == "eos"
+
+
+def test_the_row_of_a_margin_that_is_not_finite_is_named(tmp_path):
+    rows = [{**row, "margin": 0.5} for row in pairs(ROWS)]
+    trainer = make(tmp_path, rows, per_device_train_batch_size=24)
+    spoilt = trainer.train_dataset[5]["row_id"]
+    margins = [math.nan if row == spoilt else 0.5 for row in trainer.train_dataset["row_id"]]
+    trainer.train_dataset = trainer.train_dataset.remove_columns("margin").add_column("margin", margins)
+    with pytest.raises(FloatingPointError, match=rf"row\(s\) {spoilt} \(row_id\)"):
+        trainer.train()

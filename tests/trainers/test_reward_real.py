@@ -1,4 +1,5 @@
-"""Reward models on human comparisons of helpful dialogues: a tiny model from nothing, then an adversarial one on top of it."""
+"""Reward models on human comparisons of helpful dialogues: a tiny model from nothing, then an adversarial one on top
+of it."""
 
 from __future__ import annotations
 
@@ -155,9 +156,14 @@ def test_a_reward_model_learns_human_choices_and_an_adversarial_one_the_policys_
     rows = pairs(train) + adversarial(train[:400], policy)
     for coeff in (0.1, 4.0):  # as published, and every pair of weight 1
         against = AdversarialRewardTrainer(
-            fresh_model(), args=AdversarialRewardConfig(**settings(tmp_path / f"apo-{coeff}", adversarial_coeff=coeff, num_samples=4)),
-            train_dataset=Dataset.from_list(rows), eval_dataset=evaluation, processing_class=tokenizer,
-        )  # fmt: skip
+            fresh_model(),
+            args=AdversarialRewardConfig(
+                **settings(tmp_path / f"apo-{coeff}", adversarial_coeff=coeff, num_samples=4)
+            ),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+        )
         against.train()
         adversarial_metrics = against.evaluate()
         still = tell(f"adversarial reward model, {coeff:g} / 4", adversarial_metrics, "human", len(test))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from prefopt.candidates.pairs import win_probabilities
 from prefopt.candidates.records import (
+    Candidate,
     Record,
     make_candidate,
     make_record,
@@ -18,7 +19,7 @@ from prefopt.candidates.records import (
     score_name,
     scores_of,
 )
-from prefopt.data.messages import HH_TURN, BadRow, Message, Text, as_messages, clean_text
+from prefopt.data.messages import HH_TURN, BadRow, Message, TextOrMessages, as_messages, clean_text
 from prefopt.data.rows import (
     ADVERSARIAL_TYPE,
     COLUMN_ALIASES,
@@ -30,7 +31,25 @@ from prefopt.data.rows import (
 )
 from prefopt.files import content_hash
 
-Kind: TypeAlias = Literal["records", "pairs"]
+GOLDEN = "golden"
+SCORE = "rm_scores"
+ROLES = {"Human": "user", "Assistant": "assistant"}
+SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
+ULTRAFEEDBACK_SCORES = {"score_chosen": "chosen_score", "score_rejected": "rejected_score"}
+# why a golden answer and a sample make no comparison
+BLANK_GOLDEN = "blank golden answer"
+BLANK_SAMPLE = "blank sample"
+SAME_ANSWER = "sample equals the golden answer"
+_NO_COMPARISON = {
+    BLANK_GOLDEN: "empty answer",
+    BLANK_SAMPLE: "empty answer",
+    SAME_ANSWER: "the sample is the golden answer",
+}
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+# a further turn of the dialogue that the model wrote itself; "\nHumans are" is none
+_NEXT_TURN = re.compile(r"\n\s*Human\s*:")
+_SAMPLE = re.compile(r"sample_(\d+)")
+_GENERATED = re.compile(r"generate_(\d+)")
 
 
 @dataclass
@@ -55,53 +74,82 @@ class Context:
     as_messages: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 
+    def drop(self, reason: str, what: str = "rows") -> None:
+        """Count something that is left out."""
+        self.counts[f"{what} dropped: {reason}"] += 1
 
-Reader: TypeAlias = Callable[[Sequence[Row], Context], list[Row]]
-Writer: TypeAlias = Callable[[Sequence[Row], Context], list[Row]]
+
+# Writers may iterate over the rows more than once.
+Converter: TypeAlias = Callable[[Iterable[Row], Context], Iterator[Row]]
 
 
 @dataclass(frozen=True)
 class Format:
     """One format: what it holds, and how it is read and written (None: it is not)."""
 
-    summary: str
-    kind: Kind
-    read: Reader | None
-    write: Writer | None
+    kind: Literal["records", "pairs"]
+    read: Converter | None
+    write: Converter | None
 
 
-def read_pairs(rows: Sequence[Row], context: Context) -> list[Row]:
-    """Pairs of any shape that the trainers take, in one: prompt, chosen, rejected, method columns and `prompt_id`; bad rows counted."""
-    pairs = []
+# Pairs.
+
+
+def as_they_are(rows: Iterable[Row], context: Context) -> Iterator[Row]:
+    """Pass rows on unchanged."""
+    return iter(rows)
+
+
+def read_pairs(rows: Iterable[Row], context: Context) -> Iterator[Row]:
+    """Read pairs of any shape that the trainers take: prompt, chosen, rejected, method columns and `prompt_id`."""
     for row in rows:
         try:
-            named = {} if row.get("prompt_id") is None else {"prompt_id": str(row["prompt_id"])}
-            pairs.append({**normalise_pair(row), **named})
+            pair = normalise_pair(row)
         except BadRow as fault:
-            context.counts[f"rows dropped: {fault.reason}"] += 1
-    return pairs
+            context.drop(fault.reason)
+        else:
+            yield pair if row.get("prompt_id") is None else {**pair, "prompt_id": str(row["prompt_id"])}
 
 
-def conversation(prompt: Text, response: Text) -> list[Message]:
-    """Prompt and response as one conversation."""
+def pairs_to_records(pairs: Iterable[Row]) -> list[Record]:
+    """Make a record of two candidates, `chosen` and `rejected`, from each pair; pairs of one prompt share a record."""
+    records: dict[str, Record] = {}
+    for pair in pairs:
+        prompt = as_messages(pair["prompt"]) if isinstance(pair["chosen"], list) else pair["prompt"]
+        name = normalise_prompt({"prompt": prompt})["row_id"]
+        record = records.setdefault(name, make_record(name, prompt, []))
+        known = {candidate["text"] for candidate in record["candidates"]}
+        for candidate in off_policy_candidates(pair, ["chosen", "rejected"]):
+            if candidate["text"] not in known:
+                same = [c for c in record["candidates"] if c["source"] == candidate["source"]]
+                record["candidates"].append({**candidate, "k": len(same)})
+                known.add(candidate["text"])
+    return list(records.values())
+
+
+def conversation(prompt: TextOrMessages, response: TextOrMessages) -> list[Message]:
+    """Join prompt and response to one conversation."""
     answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
     return [*as_messages(prompt), *answer]
 
 
-def plain_prompt(prompt: Text) -> Text:
-    """The text of a prompt that is one user turn; any other prompt as it is."""
+def conversations(pair: Row) -> Row:
+    """Return both sides of a pair as conversations."""
+    return {side: conversation(pair["prompt"], pair[side]) for side in ("chosen", "rejected")}
+
+
+def plain_prompt(prompt: TextOrMessages) -> TextOrMessages:
+    """Return the text of a prompt that is one user turn; any other prompt unchanged."""
     if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
         return str(prompt[0]["content"])
     return prompt
 
 
-ROLES = {"Human": "user", "Assistant": "assistant"}
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-ULTRAFEEDBACK_SCORES = {"score_chosen": "chosen_score", "score_rejected": "rejected_score"}
+# Dialogues of HH.
 
 
 def from_dialogue(text: str) -> list[Message]:
-    """The turns of a dialogue, their surrounding white space removed; an open last "Assistant:" is left out.
+    """Split a dialogue into its turns, without surrounding white space; an open last "Assistant:" is left out.
 
     Raises:
         ValueError: the text does not begin with a turn.
@@ -119,18 +167,17 @@ def from_dialogue(text: str) -> list[Message]:
 
 
 def to_dialogue(messages: Sequence[Message]) -> str:
-    """The turns as one text; a system turn stands before the first, without a speaker.
+    """Write turns as one text; a system turn stands before the first, without a speaker.
 
     Raises:
         ValueError: a turn of another role.
     """
-    names = {role: speaker for speaker, role in ROLES.items()}
     text = ""
     for number, message in enumerate(messages):
         if message["role"] == "system" and number == 0:
             text += f"\n\n{message['content']}"
-        elif message["role"] in names:
-            text += f"\n\n{names[message['role']]}: {message['content']}"
+        elif message["role"] in SPEAKERS:
+            text += f"\n\n{SPEAKERS[message['role']]}: {message['content']}"
         else:
             raise ValueError(
                 f"A dialogue has turns of Human and Assistant; there is none for the role {message['role']!r}."
@@ -138,135 +185,125 @@ def to_dialogue(messages: Sequence[Message]) -> str:
     return text
 
 
-def read_hh(rows: Sequence[Row], context: Context) -> list[Row]:
-    """Pairs from two dialogues with a common beginning (`chosen`, `rejected`), or from `prompt`, `chosen`, `rejected`."""
-    pairs = read_pairs(rows, context)
-    if not context.as_messages:
-        return pairs
-    found = []
-    for pair in pairs:
+def read_hh(rows: Iterable[Row], context: Context) -> Iterator[Row]:
+    """Read pairs from dialogues with a common beginning (`chosen`, `rejected`), or `prompt`, `chosen`, `rejected`."""
+    for pair in read_pairs(rows, context):
+        if not context.as_messages:
+            yield pair
+            continue
         try:
-            turns = from_dialogue(pair["prompt"] + HH_TURN if not _is_open(pair["prompt"]) else pair["prompt"])
+            turns = from_dialogue(pair["prompt"] if _is_open(pair["prompt"]) else pair["prompt"] + HH_TURN)
         except ValueError:
-            context.counts["rows dropped: not a dialogue"] += 1
+            context.drop("not a dialogue")
             continue
         answers = {side: [{"role": "assistant", "content": pair[side].strip()}] for side in ("chosen", "rejected")}
-        found.append({**pair, "prompt": turns, **answers})
-    return found
+        yield {**pair, "prompt": turns, **answers}
 
 
 def _is_open(prompt: str) -> bool:
     return prompt.rstrip().endswith("Assistant:")
 
 
-def write_hh(pairs: Sequence[Row], context: Context) -> list[Row]:
-    """`chosen` and `rejected`, each the whole dialogue."""
-    rows = []
+def write_hh(pairs: Iterable[Row], context: Context) -> Iterator[Row]:
+    """Write `chosen` and `rejected`, each the whole dialogue."""
     for pair in pairs:
         if isinstance(pair["prompt"], str) and _is_open(pair["prompt"]):
-            rows.append({side: pair["prompt"] + pair[side] for side in ("chosen", "rejected")})
+            yield {side: pair["prompt"] + pair[side] for side in ("chosen", "rejected")}
         else:
-            rows.append(
-                {side: to_dialogue(conversation(pair["prompt"], pair[side])) for side in ("chosen", "rejected")}
-            )
-    return rows
+            yield {side: to_dialogue(turns) for side, turns in conversations(pair).items()}
 
 
-def read_ultrafeedback(rows: Sequence[Row], context: Context) -> list[Row]:
-    """Pairs from `prompt`, `chosen` and `rejected` (conversations), with `score_chosen` and `score_rejected`."""
-    renamed = [{ULTRAFEEDBACK_SCORES.get(name, name): value for name, value in row.items()} for row in rows]
+# UltraFeedback, and any dataset with responses.
+
+
+def read_ultrafeedback(rows: Iterable[Row], context: Context) -> Iterator[Row]:
+    """Read pairs from `prompt`, `chosen` and `rejected` (conversations), with `score_chosen` and `score_rejected`."""
+    renamed = ({ULTRAFEEDBACK_SCORES.get(name, name): value for name, value in row.items()} for row in rows)
     return read_pairs(renamed, context)
 
 
-def write_ultrafeedback(pairs: Sequence[Row], context: Context) -> list[Row]:
-    """`prompt`, `chosen`, `rejected`, `messages` (the chosen conversation), and the scores where there are any."""
-    rows = []
+def write_ultrafeedback(pairs: Iterable[Row], context: Context) -> Iterator[Row]:
+    """Write `prompt`, `chosen`, `rejected`, `messages` (the chosen conversation), and the scores if there are any."""
     for pair in pairs:
-        row: Row = {"prompt": plain_prompt(pair["prompt"]), "prompt_id": pair.get("prompt_id") or pair["row_id"]}
-        row |= {side: conversation(pair["prompt"], pair[side]) for side in ("chosen", "rejected")}
-        row["messages"] = row["chosen"]
-        rows.append(row | {theirs: pair[ours] for theirs, ours in ULTRAFEEDBACK_SCORES.items() if ours in pair})
-    return rows
+        sides = conversations(pair)
+        yield {
+            "prompt": plain_prompt(pair["prompt"]),
+            "prompt_id": pair.get("prompt_id") or pair["row_id"],
+            **sides,
+            "messages": sides["chosen"],
+            **{theirs: pair[ours] for theirs, ours in ULTRAFEEDBACK_SCORES.items() if ours in pair},
+        }
 
 
-def read_completions(rows: Sequence[Row], context: Context) -> list[Record]:
-    """Records from `instruction` and `completions`, each with `model`, `response` and numbers such as `overall_score`."""
-    named = [{**row, "prompt": row.get("instruction")} for row in rows]
+def read_completions(rows: Iterable[Row], context: Context) -> Iterator[Record]:
+    """Read records from `instruction` and `completions` with `model`, `response` and numbers (`overall_score`)."""
+    named = ({**row, "prompt": row.get("instruction")} for row in rows)
     return read_responses(named, Context(columns=["completions"], counts=context.counts))
 
 
-def write_completions(records: Sequence[Record], context: Context) -> list[Row]:
-    """`instruction`, `models`, `completions` with `model`, `response` and the chosen score."""
+def write_completions(records: Iterable[Record], context: Context) -> Iterator[Row]:
+    """Write `instruction`, `models`, `completions` with `model`, `response` and the chosen score."""
     name = score_name(records, context.score)
-    rows = []
     for record in records:
         completions = [
             {"model": c["source"], "response": c["text"], **({name: c["scores"].get(name)} if name else {})}
             for c in record["candidates"]
         ]
-        rows.append(
-            {
-                "instruction": plain_prompt(record["prompt"]),
-                "models": [completion["model"] for completion in completions],
-                "completions": completions,
-            }
-        )
-    return rows
+        yield {
+            "instruction": plain_prompt(record["prompt"]),
+            "models": [completion["model"] for completion in completions],
+            "completions": completions,
+        }
 
 
-def read_responses(rows: Sequence[Row], context: Context) -> list[Record]:
-    """Records from any dataset with a prompt and columns of responses (`context.columns`); bad rows are counted.
+def read_responses(rows: Iterable[Row], context: Context) -> Iterator[Record]:
+    """Read records from any dataset with a prompt and columns of responses (`context.columns`).
 
     Raises:
         ValueError: no columns are named, or one holds no responses.
     """
     if not context.columns:
         raise ValueError("Name the columns that hold responses with `columns`.")
-    records: dict[str, Record] = {}
+    seen: set[str] = set()
     for row in rows:
         try:
             clean = normalise_prompt(row)
         except BadRow as fault:
-            context.counts[f"rows dropped: {fault.reason}"] += 1
+            context.drop(fault.reason)
             continue
         name = str(row.get("prompt_id") or clean["row_id"])
-        if name in records:
-            context.counts["rows dropped: prompt seen before"] += 1
+        if name in seen:
+            context.drop("prompt seen before")
             continue
-        records[name] = make_record(name, clean["prompt"], off_policy_candidates(row, context.columns))
-    return list(records.values())
+        seen.add(name)
+        yield make_record(name, clean["prompt"], off_policy_candidates(row, context.columns))
 
 
-def pairs_to_records(pairs: Sequence[Row]) -> list[Record]:
-    """A record of two candidates, `chosen` and `rejected`, for each pair; pairs of one prompt share a record."""
-    records: dict[str, Record] = {}
-    for pair in pairs:
-        prompt = as_messages(pair["prompt"]) if isinstance(pair["chosen"], list) else pair["prompt"]
-        name = normalise_prompt({"prompt": prompt})["row_id"]
-        record = records.setdefault(name, make_record(name, prompt, []))
-        known = {candidate["text"] for candidate in record["candidates"]}
-        for candidate in off_policy_candidates(pair, ["chosen", "rejected"]):
-            if candidate["text"] not in known:
-                same = [c for c in record["candidates"] if c["source"] == candidate["source"]]
-                record["candidates"].append({**candidate, "k": len(same)})
-                known.add(candidate["text"])
-    return list(records.values())
-
-
-GOLDEN = "golden"
-# a further turn of the dialogue that the model wrote itself; "\nHumans are" is none
-_NEXT_TURN = re.compile(r"\n\s*Human\s*:")
-_SAMPLE = re.compile(r"sample_(\d+)")
+# APO.
 
 
 def clean_response(text: str) -> str:
-    """The response up to a further turn of the user, stripped there; untouched where there is none."""
+    """Return the response up to a further turn of the user, stripped there; unchanged where there is none."""
     found = _NEXT_TURN.search(text)
     return text[: found.start()].strip() if found else text
 
 
-def read_golden(rows: Sequence[Row]) -> dict[str, str]:
-    """query_id -> golden answer.
+def golden_fault(golden: str, sample: str) -> str | None:
+    """Return why a golden answer and a sample make no comparison; None where they do."""
+    if not golden.strip():
+        return BLANK_GOLDEN
+    if not sample.strip():
+        return BLANK_SAMPLE
+    return SAME_ANSWER if sample.strip() == golden.strip() else None
+
+
+def sample_columns(row: Iterable[str]) -> list[str]:
+    """Return the columns `sample_0`, `sample_1`, ... by their numbers."""
+    return sorted(filter(_SAMPLE.fullmatch, row), key=lambda name: int(name[7:]))
+
+
+def read_golden(rows: Iterable[Row]) -> dict[str, str]:
+    """Read golden answers by query_id.
 
     Raises:
         ValueError: a row without `query_id` or `golden`, or two different answers to one query.
@@ -281,8 +318,8 @@ def read_golden(rows: Sequence[Row]) -> dict[str, str]:
     return golden
 
 
-def read_samples(rows: Sequence[Row], context: Context) -> list[Record]:
-    """Records from `query_id`, `query` (or `instruction`) and `sample_0`, `sample_1`, ..., with the golden answer first.
+def read_samples(rows: Iterable[Row], context: Context) -> Iterator[Record]:
+    """Read records from `query_id`, `query` (or `instruction`) and `sample_0`, ..., with the golden answer first.
 
     Missing samples, queries without samples, samples without a golden answer and golden answers without samples are
     counted.
@@ -291,51 +328,61 @@ def read_samples(rows: Sequence[Row], context: Context) -> list[Record]:
         ValueError: a row without its query, or a query that comes twice with different samples.
     """
     golden = context.golden
-    records: dict[str, Record] = {}
-    most = max((sum(bool(_SAMPLE.fullmatch(name)) for name in row) for row in rows), default=0)
+    seen: dict[str, str] = {}
+    most = held = read = 0
     for number, row in enumerate(rows):
+        columns = sample_columns(row)
+        most = max(most, len(columns))
         query = row.get("query") if row.get("query") is not None else row.get("instruction")
         if row.get("query_id") is None or not isinstance(query, str):
             raise ValueError(f"Samples, row {number}: `query_id` and `query` are needed, found {sorted(row)}.")
         name = str(row["query_id"])
         if golden is not None and name not in golden:
-            context.counts["queries dropped: no golden answer"] += 1
+            context.drop("no golden answer", "queries")
             continue
-        candidates = _samples(row, context, most)
+        candidates = _samples(row, columns)
+        read, held = read + 1, held + len(candidates)
         if not candidates:
-            context.counts["queries dropped: no sample"] += 1
+            context.drop("no sample", "queries")
             continue
         if golden is not None:
             candidates.insert(0, make_candidate(clean_response(golden[name]), source=GOLDEN))
         record = make_record(name, query, candidates)
-        if records.setdefault(name, record) != record:
+        content = content_hash(record)
+        if seen.get(name, content) != content:
             raise ValueError(f"Samples, row {number}: the query {name!r} comes a second time with other samples.")
+        if name not in seen:
+            seen[name] = content
+            yield record
+    context.counts["samples missing"] += most * read - held
     if golden is not None:
-        context.counts["golden answers without samples"] += len(set(golden) - set(records))
-    return list(records.values())
+        context.counts["golden answers without samples"] += len(set(golden) - set(seen))
 
 
-def _samples(row: Row, context: Context, most: int) -> list[dict[str, Any]]:
-    names = sorted((name for name in row if _SAMPLE.fullmatch(name)), key=lambda name: int(name[7:]))
-    held = [name for name in names if isinstance(row[name], str)]
-    context.counts["samples missing"] += most - len(held)
-    return [make_candidate(clean_response(row[name]), source="sample", k=int(name[7:])) for name in held]
+def _samples(row: Row, columns: Sequence[str]) -> list[Candidate]:
+    return [
+        make_candidate(clean_response(row[name]), source="sample", k=int(name[7:]))
+        for name in columns
+        if isinstance(row[name], str)
+    ]
 
 
-def write_samples(records: Sequence[Record], context: Context) -> list[Row]:
-    """`query_id`, `query`, `sample_0`, ...; a golden answer under `golden`."""
-    rows = []
+def write_samples(records: Iterable[Record], context: Context) -> Iterator[Row]:
+    """Write `query_id`, `query`, `sample_0`, ...; a golden answer under `golden`."""
     for record in records:
+        golden, samples = _golden_and_samples(record)
         row: Row = {"query_id": record["prompt_id"], "query": _query(record)}
-        others = [candidate for candidate in record["candidates"] if candidate["source"] != GOLDEN]
-        golden = [candidate["text"] for candidate in record["candidates"] if candidate["source"] == GOLDEN]
-        row |= {f"sample_{k}": candidate["text"] for k, candidate in enumerate(others)}
-        rows.append(row | ({GOLDEN: golden[0]} if golden else {}))
-    return rows
+        row |= {f"sample_{k}": text for k, text in enumerate(samples)}
+        yield row if golden is None else {**row, GOLDEN: golden}
 
 
-def write_adversarial_pairs(records: Sequence[Record], context: Context) -> list[Row]:
-    """A comparison of the golden answer (score 1) with each sample (score 0), marked as adversarial.
+def _golden_and_samples(record: Record) -> tuple[str | None, list[str]]:
+    golden = next((c["text"] for c in record["candidates"] if c["source"] == GOLDEN), None)
+    return golden, [c["text"] for c in record["candidates"] if c["source"] != GOLDEN]
+
+
+def write_adversarial_pairs(records: Iterable[Record], context: Context) -> Iterator[Row]:
+    """Compare the golden answer (score 1) with each sample (score 0), in rows marked as adversarial.
 
     Samples that are empty or the golden answer itself, and rows whose text holds the separator, are left out and
     counted.
@@ -343,35 +390,27 @@ def write_adversarial_pairs(records: Sequence[Record], context: Context) -> list
     Raises:
         ValueError: a record without a golden answer.
     """
-    rows = []
     for record in records:
-        golden = next((c["text"] for c in record["candidates"] if c["source"] == GOLDEN), None)
+        golden, samples = _golden_and_samples(record)
         if golden is None:
             raise ValueError(
                 f"Record {record['prompt_id']!r} has no golden answer; give the file of golden answers as `golden`."
             )
-        samples = [c["text"] for c in record["candidates"] if c["source"] != GOLDEN]
         if context.one_sample and samples:
             samples = [random.Random(content_hash(context.seed, record["prompt_id"])).choice(samples)]
         for sample in samples:
-            reason = _fault(_query(record), golden, sample)
-            if reason:
-                context.counts[f"pairs dropped: {reason}"] += 1
+            if fault := golden_fault(golden, sample):
+                context.drop(_NO_COMPARISON[fault], "pairs")
+            elif any(SEPARATOR in text for text in (_query(record), golden, sample)):
+                context.drop(f"a text holds {SEPARATOR}", "pairs")
             else:
-                rows.append({**_comparison(record, [golden, sample], [1.0, 0.0]), "type": ADVERSARIAL_TYPE})
-    return rows
+                yield {**_comparison(record, [golden, sample], [1.0, 0.0]), "type": ADVERSARIAL_TYPE}
 
 
-def _fault(query: str, golden: str, sample: str) -> str | None:
-    if not sample.strip() or not golden.strip():
-        return "empty answer"
-    if sample.strip() == golden.strip():
-        return "the sample is the golden answer"
-    return "a text holds <sep>" if any(SEPARATOR in text for text in (query, golden, sample)) else None
+def write_comparisons(records: Iterable[Record], context: Context) -> Iterator[Row]:
+    """Write `text` ("query<sep>response" for each candidate), `scores` and `query_id`.
 
-
-def write_comparisons(records: Sequence[Record], context: Context) -> list[Row]:
-    """`text` ("query<sep>response" for each candidate), `scores` and `query_id`; a text with the separator is counted.
+    Records with the separator in a text are left out and counted.
 
     Raises:
         ValueError: candidates without scores.
@@ -379,14 +418,12 @@ def write_comparisons(records: Sequence[Record], context: Context) -> list[Row]:
     name = score_name(records, context.score)
     if name is None:
         raise ValueError("The records have no scores; run `prefopt rank` first.")
-    rows = []
     for record in records:
         texts = [candidate["text"] for candidate in record["candidates"]]
         if any(SEPARATOR in text for text in (_query(record), *texts)):
-            context.counts["records dropped: a text holds <sep>"] += 1
+            context.drop(f"a text holds {SEPARATOR}", "records")
         else:
-            rows.append(_comparison(record, texts, scores_of(record, name)))
-    return rows
+            yield _comparison(record, texts, scores_of(record, name))
 
 
 def _comparison(record: Record, texts: Sequence[str], scores: Sequence[float]) -> Row:
@@ -398,13 +435,18 @@ def _comparison(record: Record, texts: Sequence[str], scores: Sequence[float]) -
     }
 
 
-def read_comparisons(rows: Sequence[Row], context: Context) -> list[Record]:
-    """Records from `text` and `scores`, whatever the number of responses; rows of one query are not joined.
+def _query(record: Record) -> str:
+    """Return the prompt as these files hold it: a text, or a dialogue that is open at its end."""
+    prompt = record["prompt"]
+    return prompt if isinstance(prompt, str) else to_dialogue(prompt) + HH_TURN
+
+
+def read_comparisons(rows: Iterable[Row], context: Context) -> Iterator[Record]:
+    """Read records from `text` and `scores`, whatever the number of responses; rows of one query are not joined.
 
     Raises:
         ValueError: not exactly one separator in a text, several queries in a row, or unequal lengths.
     """
-    records = []
     for number, row in enumerate(rows):
         texts, scores = row.get("text"), row.get("scores")
         if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores) or not texts:
@@ -420,45 +462,31 @@ def read_comparisons(rows: Sequence[Row], context: Context) -> list[Record]:
             for k, (text, source, score) in enumerate(zip(responses, sources, scores))
         ]
         # rows of one query are different comparisons
-        records.append(make_record(row_id(queries[0], list(responses), {"row": number}), queries[0], candidates))
-    return records
+        yield make_record(row_id(queries[0], list(responses), {"row": number}), queries[0], candidates)
 
 
-def _query(record: Record) -> str:
-    """The prompt as these files hold it, a text.
-
-    Raises:
-        ValueError: a prompt of several turns.
-    """
-    prompt = record["prompt"]
-    return prompt if isinstance(prompt, str) else to_dialogue(prompt) + "\n\nAssistant:"
+# SPPO.
 
 
-SCORE = "rm_scores"
-_GENERATED = re.compile(r"generate_(\d+)")
-
-
-def read_generated(rows: Sequence[Row], context: Context) -> list[Record]:
-    """Records from `prompt`, `generate_0`, ..., `generate_<K-1>` and, where there are any, `rm_scores`.
+def read_generated(rows: Iterable[Row], context: Context) -> Iterator[Record]:
+    """Read records from `prompt`, `generate_0`, ..., `generate_<K-1>` and, where there are any, `rm_scores`.
 
     The published tables of the first iteration score two responses more than they hold; the scores of those that are
-    held
-    come last. Such rows are counted. `probability` follows from the scores and is not kept. Every row is a record,
-    those of a
-    prompt that comes again too.
+    held come last. Such rows are counted. `probability` follows from the scores and is not kept. Every row is a
+    record, those of a prompt that comes again too.
 
     Raises:
         ValueError: no `generate_k` columns, a gap among them, or fewer scores than responses.
     """
-    records: dict[str, Record] = {}
+    seen: set[str] = set()
     for number, row in enumerate(rows):
-        columns = sorted((name for name in row if _GENERATED.fullmatch(name)), key=lambda n: int(n[9:]))
+        columns = sorted(filter(_GENERATED.fullmatch, row), key=lambda name: int(name[9:]))
         if [int(name[9:]) for name in columns] != list(range(len(columns))) or not columns:
             raise ValueError(f"Row {number} has the columns {sorted(row)}; generate_0, generate_1, ... are needed.")
         try:
             prompt = clean_text(row.get("prompt"), "prompt")
         except BadRow as fault:
-            context.counts[f"rows dropped: {fault.reason}"] += 1
+            context.drop(fault.reason)
             continue
         scores = row.get(SCORE)
         if scores is not None and len(scores) < len(columns):
@@ -468,17 +496,15 @@ def read_generated(rows: Sequence[Row], context: Context) -> list[Record]:
             scores = scores[-len(columns) :]
         candidates = [
             make_candidate(
-                _answer(row[name], number),
-                source=name,
-                scores={SCORE: float(scores[k])} if scores is not None else {},
+                _answer(row[name], number), source=name, scores={SCORE: float(scores[k])} if scores is not None else {}
             )
             for k, name in enumerate(columns)
         ]
         name = str(row.get("prompt_id") or row_id(prompt, [], {}))
-        if name in records:
+        if name in seen:
             name = row_id(prompt, [candidate["text"] for candidate in candidates], {"row": number})
-        records[name] = make_record(name, prompt, candidates)
-    return list(records.values())
+        seen.add(name)
+        yield make_record(name, prompt, candidates)
 
 
 def _answer(value: Any, number: int) -> str:
@@ -491,11 +517,11 @@ def _answer(value: Any, number: int) -> str:
     )
 
 
-def write_generated(records: Sequence[Record], context: Context) -> list[Row]:
-    """`prompt`, `prompt_id`, `generate_k` as conversations; with scores also `rm_scores` (K,) and `probability` (K, K).
+def write_generated(records: Iterable[Record], context: Context) -> Iterator[Row]:
+    """Write `prompt`, `prompt_id`, `generate_k` as conversations; with scores also `rm_scores` and `probability`.
 
-    Formula: P_ij = 1 / (1 + exp(s_j - s_i)), P_ii = 0.5; a table of logits is aggregated to s_i = (1/K) sum_j (c_ij -
-    c_ji).
+    Formula: P_ij = 1 / (1 + exp(s_j - s_i)), P_ii = 0.5, (K, K), from the scores s (K,); a table of logits is
+    aggregated to s_i = (1/K) sum_j (c_ij - c_ji).
 
     Raises:
         ValueError: records with different numbers of candidates, which these columns cannot hold.
@@ -506,7 +532,6 @@ def write_generated(records: Sequence[Record], context: Context) -> list[Row]:
             f"The records have {sorted(sizes)} candidates; generate_k columns need the same number for all."
         )
     name = score_name(records, context.score)
-    rows = []
     for record in records:
         row: Row = {"prompt_id": record["prompt_id"], "prompt": plain_prompt(record["prompt"])}
         for k, candidate in enumerate(record["candidates"]):
@@ -514,22 +539,33 @@ def write_generated(records: Sequence[Record], context: Context) -> list[Row]:
         if name is not None:
             scores = scores_of(record, name)
             row |= {"probability": win_probabilities(scores).tolist(), SCORE: scores}
-        rows.append(row)
-    return rows
+        yield row
 
 
-def write_pairs(pairs: Sequence[Row], context: Context) -> list[Row]:
-    """`prompt`, `chosen` and `rejected` as conversations, and `chosen_probs`, `chosen_probs_win`, `chosen_probs_lose`.
+def write_pairs(pairs: Iterable[Row], context: Context) -> Iterator[Row]:
+    """Write `prompt`, conversations `chosen` and `rejected`, `chosen_probs`, `chosen_probs_win`, `chosen_probs_lose`.
 
     Raises:
         ValueError: a pair without its probabilities.
     """
-    rows = []
     for number, pair in enumerate(pairs):
         missing = [name for name in COLUMN_ALIASES.values() if pair.get(name) is None]
         if missing:
             raise ValueError(f"Pair {number} has no {missing[0]}; build the pairs with the policy sppo or sppo_paper.")
-        row: Row = {"prompt": plain_prompt(pair["prompt"])}
-        row |= {side: conversation(pair["prompt"], pair[side]) for side in ("chosen", "rejected")}
-        rows.append(row | {theirs: pair[ours] for theirs, ours in COLUMN_ALIASES.items()})
-    return rows
+        probabilities = {theirs: pair[ours] for theirs, ours in COLUMN_ALIASES.items()}
+        yield {"prompt": plain_prompt(pair["prompt"]), **conversations(pair), **probabilities}
+
+
+FORMATS: dict[str, Format] = {
+    "records": Format("records", as_they_are, as_they_are),
+    "pairs": Format("pairs", read_pairs, as_they_are),
+    "responses": Format("records", read_responses, None),
+    "sppo_generated": Format("records", read_generated, write_generated),
+    "sppo": Format("pairs", read_pairs, write_pairs),
+    "apo_samples": Format("records", read_samples, write_samples),
+    "apo_comparisons": Format("records", read_comparisons, write_comparisons),
+    "apo_pairs": Format("records", None, write_adversarial_pairs),
+    "ultrafeedback": Format("pairs", read_ultrafeedback, write_ultrafeedback),
+    "ultrafeedback_completions": Format("records", read_completions, write_completions),
+    "hh": Format("pairs", read_hh, write_hh),
+}

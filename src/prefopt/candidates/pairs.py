@@ -1,11 +1,11 @@
-"""From the scores of one prompt's candidates to preference pairs: pure functions, no files and no models."""
+"""Choose preference pairs from the scores of one prompt's candidates: pure functions, no files and no models."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +43,11 @@ def _as_array(scores: Any) -> Array:
 
 
 def score_differences(scores: Any) -> Array:
-    """How far each candidate's score lies above each other's: the (R, R) antisymmetric table D behind every quantity here.
+    """Return the antisymmetric (R, R) matrix of score differences that every quantity here is computed from.
 
-    Formula: D_ij = s_i - s_j for scores s of shape (R,); D_ij = (c_ij - c_ji) / 2 for a table of logits c of shape (R,
-    R),
-    where c_ij is the logit that candidate i, shown first, beats candidate j. Averaging the two orders cancels a
-    ranker's
-    preference for the first place and leaves a table that is antisymmetric already (c_ij = -c_ji) as it is.
+    Formula: D_ij = s_i - s_j for scores s of shape (R,); D_ij = (c_ij - c_ji) / 2 for a table of logits c of shape
+    (R, R), where c_ij is the logit that candidate i, shown first, beats candidate j. Averaging the two orders cancels
+    a ranker's preference for the first place and leaves a table that is antisymmetric already (c_ij = -c_ji) as it is.
 
     Args:
         scores: (R,) or (R, R), in nats; list, numpy array or tensor. The diagonal of a table is not read.
@@ -77,16 +75,15 @@ def score_differences(scores: Any) -> Array:
 
 
 def sigmoid(logits: Array) -> Array:
-    """The logistic function, without overflow: exp is only ever taken of a non-positive number."""
+    """Compute the logistic function without overflow: exp is only taken of non-positive numbers."""
     small = np.exp(-np.abs(logits))
     return np.where(logits >= 0, 1.0, small) / (1.0 + small)
 
 
 def aggregate_scores(table: Any) -> Array:
-    """One score per candidate from a table of logits, as LLM-Blender defines it.
+    """Reduce a table of logits to one score per candidate, as LLM-Blender does.
 
-    Formula: s_i = (1/R) sum_j (c_ij - c_ji). Where c_ij = r_i - r_j, s_i - s_j = 2 (r_i - r_j): the logits are
-    doubled.
+    Formula: s_i = (1/R) sum_j (c_ij - c_ji). Where c_ij = r_i - r_j, s_i - s_j = 2 (r_i - r_j): the logits double.
 
     Args:
         table: (R, R) logits.
@@ -100,7 +97,7 @@ def aggregate_scores(table: Any) -> Array:
 
 
 def win_probabilities(scores: Any, *, temperature: float = 1.0) -> Any:
-    """The probability with which each candidate beats each other one.
+    """Compute the probability with which each candidate beats each other one.
 
     Formula: P_ij = sigmoid(D_ij / temperature), D as in `score_differences`: sigmoid(s_i - s_j) from scores,
     sigmoid((c_ij - c_ji) / 2) from a table of logits. P_ij + P_ji = 1 and P_ii = 0.5.
@@ -124,16 +121,24 @@ def win_probabilities(scores: Any, *, temperature: float = 1.0) -> Any:
 
 
 def row_means(table: Array, *, include_self: bool) -> Array:
-    """Means over each row of an (R, R) table, with its diagonal (divisor R) or without (divisor R - 1)."""
+    """Average each row of an (R, R) table, with its diagonal (divisor R) or without (divisor R - 1)."""
     if include_self:
         return table.mean(axis=1)
     return (table.sum(axis=1) - np.diagonal(table)) / (len(table) - 1)
 
 
-# --- what each policy picks. `standing` (R,) ranks; `allowed` lists the candidates that may be picked, in order.
-# ---------------
+_Picked: TypeAlias = list[tuple[int, int]]
 
-Picker = Callable[[Array, list[int], Sequence[str], random.Random, float], list[tuple[int, int]]]
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a policy picks from: `standing` (R,) ranks; `allowed` lists the candidates that may be picked, in order."""
+
+    standing: Array
+    allowed: list[int]
+    texts: Sequence[str]
+    rng: random.Random
+    min_gap: float
 
 
 def _is_gap(gap: float, min_gap: float) -> bool:
@@ -144,23 +149,19 @@ def _first_best(standing: Array, allowed: list[int]) -> int:
     return max(allowed, key=lambda index: (standing[index], -index))
 
 
-def _extremes(
-    standing: Array, allowed: list[int], texts: Sequence[str], rng: random.Random, min_gap: float
-) -> list[tuple[int, int]]:
-    return [(_first_best(standing, allowed), _first_best(-standing, allowed))]
+def _extremes(choice: _Choice) -> _Picked:
+    return [(_first_best(choice.standing, choice.allowed), _first_best(-choice.standing, choice.allowed))]
 
 
-def _best_random(
-    standing: Array, allowed: list[int], texts: Sequence[str], rng: random.Random, min_gap: float
-) -> list[tuple[int, int]]:
-    chosen = _first_best(standing, allowed)
-    worse = [index for index in allowed if _is_gap(standing[chosen] - standing[index], min_gap)]
-    return [(chosen, rng.choice(worse))] if worse else [(chosen, chosen)]
+def _best_random(choice: _Choice) -> _Picked:
+    standing = choice.standing
+    chosen = _first_best(standing, choice.allowed)
+    worse = [index for index in choice.allowed if _is_gap(standing[chosen] - standing[index], choice.min_gap)]
+    return [(chosen, choice.rng.choice(worse))] if worse else [(chosen, chosen)]
 
 
-def _shortest_then_closest(
-    standing: Array, allowed: list[int], texts: Sequence[str], rng: random.Random, min_gap: float
-) -> list[tuple[int, int]]:
+def _shortest_then_closest(choice: _Choice) -> _Picked:
+    standing, allowed, texts = choice.standing, choice.allowed, choice.texts
     best = [index for index in allowed if standing[index] == standing[allowed].max()]
     chosen = min(best, key=lambda index: (len(texts[index]), index))
     worst = [index for index in allowed if standing[index] == standing[allowed].min()]
@@ -168,17 +169,15 @@ def _shortest_then_closest(
     return [(chosen, rejected)]
 
 
-def _all_pairs(
-    standing: Array, allowed: list[int], texts: Sequence[str], rng: random.Random, min_gap: float
-) -> list[tuple[int, int]]:
-    return [(i, j) for i in allowed for j in allowed if standing[i] > standing[j]]
+def _all_pairs(choice: _Choice) -> _Picked:
+    return [(i, j) for i in choice.allowed for j in choice.allowed if choice.standing[i] > choice.standing[j]]
 
 
 @dataclass(frozen=True)
 class Policy:
     """How one policy picks, by which quantity it ranks, and which numbers of the pair its losses read (`columns`)."""
 
-    pick: Picker
+    pick: Callable[[_Choice], _Picked]
     ranks_by: Literal["score", "win_prob"]
     columns: tuple[str, ...]
 
@@ -198,10 +197,10 @@ POLICIES: dict[str, Policy] = {
 
 
 def check_policy(policy: str, probabilities: str, temperature: float, include_self: bool) -> None:
-    """Refuse settings of `select_pairs` that are unknown or that the policy would ignore.
+    """Check the settings of `select_pairs`.
 
     Raises:
-        ValueError: what is wrong with them.
+        ValueError: one is unknown, out of range, or would be ignored by the policy.
     """
     if policy not in POLICIES:
         raise ValueError(f"Unknown pair policy {policy!r}; known: {', '.join(POLICIES)}.")
@@ -233,17 +232,16 @@ def select_pairs(
     says otherwise:
 
     - `best_worst`: highest and lowest (for a table: of mean win probability); `max_min`: of score (for a table: of
-    mean logit).
+      mean logit).
     - `best_random`: highest score, and a random one of those below it by the required gap (WPO, first version).
     - `wpo_v2`: highest score, among several the shortest; lowest score, among several the one whose length (in
-    characters)
-      differs least from the chosen's.
+      characters) differs least from the chosen's.
     - `all_pairs`: every pair of different scores.
     - `sppo`: highest and lowest mean win probability; `sppo_paper`: the published variant, which ranks by s =
-    `aggregate_scores`
-      of a table (or by given scores) and takes P_ij = sigmoid(s_i - s_j), the self term among the R terms of the mean.
+      `aggregate_scores` of a table (or by given scores) and takes P_ij = sigmoid(s_i - s_j), the self term among the
+      R terms of the mean.
     - `gpo`: highest and lowest mean of score differences D_ij / temperature, which become chosen_score and
-    rejected_score.
+      rejected_score.
 
     Args:
         texts: R candidates.
@@ -284,7 +282,8 @@ def select_pairs(
     by_prob = POLICIES[policy].ranks_by == "win_prob" and probabilities == "pairwise" and is_table
     standing = np.round(win_prob, TIE_DECIMALS) if by_prob else raw
     allowed = [index for index in range(len(texts)) if eligible is None or eligible[index]]
-    picked = POLICIES[policy].pick(standing, allowed, texts, random.Random(seed), min_gap) if allowed else []
+    choice = _Choice(standing, allowed, texts, random.Random(seed), min_gap)
+    picked = POLICIES[policy].pick(choice) if allowed else []
     return [
         Pair(
             chosen=chosen,

@@ -1,4 +1,4 @@
-"""Prompts for generation: read from any dataset, templated once, and none of them lost without a word."""
+"""Load and tokenise prompts for generation; every skipped prompt is recorded with its reason."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.candidates.records import Candidate, off_policy_candidates
-from prefopt.data.encoding import Group, check_chat_template, encode_groups
-from prefopt.data.messages import PROMPT_TOO_LONG, BadRow, as_messages, without_none
+from prefopt.data.encoding import TextGroup, check_chat_template, encode_groups
+from prefopt.data.messages import BadRow, Fault, as_messages, without_none
 from prefopt.data.rows import CONTEXT_COLUMNS, Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
 
@@ -33,11 +33,11 @@ class PromptSet:
     duplicates: int = 0
 
     def skip(self, number: int, prompt_id: str | None, reason: str, detail: str) -> None:
-        """Note that a row gets no samples."""
+        """Record that a row gets no samples."""
         self.skipped.append({"row": number, "prompt_id": prompt_id, "reason": reason, "detail": detail})
 
     def reasons(self) -> Counter[str]:
-        """How many rows were skipped for each reason."""
+        """Count the skipped rows by reason."""
         return Counter(row["reason"] for row in self.skipped)
 
 
@@ -47,8 +47,7 @@ def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequenc
     Args:
         source: where the rows are.
         column: holds the prompt, a string or a list of messages. A dataset without a `prompt` column gives the prompts
-            of
-            its conversations (`messages`) or pairs (`chosen`, `rejected`).
+            of its conversations (`messages`) or pairs (`chosen`, `rejected`).
         off_policy_columns: columns of responses, see `off_policy_candidates`.
 
     Raises:
@@ -94,7 +93,7 @@ def _read_prompt(row: Row, column: str) -> Row:
 
 
 def _renumbered(given: list[Candidate], more: list[Candidate]) -> list[Candidate]:
-    """`more` without what is there already, numbered on within each source."""
+    """Return those of `more` that are new, numbered on within each source."""
     texts = {(candidate["source"], candidate["text"]) for candidate in given}
     counts = Counter(candidate["source"] for candidate in given)
     new = []
@@ -108,7 +107,7 @@ def _renumbered(given: list[Candidate], more: list[Candidate]) -> list[Candidate
 def tokenize(
     prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, *, template: bool, context: int | None
 ) -> PromptSet:
-    """`prompts` with the token ids of each; those that cannot be sampled are put among the skipped.
+    """Add token ids to the prompts; those that cannot be sampled join the skipped.
 
     Args:
         prompts: as read.
@@ -123,21 +122,18 @@ def tokenize(
     if template:
         check_chat_template(tokenizer)
         items = [{**item, "prompt": as_messages(item["prompt"])} for item in items]
-    groups = [Group(item["prompt"], [], *(item.get(name) for name in CONTEXT_COLUMNS)) for item in items]
+    groups = [TextGroup(item["prompt"], [], *(item.get(name) for name in CONTEXT_COLUMNS)) for item in items]
     for item, encoded in zip(items, encode_groups(groups, tokenizer)):
         if isinstance(encoded, BadRow):
             prompts.skip(item["row"], item["prompt_id"], encoded.reason, encoded.detail)
         elif context is not None and len(encoded.prompt_ids) >= context:
             found = f"{len(encoded.prompt_ids)} tokens leave no room for an answer in a context of {context}"
-            prompts.skip(item["row"], item["prompt_id"], PROMPT_TOO_LONG, found)
+            prompts.skip(item["row"], item["prompt_id"], str(Fault.PROMPT_TOO_LONG), found)
         else:
             kept = {name: value for name, value in item.items() if name != "row"}
             prompts.items.append({**kept, "prompt_ids": encoded.prompt_ids})
     prompts.skipped.sort(key=lambda row: row["row"])
     if not prompts.items:
-        raise ValueError(f"No prompt can be used ({_told(prompts)}).")
+        reasons = ", ".join(f"{count} rows: {reason}" for reason, count in prompts.reasons().most_common())
+        raise ValueError(f"No prompt can be used ({reasons}).")
     return prompts
-
-
-def _told(prompts: PromptSet) -> str:
-    return ", ".join(f"{count} rows: {reason}" for reason, count in prompts.reasons().most_common())

@@ -3,142 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from prefopt.candidates.pairs import Array, score_differences
-from prefopt.candidates.rankers import MODEL_RANKERS, RANKERS, RankerOptions, build_ranker
+from prefopt.arguments import HubArguments, check_settings, check_together, setting
+from prefopt.candidates.pairs import score_differences
+from prefopt.candidates.rankers import (
+    MODEL_RANKERS,
+    RANKER_SETTINGS,
+    RANKERS,
+    RankerOptions,
+    RankerSettings,
+    build_ranker,
+)
 from prefopt.candidates.rankers.base import Request, check_scores
-from prefopt.candidates.rankers.function import function_file
-from prefopt.candidates.records import Record, output_file, read_records, to_dataset, write_records
-from prefopt.candidates.shards import Processes, Row, Shard, ShardPlan, current_processes, file_hash, run_shards
+from prefopt.candidates.records import (
+    Record,
+    output_file,
+    push_to_hub,
+    read_records,
+    score_names,
+    to_dataset,
+    write_records,
+)
+from prefopt.candidates.shards import Processes, Row, Shard, ShardPlan, current_processes, run_shards
 from prefopt.data.messages import as_messages
-from prefopt.files import content_hash, write_json
+from prefopt.files import content_hash, file_hash, write_json
 from prefopt.references.fingerprints import files_fingerprint, model_folder
 
 # the flags of the SPPO scripts that mean the same
 FLAG_ALIASES = {"model": "model_name_or_path"}
-# settings that only some rankers read: setting -> rankers
-ONLY_FOR = {
-    "max_length": ("reward-model", "general-preference"),
-    "trust_remote_code": ("reward-model",),
-    "dtype": ("reward-model", "pair-rm", "general-preference"),
-    "tokens_per_batch": ("reward-model", "pair-rm", "general-preference"),
-    "model_revision": ("reward-model", "pair-rm", "general-preference"),
-    "base_url": ("judge",),
-    "judge_template": ("judge",),
-    "key_variable": ("judge",),
-    "concurrency": ("judge",),
-    "request_timeout": ("judge",),
-    "retries": ("judge",),
-}
-
-
-def _setting(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
+# with the weights, these files decide a ranker's scores
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "tokenizer_config.json", "chat_template.jinja")
+FEW = "prompts with fewer than two candidates"
 
 
 @dataclass
-class RankArguments:
-    """What is ranked, which ranker scores it, and where the scored candidates go."""
+class _Ranked:
+    """What is ranked by which ranker; these fields stand first."""
 
-    candidates: str = _setting("", "Candidates: the folder that `prefopt generate` wrote, a file, or a hub dataset.")
-    output_dir: str = _setting(
-        "", "Folder for the scored candidates, their shards and a report; not that of the candidates."
+    candidates: str = setting(
+        "", "Candidates: the folder that `prefopt generate` wrote, a file, or a hub dataset.", required=True
     )
-    ranker: str = _setting("", f"Kind of ranker: {', '.join(RANKERS)}.", choices=list(RANKERS))
-    model_name_or_path: str = _setting(
+    output_dir: str = setting(
+        "", "Folder for the scored candidates, their shards and a report; not that of the candidates.", required=True
+    )
+    ranker: str = setting("", f"Kind of ranker: {', '.join(RANKERS)}.", choices=tuple(RANKERS), required=True)
+    model_name_or_path: str = setting(
         "",
         "The ranker: a folder or hub name; `module:function` or `file.py:function`; or the judge's name at its "
         "server.",
+        required=True,
     )
-
-    split: str = _setting("train", "Split of the candidates, where they come from a dataset.")
-    score_name: str | None = _setting(None, "Name of the new scores; by default the last part of the ranker's name.")
-    policy_template: str | None = _setting(
+    split: str = setting("train", "Split of the candidates, where they come from a dataset.")
+    score_name: str | None = setting(None, "Name of the new scores; by default the last part of the ranker's name.")
+    policy_template: str | None = setting(
         None,
         "Model whose chat template is put around the prompt before the ranker sees it, as the published SPPO pipeline "
-        "did; by "
-        "default rankers read the raw prompt.",
+        "did; by default rankers read the raw prompt.",
     )
-    shard_size: int | None = _setting(
-        None, "Prompts in a shard; by default between 16 and 256, by the number of prompts."
+    shard_size: int | None = setting(
+        None, "Prompts in a shard; by default between 16 and 256, by the number of prompts.", at_least=1
     )
 
-    model_revision: str | None = _setting(None, "Revision of a ranker on the hub.")
-    dtype: str = _setting(
-        "auto",
-        "Of the ranker's weights: auto, float32, bfloat16, float16. auto: float32 on a CPU; on a GPU float16 for "
-        "PairRM, as "
-        "published, and bfloat16 for others.",
-        choices=["auto", "float32", "bfloat16", "float16"],
-    )
-    trust_remote_code: bool = _setting(False, "reward-model: run the code that comes with the model (ArmoRM).")
-    max_length: int | None = _setting(
-        None,
-        "reward-model, general-preference: tokens of prompt and answer; by default the model's own limit. The end is "
-        "kept.",
-    )
-    tokens_per_batch: int = _setting(16384, "Padded tokens in a batch; answers are batched by length.")
 
-    base_url: str = _setting("http://localhost:8000/v1", "judge: address of an OpenAI-compatible server.")
-    judge_template: str | None = _setting(
-        None,
-        "judge: file with its prompt, with {prompt}, {answer_a} and {answer_b}; it must ask for [[A]], [[B]] or "
-        "[[C]].",
-    )
-    key_variable: str = _setting("OPENAI_API_KEY", "judge: environment variable that holds the key, if one is needed.")
-    concurrency: int = _setting(64, "judge: requests under way at a time, in each process.")
-    request_timeout: float = _setting(600.0, "judge: seconds for one request.")
-    retries: int = _setting(5, "judge: further attempts after a failed one, with growing pauses.")
-
-    output_format: str = _setting("parquet", "parquet or jsonl.", choices=["parquet", "jsonl"])
-    push_to_hub: bool = _setting(
-        False, "Also push the scored candidates to the hub, after everything is written here."
-    )
-    hub_dataset_id: str | None = _setting(None, "Dataset repository to push to.")
-    hub_private_repo: bool = _setting(True, "Whether that repository is private when it is made.")
+@dataclass
+class RankArguments(HubArguments, RankerSettings, _Ranked):
+    """What is ranked, which ranker scores it (with the options of `rankers`), and where the scored candidates go."""
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "output_dir", "ranker", "model_name_or_path"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
-        for name in ("ranker", "dtype", "output_format"):
-            choices = type(self).__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
-        for name in ("tokens_per_batch", "shard_size", "concurrency", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
-        if self.retries < 0 or self.request_timeout <= 0:
-            raise ValueError("retries cannot be negative, and request_timeout must be above 0 seconds.")
-        for name, rankers in ONLY_FOR.items():
-            if self.ranker not in rankers and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(
-                    f"{name} is for the ranker {' or '.join(rankers)}, and the ranker is {self.ranker!r}."
-                )
+        check_settings(self)
+        check_together(self, "push_to_hub", "hub_dataset_id")
         if Path(self.candidates).resolve() == Path(self.output_dir).resolve():
             raise ValueError(
                 "output_dir is the folder of the candidates; give another one, so that they stay as they are."
             )
-        if self.push_to_hub != (self.hub_dataset_id is not None):
-            raise ValueError("push_to_hub and hub_dataset_id belong together: give both or neither.")
 
     @property
     def name(self) -> str:
-        """Under which name the scores are stored."""
+        """Name under which the scores are stored."""
         return self.score_name or self.model_name_or_path.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
-
-
-__all__ = ["FLAG_ALIASES", "RankArguments", "run", "with_scores"]
-
-# with the weights, what decides a ranker's scores
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "tokenizer_config.json", "chat_template.jinja")
-FEW = "prompts with fewer than two candidates"
 
 
 def run(args: RankArguments) -> Path:
@@ -152,7 +100,7 @@ def run(args: RankArguments) -> Path:
     """
     output = output_file(args.output_dir, args.output_format)
     records = read_records(args.candidates, split=args.split)
-    scored = [record["prompt_id"] for record in records if args.name in _score_names(record)]
+    scored = [record["prompt_id"] for record in records if args.name in score_names(record)]
     if scored:
         raise ValueError(
             f"{args.candidates} has scores named {args.name!r} already (row {scored[0]!r}); give another --score_name."
@@ -170,7 +118,7 @@ def run(args: RankArguments) -> Path:
         tool="rank",
         settings=settings,
         output_dir=args.output_dir,
-        shard_size=args.shard_size or min(max(len(records) // 64, 16), 256),
+        shard_size=args.shard_size,
         notes={
             "tokens_per_batch": args.tokens_per_batch,
             "device": str(processes.device),
@@ -184,12 +132,8 @@ def run(args: RankArguments) -> Path:
     return output
 
 
-def _score_names(record: Record) -> set[str]:
-    return {*record["tables"], *(name for candidate in record["candidates"] for name in candidate["scores"])}
-
-
 def _model(args: RankArguments, processes: Processes) -> tuple[str, str | None]:
-    """Where the ranker is, and a hash of what it is: found once, by the main process."""
+    """Find the ranker and hash its content: once, in the main process."""
     found: tuple[str, str | None, str] = ("", None, "")
     if processes.is_main:
         try:
@@ -209,9 +153,15 @@ def _identify(args: RankArguments) -> tuple[str, str | None]:
     if args.ranker in MODEL_RANKERS:
         folder = model_folder(name, args.model_revision, download=True)
         weights = files_fingerprint(folder, remembered=Path(args.output_dir) / "model_hashes.json")
-        return str(folder), content_hash(weights, [file_hash(folder / file) for file in TOKENIZER_FILES])
-    text = function_file(name) if args.ranker == "function" else args.judge_template
-    return name, content_hash(Path(text).read_text(encoding="utf-8", errors="replace")) if text else None
+        return str(folder), content_hash(weights, [_hash_if_there(folder / file) for file in TOKENIZER_FILES])
+    source = RANKERS[args.ranker].source_file(name, args)
+    return name, content_hash(source.read_text(encoding="utf-8", errors="replace")) if source else None
+
+
+def _hash_if_there(path: Path) -> str | None:
+    with suppress(FileNotFoundError):
+        return file_hash(path)
+    return None
 
 
 class _Work:
@@ -219,21 +169,8 @@ class _Work:
 
     def __init__(self, args: RankArguments, folder: str, processes: Processes) -> None:
         self.args = args
-        self.options = RankerOptions(
-            kind=args.ranker,
-            path=folder,
-            device=processes.device,
-            dtype=args.dtype,
-            max_length=args.max_length,
-            tokens_per_batch=args.tokens_per_batch,
-            trust_remote_code=args.trust_remote_code,
-            base_url=args.base_url,
-            judge_template=args.judge_template,
-            key_variable=args.key_variable,
-            concurrency=args.concurrency,
-            request_timeout=args.request_timeout,
-            retries=args.retries,
-        )
+        chosen = {name: getattr(args, name) for name in RANKER_SETTINGS}
+        self.options = RankerOptions(kind=args.ranker, path=folder, device=processes.device, **chosen)
         self.ranker: Any = None
         self.template: Any = None
 
@@ -263,37 +200,25 @@ class _Work:
 
 
 def with_scores(record: Record, name: str, values: Any) -> Record:
-    """`record` with scores: of a table also the row means of its differences, as the candidates' scores."""
-    is_table = bool(values) and isinstance(values[0], list)
-    scores = _table_scores(values) if is_table else values
+    """Add scores to a record; of a table also the row means of its differences, as the candidates' scores."""
+    scores, tables = values, record["tables"]
+    if values and isinstance(values[0], list):
+        scores = score_differences(values).mean(axis=1) if len(values) > 1 else [0.0]
+        tables = {**tables, name: values}
     candidates = [
         {**candidate, "scores": {**candidate["scores"], name: float(score)}}
         for candidate, score in zip(record["candidates"], scores, strict=True)
     ]
-    tables = {**record["tables"], name: values} if is_table else record["tables"]
     return {**record, "candidates": candidates, "tables": tables}
-
-
-def _table_scores(table: Sequence[Sequence[float]]) -> Array | list[float]:
-    return score_differences(table).mean(axis=1) if len(table) > 1 else [0.0]
 
 
 def _finish(args: RankArguments, records: Sequence[Record], plan: ShardPlan, output: Path) -> None:
     scored = [with_scores(record, args.name, row["values"]) for record, row in zip(records, plan.rows(), strict=True)]
     write_records(output, scored)
-    counts = plan.counts()
-    report = {
-        "score name": args.name,
-        "counts": {name: number for name, number in counts.items() if name != "seconds"},
-        "seconds of work": round(counts["seconds"], 1),
-        "settings": plan.settings,
-        "notes": plan.notes,
-    }
+    report = {"score name": args.name, **plan.report()}
     write_json(output.parent / "report.json", report)
     print(f"rank: {len(records)} prompts scored as {args.name!r} -> {output}")
     for name in ("truncated prompts", "truncated answers", "unreadable verdicts", FEW):
-        if counts[name]:
-            print(f"rank: {counts[name]} {name}")
-    if args.push_to_hub:
-        assert args.hub_dataset_id is not None
-        to_dataset(scored).push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
+        if report["counts"].get(name):
+            print(f"rank: {report['counts'][name]} {name}")
+    push_to_hub(args, lambda: to_dataset(scored))

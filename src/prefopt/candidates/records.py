@@ -1,17 +1,18 @@
-"""The one record of on-policy data: a prompt and its candidates, sampled or already there, scored or not yet."""
+"""The record of on-policy data: a prompt and its candidates, sampled or from a dataset, scored or not yet."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, Json, List, Value
 
+from prefopt.arguments import HubArguments
 from prefopt.candidates.pairs import aggregate_scores
-from prefopt.data.messages import Text, clean_text, without_none
+from prefopt.data.messages import TextOrMessages, clean_text, without_none
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import atomic_path, read_jsonl, write_jsonl
@@ -36,7 +37,7 @@ def make_candidate(
     num_tokens: int | None = None,
     scores: Mapping[str, float] | None = None,
 ) -> Candidate:
-    """One candidate of a record.
+    """Make one candidate of a record.
 
     Args:
         text: the response.
@@ -56,13 +57,16 @@ def make_candidate(
     }
 
 
-def make_record(prompt_id: str, prompt: Text, candidates: Sequence[Candidate], **context: Any) -> Record:
-    """A record; `context` is the row's `tools` and `chat_template_kwargs`, where it has them."""
+def make_record(prompt_id: str, prompt: TextOrMessages, candidates: Sequence[Candidate], **context: Any) -> Record:
+    """Make a record; `context` is the row's `tools` and `chat_template_kwargs`, where it has them."""
     return {"prompt_id": prompt_id, "prompt": prompt, "candidates": list(candidates), "tables": {}, **context}
 
 
 def context_as_text(record: Mapping[str, Any]) -> dict[str, str]:
-    """A record's `tools` and `chat_template_kwargs`, where it has them, as JSON: rows differ in their keys, and a column has one type."""
+    """Return a record's `tools` and `chat_template_kwargs`, where it has them, as JSON.
+
+    A column has one type, and these differ in their keys from row to row.
+    """
     given = {name: record[name] for name in CONTEXT_COLUMNS if record.get(name) is not None}
     return {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -71,7 +75,7 @@ def context_as_text(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_record(record: Mapping[str, Any], where: str) -> Record:
-    """`record` in its full form: missing optional fields filled in, the None entries of scores dropped.
+    """Check a record and return its full form: optional fields filled in, None entries of scores dropped.
 
     Fields: `prompt_id`, `prompt` (string or messages), `candidates` (see `make_candidate`), `tables` (ranker -> (R, R)
     logits that candidate i, shown first, beats candidate j), and other columns as they are.
@@ -123,30 +127,29 @@ def _check_finite(values: Iterable[Any], what: str) -> None:
             raise ValueError(f"{what} is {value!r}, not a finite number.")
 
 
-def output_file(folder: str | Path, output_format: str) -> Path:
-    """`candidates.<output_format>` in `folder`.
+def output_file(folder: str | Path, output_format: str, *, stem: str = "candidates") -> Path:
+    """Return `<stem>.<output_format>` in `folder`.
 
     Raises:
-        ValueError: the folder holds records in the other format, which a reader would take for these.
+        ValueError: the folder holds such a file in the other format, which a reader would take for this one.
     """
-    path = Path(folder) / f"candidates.{output_format}"
-    for name in RECORD_FILES:
-        if name != path.name and (path.parent / name).exists():
-            raise ValueError(
-                f"{path.parent / name} is there already, and would be mixed up with {path.name}; remove it or give "
-                "another output_dir."
-            )
+    path = Path(folder) / f"{stem}.{output_format}"
+    other = path.with_suffix(".jsonl" if output_format == "parquet" else ".parquet")
+    if other.exists():
+        raise ValueError(
+            f"{other} is there already, and would be mixed up with {path.name}; remove it or give another output_dir."
+        )
     return path
 
 
 def file_of(path: str | Path) -> str:
-    """The file of records in a folder that a command wrote; any other path as it is."""
+    """Return the file of records in a folder that a command wrote; any other path unchanged."""
     found = (Path(path) / name for name in RECORD_FILES)
     return str(next((file for file in found if file.is_file()), path))
 
 
 def read_records(path: str | Path, *, split: str = "train") -> list[Record]:
-    """Records from a parquet or jsonl file, a folder that a command wrote, or a hub dataset; each checked.
+    """Read and check records from a parquet or jsonl file, a folder that a command wrote, or a hub dataset.
 
     Raises:
         ValueError: nothing there, or a row that is not a record; two records of one prompt_id.
@@ -169,10 +172,10 @@ def read_records(path: str | Path, *, split: str = "train") -> list[Record]:
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
-    """Write records to a .parquet, .jsonl or .jsonl.gz file, whole or not at all; `datasets` reads all three.
+    """Write records to a .parquet, .jsonl or .jsonl.gz file, atomically; `datasets` reads all three.
 
     Raises:
-        ValueError: another kind of file, no records, or a record that is not sound.
+        ValueError: another kind of file, no records, or an invalid record.
     """
     if not records:
         raise ValueError(f"{path}: there are no records to write.")
@@ -190,7 +193,7 @@ def write_records(path: str | Path, records: Sequence[Record]) -> None:
 
 
 def to_dataset(records: Sequence[Record]) -> Dataset:
-    """The records as a `datasets.Dataset`, with one struct for the scores of all rankers."""
+    """Convert records to a `datasets.Dataset`, with one struct for the scores of all rankers."""
     rows = [_for_file(check_record(record, f"Record {n}")) for n, record in enumerate(_uniform_prompts(records))]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return Dataset.from_dict(
@@ -198,8 +201,15 @@ def to_dataset(records: Sequence[Record]) -> Dataset:
     )
 
 
+def push_to_hub(args: HubArguments, dataset: Callable[[], Dataset]) -> None:
+    """Push what a command wrote, where its settings ask for it."""
+    if args.push_to_hub:
+        assert args.hub_dataset_id is not None
+        dataset().push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
+
+
 def _for_file(record: Record) -> Record:
-    """Without empty `scores` and `tables`: parquet has no column for a struct without fields."""
+    """Drop empty `scores` and `tables`: parquet has no column for a struct without fields."""
     candidates = [
         {name: value for name, value in candidate.items() if name != "scores" or value}
         for candidate in record["candidates"]
@@ -208,7 +218,7 @@ def _for_file(record: Record) -> Record:
 
 
 def _uniform_prompts(records: Sequence[Record]) -> list[Record]:
-    """A column has one type: where any prompt is a list of messages, a string becomes one user turn."""
+    """Turn strings into one user turn where any prompt is a list of messages: a column has one type."""
     if not any(isinstance(record["prompt"], list) for record in records):
         return list(records)
     return [
@@ -220,7 +230,7 @@ def _uniform_prompts(records: Sequence[Record]) -> list[Record]:
 
 
 def _features(rows: Sequence[Record], columns: Sequence[str]) -> Features | None:
-    """Column types that do not depend on which rows happen to be empty; None for other columns lets `datasets` infer."""
+    """Return column types that do not depend on which rows happen to be empty; other columns are inferred."""
     known: dict[str, Any] = {"prompt_id": Value("string"), "prompt": prompt_feature(rows)}
     candidate: dict[str, Any] = {
         "source": Value("string"),
@@ -242,7 +252,7 @@ def _features(rows: Sequence[Record], columns: Sequence[str]) -> Features | None
 
 
 def prompt_feature(rows: Sequence[Record]) -> Any:
-    """The column type of the prompts: text, messages, or JSON where messages have further keys (tool calls), which differ by row."""
+    """Return the column type of prompts: text, messages, or JSON where messages have further keys (tool calls)."""
     if not isinstance(rows[0]["prompt"], list):
         return Value("string")
     plain = all(set(message) == set(_MESSAGE) for row in rows for message in row["prompt"])
@@ -250,14 +260,13 @@ def prompt_feature(rows: Sequence[Record]) -> Any:
 
 
 def off_policy_candidates(row: Mapping[str, Any], columns: Sequence[str]) -> list[Candidate]:
-    """The responses that a dataset's row already has, as candidates of the source `dataset[column]`.
+    """Read the responses that a dataset's row already has, as candidates of the source `dataset[column]`.
 
     Args:
         row: the row.
-        columns: each holds a response or a list of responses. A response is a string, a conversation (its last turn,
-            the
-            assistant's, counts), or a mapping with its text under text, response, content or output, its writer under
-            source or model, and numbers, which become scores.
+        columns: each holds a response or a list of responses. A response is a string, a conversation (its last,
+            assistant's turn counts), or a mapping with its text under text, response, content or output, its writer
+            under source or model, and numbers, which become scores.
 
     Raises:
         ValueError: a column is missing or holds something else, or a number is not finite.
@@ -310,21 +319,23 @@ def _response(value: Any, column: str) -> Candidate:
 
 
 def join_candidates(record: Record, candidates: Sequence[Candidate]) -> Record:
-    """`record` with `candidates` after its own; a table of scores would no longer fit and is refused."""
+    """Append candidates to a record that has no table of scores yet."""
     assert not record["tables"], "join before ranking"
     return {**record, "candidates": [*record["candidates"], *candidates]}
 
 
-def score_name(records: Sequence[Record], wanted: str | None) -> str | None:
-    """The name of the scores to use; None where the records have none.
+def score_names(record: Record) -> set[str]:
+    """Return the names of the scores and tables of one record."""
+    return {*record["tables"], *(name for candidate in record["candidates"] for name in candidate["scores"])}
+
+
+def score_name(records: Iterable[Record], wanted: str | None) -> str | None:
+    """Choose the name of the scores to use; None where the records have none.
 
     Raises:
         ValueError: there are several and none is chosen, or none of that name.
     """
-    names = sorted(
-        {name for record in records for candidate in record["candidates"] for name in candidate["scores"]}
-        | {name for record in records for name in record["tables"]}
-    )
+    names = sorted({name for record in records for name in score_names(record)})
     if wanted is not None and wanted not in names:
         raise ValueError(f"The records have no scores named {wanted!r}; they have {names}.")
     if wanted is None and len(names) > 1:
@@ -333,7 +344,7 @@ def score_name(records: Sequence[Record], wanted: str | None) -> str | None:
 
 
 def scores_of(record: Record, name: str) -> list[float]:
-    """One score a candidate; a table of logits is aggregated.
+    """Return one score a candidate; a table of logits is aggregated.
 
     Raises:
         ValueError: a candidate without the score.

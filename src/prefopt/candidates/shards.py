@@ -1,9 +1,7 @@
-"""Long work over rows, cut into shards: a killed run continues, and work of another run is never taken for one's own."""
+"""Sharded, resumable map over rows, shared by processes; shards made with other settings or inputs are rejected."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -12,20 +10,394 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from prefopt import __version__
-from prefopt.files import content_hash, read_json, read_jsonl, write_json, write_jsonl, write_text
+from prefopt.files import content_hash, file_hash, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
+
+Row = dict[str, Any]
+
+
+class ShardFailed(ValueError):
+    """A shard's work raised an error; the message names the shard, the error, and the log with the traceback."""
+
+
+@dataclass
+class Shard:
+    """One slice of the work, as the work function sees it.
+
+    Attributes:
+        index: number of the shard, from 0.
+        seed: seed of this shard, a function of the run's seed and the index alone.
+        items: the rows of this shard, in input order.
+        counts: what the work function counted (tokens, truncated rows, ...); summed over shards at the end.
+    """
+
+    index: int
+    seed: int
+    items: Sequence[Row]
+    counts: Counter[str] = field(default_factory=Counter)
+    progress: Progress | None = None
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add `number` to the counter `name`."""
+        self.counts[name] += number
+
+    def advance(self, *, rows: float = 0, tokens: int = 0) -> None:
+        """Report that `rows` more rows (a part of a row counts as a fraction) and `tokens` more tokens are done."""
+        if self.progress is not None:
+            self.progress.advance(rows=rows, tokens=tokens)
+
+
+WorkFunction = Callable[[Shard], Sequence[Row]]
+
+
+def shard_seed(seed: int, index: int) -> int:
+    """Return the seed of shard `index`: 31 bits, the same on every machine and for any number of processes."""
+    return int(content_hash("shard", seed, index)[:12], 16) % 2**31
+
+
+class ShardPlan:
+    """The shards of one run: which exist already, which are pending, and where they are.
+
+    Args:
+        items: JSON-like rows, each with a string `prompt_id` (or another `row_id` column).
+        tool: name of the command, part of the folder's name: `<output_dir>/<tool>_shards`.
+        settings: everything that changes the result (JSON-like). A finished shard with other settings is rejected.
+        output_dir: where the results go.
+        shard_size: rows in a shard, at least 1; None for 16 to 256, by the number of rows.
+        seed: the run's seed; each shard gets `shard_seed(seed, index)`.
+        notes: what is worth recording but does not change the result (batch size, device).
+        row_id: the column that names a row in the manifests.
+
+    Raises:
+        ValueError: no items, or a shard size below 1.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Row],
+        *,
+        tool: str,
+        settings: Mapping[str, Any],
+        output_dir: str | Path,
+        shard_size: int | None = None,
+        seed: int = 0,
+        notes: Mapping[str, Any] | None = None,
+        row_id: str = "prompt_id",
+    ) -> None:
+        if shard_size is None:
+            shard_size = min(max(len(items) // 64, 16), 256)
+        if shard_size < 1:
+            raise ValueError(f"shard_size is {shard_size}; it must be at least 1.")
+        if not items:
+            raise ValueError(f"{tool}: there are no rows to work on.")
+        self.items = items
+        self.tool = tool
+        self.shard_size = shard_size
+        self.seed = seed
+        self.notes = dict(notes or {})
+        self.row_id = row_id
+        self.settings = json.loads(json.dumps({**settings, "seed": seed, "shard_size": shard_size}))
+        self.folder = Path(output_dir) / f"{tool}_shards"
+        self.num_shards = -(-len(items) // shard_size)
+        self._finished: dict[int, tuple[int, int]] = {}
+
+    def rows_of(self, index: int) -> Sequence[Row]:
+        """Return the input rows of shard `index`."""
+        return self.items[index * self.shard_size : (index + 1) * self.shard_size]
+
+    def data_path(self, index: int) -> Path:
+        """Return the path of the output rows of shard `index`."""
+        return self.folder / f"{index:05d}.jsonl"
+
+    def manifest_path(self, index: int) -> Path:
+        """Return the path of a shard's manifest; it is written last, so a shard without one is not finished."""
+        return self.folder / f"{index:05d}.json"
+
+    def log_path(self, index: int) -> Path:
+        """Return the path of the traceback of shard `index`, if its work failed."""
+        return self.folder / f"{index:05d}.log"
+
+    def pending(self) -> list[int]:
+        """Check what is in the folder, delete what a killed run left half-written, and list the shards to make.
+
+        Raises:
+            ValueError: a shard there belongs to another tool, other settings or other input; says how to fix it.
+        """
+        for leftover in [*self.folder.glob("*.log"), *self.folder.glob(".*.partial")]:
+            leftover.unlink()
+        for path in sorted(self.folder.glob("[0-9]*.json")):
+            if not path.stem.isdigit() or int(path.stem) >= self.num_shards:
+                raise ValueError(
+                    f"{path}: this run has {self.num_shards} shards and none of that name. " + self._remedy("it")
+                )
+        return [index for index in range(self.num_shards) if not self._is_finished(index)]
+
+    def _is_finished(self, index: int) -> bool:
+        path = self.manifest_path(index)
+        try:
+            manifest = read_json(path)
+        except FileNotFoundError:
+            return False
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            path.unlink()  # cut off by a crash of the machine: the shard is made again
+            return False
+        if not isinstance(manifest, dict) or manifest.get("tool") != self.tool or "settings" not in manifest:
+            raise ValueError(f"{path}: not a manifest of `prefopt {self.tool}`. " + self._remedy("the folder"))
+        changes = setting_changes(manifest["settings"], self.settings)
+        if changes:
+            raise ValueError(
+                f"{path}: this shard was made with other settings ({'; '.join(changes)}). Set them back; or "
+                + self._remedy("the folder")
+            )
+        rows = self.rows_of(index)
+        if manifest.get("input_hash") != content_hash(list(rows)):
+            raise ValueError(
+                f"{path}: this shard was made from other input rows ({self._first_difference(manifest, rows)}). "
+                + self._remedy("the folder")
+            )
+        with suppress(FileNotFoundError):
+            return file_hash(self.data_path(index)) == manifest.get("data_sha256")
+        return False
+
+    def _remedy(self, what: str) -> str:
+        return f"Give another output_dir, or delete {what} ({self.folder}) to start again."
+
+    def _first_difference(self, manifest: Row, rows: Sequence[Row]) -> str:
+        before, now = manifest.get("row_ids", []), [row[self.row_id] for row in rows]
+        for old, new in zip(before, now):
+            if old != new:
+                return f"row {old!r} there, {new!r} now"
+        return f"{len(before)} rows there, {len(now)} now" if len(before) != len(now) else "same ids, other content"
+
+    def work(self, indices: Sequence[int], work_fn: WorkFunction, progress: Progress | None = None) -> None:
+        """Make the shards `indices` one after another; stop as soon as a shard fails, here or in another process.
+
+        Raises:
+            ShardFailed: `work_fn` raised; its traceback is in the shard's log.
+        """
+        for index in indices:
+            if next(self.folder.glob("*.log"), None) is not None:
+                return
+            shard = Shard(index, shard_seed(self.seed, index), self.rows_of(index), progress=progress)
+            if progress is not None:
+                progress.start_shard()
+            started = time.monotonic()
+            try:
+                rows = work_fn(shard)
+                assert len(rows) == len(shard.items), f"{len(rows)} rows out of {len(shard.items)}"
+                self._finish(shard, rows, time.monotonic() - started)
+            except Exception as error:
+                write_text(self.log_path(index), f"{self.tool}, shard {index}\n{traceback.format_exc()}")
+                raise ShardFailed(self.failure(index, error)) from error
+
+    def failure(self, index: int, error: BaseException | str) -> str:
+        """Return the error message about a failed shard."""
+        reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        return (
+            f"{self.tool}: shard {index} of {self.num_shards} failed ({reason.strip()}). Its log is "
+            f"{self.log_path(index)}; finished shards are kept, and the same command continues after them."
+        )
+
+    def _finish(self, shard: Shard, rows: Sequence[Row], seconds: float) -> None:
+        write_jsonl(self.data_path(shard.index), rows)
+        manifest = {
+            "tool": self.tool,
+            "prefopt": __version__,
+            "shard": shard.index,
+            "num_shards": self.num_shards,
+            "settings": self.settings,
+            "shard_seed": shard.seed,
+            "input_hash": content_hash(list(shard.items)),
+            "row_ids": [item[self.row_id] for item in shard.items],
+            "data_sha256": file_hash(self.data_path(shard.index)),
+            "counts": dict(shard.counts),
+            "seconds": round(seconds, 3),
+            "notes": self.notes,
+        }
+        write_json(self.manifest_path(shard.index), manifest)
+
+    def progress(self, *, world: int = 1) -> Progress:
+        """Start the progress lines of this run, shared by `world` processes."""
+        return Progress(self.tool, len(self.items), self._finished_totals, world=world)
+
+    def _finished_totals(self) -> tuple[int, int]:
+        """Count rows and tokens in finished shards; each manifest is read once."""
+        for index in range(self.num_shards):
+            if index not in self._finished:
+                with suppress(FileNotFoundError):
+                    manifest = read_json(self.manifest_path(index))
+                    self._finished[index] = (len(self.rows_of(index)), manifest["counts"].get("tokens", 0))
+        return sum(rows for rows, _ in self._finished.values()), sum(tokens for _, tokens in self._finished.values())
+
+    def rows(self) -> Iterator[Row]:
+        """Iterate over the output rows of all shards in input order."""
+        for index in range(self.num_shards):
+            yield from read_jsonl(self.data_path(index))
+
+    def counts(self) -> Counter[str]:
+        """Sum the counters of all finished shards, and `seconds`, the work time over all processes."""
+        total: Counter[str] = Counter()
+        for index in range(self.num_shards):
+            manifest = read_json(self.manifest_path(index))
+            total.update(manifest["counts"])
+            total["seconds"] += manifest["seconds"]
+        return total
+
+    def report(self) -> Row:
+        """Return what a command's report says about the run: counters, seconds of work, settings and notes."""
+        counts = self.counts()
+        seconds = counts.pop("seconds")
+        return {
+            "counts": dict(counts),
+            "seconds of work": round(seconds, 1),
+            "settings": self.settings,
+            "notes": self.notes,
+        }
+
+
+def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List the settings that differ, each as `name: old there, new now`."""
+    return [
+        f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+
+
+@dataclass
+class Processes:
+    """This process among its peers.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world: number of processes.
+        device: the device of this process.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """True in the process that reports and merges."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect the (picklable) `value` of every process, in rank order, in every process; waits for all."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+
+@lru_cache(maxsize=1)
+def current_processes() -> Processes:
+    """Return the processes that accelerate launched; this one alone where nothing launched it.
+
+    Uses a gloo group with a 30-day timeout, since processes may finish hours apart; accelerate's own collectives run
+    on the default group, where a process that waits for minutes fails.
+    """
+    # without `cpu`, accelerate takes each of several processes on a machine without accelerators to be alone
+    use_cpu = bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available()
+    state = PartialState(cpu=use_cpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    assert state.num_processes == launched, f"accelerate sees {state.num_processes} of {launched} processes"
+    group = None
+    if state.num_processes > 1:
+        group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    return Processes(state.process_index, state.num_processes, state.device, group)
+
+
+def run_shards(
+    items: Sequence[Row],
+    work_fn: WorkFunction,
+    *,
+    tool: str,
+    settings: Mapping[str, Any],
+    output_dir: str | Path,
+    shard_size: int | None = None,
+    seed: int = 0,
+    notes: Mapping[str, Any] | None = None,
+    row_id: str = "prompt_id",
+    processes: Processes | None = None,
+) -> ShardPlan:
+    """Do `work_fn` on every shard of `items`, sharing the shards among the processes that accelerate launched.
+
+    Every process calls this with the same arguments. `work_fn(shard)` returns one JSON-like row per item, in order;
+    load models lazily in it, since it is not called where nothing is left to do. All processes return together.
+
+    Args:
+        items: as for `ShardPlan`, like all others but these two:
+        work_fn: takes a `Shard`, returns its output rows.
+        tool: name of the command.
+        settings: everything that changes the result.
+        output_dir: where the results go.
+        shard_size: rows in a shard.
+        seed: the run's seed.
+        notes: recorded with each shard.
+        row_id: the column that names a row.
+        processes: the processes at work (default: those that accelerate launched).
+
+    Returns:
+        The plan, complete: `.rows()` gives the output rows in input order, `.counts()` the summed counters.
+
+    Raises:
+        ValueError: see `ShardPlan.pending`; in every process.
+        ShardFailed: a shard failed; in every process.
+    """
+    plan = ShardPlan(
+        items,
+        tool=tool,
+        settings=settings,
+        output_dir=output_dir,
+        shard_size=shard_size,
+        seed=seed,
+        notes=notes,
+        row_id=row_id,
+    )
+    team = processes or current_processes()
+    with ExitStack() as stack:
+        pending, error = [], ""
+        if team.is_main:
+            try:
+                stack.enter_context(locked(plan.folder))
+                pending = plan.pending()
+            except ValueError as rejection:
+                error = str(rejection)
+        pending, error = team.gather((pending, error))[0]
+        if error:
+            raise ValueError(error)
+        progress = plan.progress(world=team.world) if team.is_main else None
+        failure = ""
+        try:
+            plan.work(pending[team.rank :: team.world], work_fn, progress)
+        except ShardFailed as failed:
+            failure = str(failed)
+        failures = [text for text in team.gather(failure) if text]
+        if failures:
+            raise ShardFailed(failures[0])
+        if progress is not None and pending:
+            progress.start_shard()
+            progress.show()
+    return plan
 
 
 class Progress:
-    """Prints a line now and then about work that several processes share.
+    """Progress lines about work that several processes share.
 
     Args:
         name: the command's name.
@@ -61,11 +433,11 @@ class Progress:
         self.lock = threading.Lock()
 
     def start_shard(self) -> None:
-        """Forget what was reported within the shard before: it counts as finished now."""
+        """Reset what was reported within the previous shard: it counts as finished now."""
         self.rows, self.tokens = 0.0, 0
 
     def advance(self, *, rows: float = 0, tokens: int = 0) -> None:
-        """Add rows and tokens done within the present shard, and print where a line is due; threads may call this at once."""
+        """Add rows and tokens done within the present shard, and print a line when due. Thread-safe."""
         with self.lock:
             self.rows += rows
             self.tokens += tokens
@@ -78,7 +450,7 @@ class Progress:
         print(self.line(), file=self.stream, flush=True)
 
     def line(self) -> str:
-        """Rows done, tokens a second since the start of this run, and the time left at this run's speed."""
+        """Format rows done, tokens a second since the start of this run, and the time left at this run's speed."""
         rows, tokens = self.finished()
         rows_now = min(self.total, rows + self.rows * self.world)
         seconds = max(self.clock() - self.started, 1e-6)
@@ -93,396 +465,8 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: `45 s`, `12 min`, `3 h 20 min`."""
+    """Format seconds as `45 s`, `12 min` or `3 h 20 min`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-Row = dict[str, Any]
-
-
-class ShardFailed(ValueError):
-    """A shard's work raised an error; the message names the shard, the error, and the log that holds the traceback."""
-
-
-@dataclass
-class Shard:
-    """One slice of the work, as the work function sees it.
-
-    Attributes:
-        index: number of the shard, from 0.
-        seed: seed of this shard, a function of the run's seed and the index alone.
-        items: the rows of this shard, in input order.
-        counts: what the work function counted (tokens, truncated rows, ...); summed over shards at the end.
-    """
-
-    index: int
-    seed: int
-    items: Sequence[Row]
-    counts: Counter[str] = field(default_factory=Counter)
-    progress: Progress | None = None
-
-    def count(self, name: str, number: int = 1) -> None:
-        """Add `number` to the counter `name`."""
-        self.counts[name] += number
-
-    def advance(self, *, rows: float = 0, tokens: int = 0) -> None:
-        """Report that `rows` more rows (a part of a row counts as a fraction) and `tokens` more tokens are done."""
-        if self.progress is not None:
-            self.progress.advance(rows=rows, tokens=tokens)
-
-
-WorkFunction = Callable[[Shard], Sequence[Row]]
-
-
-def shard_seed(seed: int, index: int) -> int:
-    """The seed of shard `index` in a run with `seed`: 31 bits, the same on every machine and for any number of processes."""
-    return int(content_hash("shard", seed, index)[:12], 16) % 2**31
-
-
-class ShardPlan:
-    """The shards of one run: which exist already, which are to be made, and where.
-
-    Args:
-        items: JSON-like rows, each with a string `prompt_id` (or another `row_id` column).
-        tool: name of the command, part of the folder's name: `<output_dir>/<tool>_shards`.
-        settings: everything that changes the result (JSON-like). A finished shard with other settings is refused.
-        output_dir: where the results go.
-        shard_size: rows in a shard, at least 1.
-        seed: the run's seed; each shard gets `shard_seed(seed, index)`.
-        notes: what is worth recording but does not change the result (batch size, device).
-        row_id: the column that names a row in the manifests.
-
-    Raises:
-        ValueError: no items, or a shard size below 1.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[Row],
-        *,
-        tool: str,
-        settings: Mapping[str, Any],
-        output_dir: str | Path,
-        shard_size: int,
-        seed: int = 0,
-        notes: Mapping[str, Any] | None = None,
-        row_id: str = "prompt_id",
-    ) -> None:
-        if shard_size < 1:
-            raise ValueError(f"shard_size is {shard_size}; it must be at least 1.")
-        if not items:
-            raise ValueError(f"{tool}: there are no rows to work on.")
-        self.items = items
-        self.tool = tool
-        self.shard_size = shard_size
-        self.seed = seed
-        self.notes = dict(notes or {})
-        self.row_id = row_id
-        self.settings = json.loads(json.dumps({**settings, "seed": seed, "shard_size": shard_size}))
-        self.folder = Path(output_dir) / f"{tool}_shards"
-        self.num_shards = -(-len(items) // shard_size)
-        self._finished: dict[int, tuple[int, int]] = {}
-
-    def rows_of(self, index: int) -> Sequence[Row]:
-        """The input rows of shard `index`."""
-        return self.items[index * self.shard_size : (index + 1) * self.shard_size]
-
-    def data_path(self, index: int) -> Path:
-        """Where the output rows of shard `index` are."""
-        return self.folder / f"{index:05d}.jsonl"
-
-    def manifest_path(self, index: int) -> Path:
-        """Where the manifest of shard `index` is; it is written last, so a shard without one is not finished."""
-        return self.folder / f"{index:05d}.json"
-
-    def log_path(self, index: int) -> Path:
-        """Where the traceback of shard `index` is if its work failed."""
-        return self.folder / f"{index:05d}.log"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second command out of this folder; the lock goes when its holder ends, however it ends.
-
-        Raises:
-            ValueError: another command is at work there.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{self.folder}: another command is at work there. Wait for it, or give another output_dir."
-                ) from None
-            yield
-
-    def pending(self) -> list[int]:
-        """Check what is in the folder, clear away what a killed run left half-written, and list the shards to make.
-
-        Raises:
-            ValueError: a shard there belongs to another tool, other settings or other input; how to mend it is said.
-        """
-        for leftover in [*self.folder.glob("*.log"), *self.folder.glob(".*.partial")]:
-            leftover.unlink()
-        for path in sorted(self.folder.glob("[0-9]*.json")):
-            if not path.stem.isdigit() or int(path.stem) >= self.num_shards:
-                raise ValueError(
-                    f"{path}: this run has {self.num_shards} shards and none of that name. " + self._remedy("it")
-                )
-        return [index for index in range(self.num_shards) if not self._is_finished(index)]
-
-    def _is_finished(self, index: int) -> bool:
-        path = self.manifest_path(index)
-        try:
-            manifest = read_json(path)
-        except FileNotFoundError:
-            return False
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            path.unlink()  # cut off by a crash of the machine: the shard is made again
-            return False
-        if not isinstance(manifest, dict) or manifest.get("tool") != self.tool or "settings" not in manifest:
-            raise ValueError(f"{path}: not a manifest of `prefopt {self.tool}`. " + self._remedy("the folder"))
-        changes = setting_changes(manifest["settings"], self.settings)
-        if changes:
-            raise ValueError(
-                f"{path}: this shard was made with other settings ({'; '.join(changes)}). Set them back; or "
-                + self._remedy("the folder")
-            )
-        rows = self.rows_of(index)
-        if manifest.get("input_hash") != content_hash(list(rows)):
-            raise ValueError(
-                f"{path}: this shard was made from other input rows ({self._first_difference(manifest, rows)}). "
-                + self._remedy("the folder")
-            )
-        return file_hash(self.data_path(index)) == manifest.get("data_sha256")
-
-    def _remedy(self, what: str) -> str:
-        return f"Give another output_dir, or delete {what} ({self.folder}) to start again."
-
-    def _first_difference(self, manifest: Row, rows: Sequence[Row]) -> str:
-        before, now = manifest.get("row_ids", []), [row[self.row_id] for row in rows]
-        for old, new in zip(before, now):
-            if old != new:
-                return f"row {old!r} there, {new!r} now"
-        return f"{len(before)} rows there, {len(now)} now" if len(before) != len(now) else "same ids, other content"
-
-    def work(self, indices: Sequence[int], work_fn: WorkFunction, progress: Progress | None = None) -> None:
-        """Make the shards `indices` one after another; stop as soon as a shard fails, here or in another process.
-
-        Raises:
-            ShardFailed: `work_fn` raised; its traceback is in the shard's log.
-        """
-        for index in indices:
-            if next(self.folder.glob("*.log"), None) is not None:
-                return
-            shard = Shard(index, shard_seed(self.seed, index), self.rows_of(index), progress=progress)
-            if progress is not None:
-                progress.start_shard()
-            started = time.monotonic()
-            try:
-                rows = work_fn(shard)
-                assert len(rows) == len(shard.items), f"{len(rows)} rows out of {len(shard.items)}"
-                self._finish(shard, rows, time.monotonic() - started)
-            except Exception as error:
-                write_text(self.log_path(index), f"{self.tool}, shard {index}\n{traceback.format_exc()}")
-                raise ShardFailed(self.failure(index, error)) from error
-
-    def failure(self, index: int, error: BaseException | str) -> str:
-        """What to tell the user about a failed shard."""
-        reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        return (
-            f"{self.tool}: shard {index} of {self.num_shards} failed ({reason.strip()}). Its log is "
-            f"{self.log_path(index)}; finished shards are kept, and the same command continues after them."
-        )
-
-    def _finish(self, shard: Shard, rows: Sequence[Row], seconds: float) -> None:
-        write_jsonl(self.data_path(shard.index), rows)
-        manifest = {
-            "tool": self.tool,
-            "prefopt": __version__,
-            "shard": shard.index,
-            "num_shards": self.num_shards,
-            "settings": self.settings,
-            "shard_seed": shard.seed,
-            "input_hash": content_hash(list(shard.items)),
-            "row_ids": [item[self.row_id] for item in shard.items],
-            "data_sha256": file_hash(self.data_path(shard.index)),
-            "counts": dict(shard.counts),
-            "seconds": round(seconds, 3),
-            "notes": self.notes,
-        }
-        write_json(self.manifest_path(shard.index), manifest)
-
-    def progress(self, *, world: int = 1) -> Progress:
-        """A progress line for this run, shared by `world` processes."""
-        return Progress(self.tool, len(self.items), self._finished_totals, world=world)
-
-    def _finished_totals(self) -> tuple[int, int]:
-        """Rows and tokens in finished shards; each manifest is read once."""
-        for index in range(self.num_shards):
-            if index not in self._finished:
-                with suppress(FileNotFoundError):
-                    manifest = read_json(self.manifest_path(index))
-                    self._finished[index] = (len(self.rows_of(index)), manifest["counts"].get("tokens", 0))
-        return sum(rows for rows, _ in self._finished.values()), sum(tokens for _, tokens in self._finished.values())
-
-    def rows(self) -> Iterator[Row]:
-        """The output rows of all shards in input order."""
-        for index in range(self.num_shards):
-            yield from read_jsonl(self.data_path(index))
-
-    def counts(self) -> Counter[str]:
-        """The counters of all finished shards, summed; also `seconds`, the work time over all processes."""
-        total: Counter[str] = Counter()
-        for index in range(self.num_shards):
-            manifest = read_json(self.manifest_path(index))
-            total.update(manifest["counts"])
-            total["seconds"] += manifest["seconds"]
-        return total
-
-
-def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that differ, each as `name: old there, new now`."""
-    names = sorted({*before, *now})
-    return [
-        f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
-def file_hash(path: Path) -> str | None:
-    """SHA-256 of a file's bytes, or None where there is no such file."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-    return None
-
-
-@dataclass
-class Processes:
-    """This process among its peers.
-
-    Attributes:
-        rank: number of this process, from 0.
-        world: number of processes.
-        device: the device of this process.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: Any = None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that reports and merges."""
-        return self.rank == 0
-
-    def gather(self, value: Any) -> list[Any]:
-        """The (picklable) `value` of every process, in rank order, in every process; waits for all."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self.group)
-        return values
-
-
-_current: Processes | None = None
-
-
-def current_processes() -> Processes:
-    """The processes that accelerate launched; alone where nothing launched this one.
-
-    They talk over CPU sockets and wait for each other for weeks if need be: one may have an hour of work more.
-    """
-    global _current
-    if _current is None:
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-
-        # without `cpu`, accelerate takes each of several processes on a machine without accelerators to be alone
-        use_cpu = bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available()
-        state = PartialState(cpu=use_cpu)
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        assert state.num_processes == launched, f"accelerate sees {state.num_processes} of {launched} processes"
-        group = None
-        if state.num_processes > 1:
-            group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-        _current = Processes(state.process_index, state.num_processes, state.device, group)
-    return _current
-
-
-__all__ = ["Row", "Shard", "ShardFailed", "ShardPlan", "WorkFunction", "run_shards", "shard_seed"]
-
-
-def run_shards(
-    items: Sequence[Row],
-    work_fn: WorkFunction,
-    *,
-    tool: str,
-    settings: Mapping[str, Any],
-    output_dir: str | Path,
-    shard_size: int,
-    seed: int = 0,
-    notes: Mapping[str, Any] | None = None,
-    row_id: str = "prompt_id",
-    processes: Processes | None = None,
-) -> ShardPlan:
-    """Do `work_fn` on every shard of `items`, sharing the shards among the processes that accelerate launched.
-
-    Every process calls this with the same arguments. `work_fn(shard)` returns one JSON-like row per item, in order;
-    load models lazily in it, since it is not called where nothing is left to do. All processes return together.
-
-    Args:
-        items, tool, settings, output_dir, shard_size, seed, notes, row_id: see `ShardPlan`.
-        work_fn: takes a `Shard`, returns its output rows.
-        processes: the processes at work (default: those that accelerate launched).
-
-    Returns:
-        The plan, complete: `.rows()` gives the output rows in input order, `.counts()` the summed counters.
-
-    Raises:
-        ValueError: see `ShardPlan.pending`; in every process.
-        ShardFailed: a shard failed; in every process.
-    """
-    plan = ShardPlan(
-        items,
-        tool=tool,
-        settings=settings,
-        output_dir=output_dir,
-        shard_size=shard_size,
-        seed=seed,
-        notes=notes,
-        row_id=row_id,
-    )
-    team = processes or current_processes()
-    with ExitStack() as stack:
-        pending, error = [], ""
-        if team.is_main:
-            try:
-                stack.enter_context(plan.locked())
-                pending = plan.pending()
-            except ValueError as refusal:
-                error = str(refusal)
-        pending, error = team.gather((pending, error))[0]
-        if error:
-            raise ValueError(error)
-        progress = plan.progress(world=team.world) if team.is_main else None
-        failure = ""
-        try:
-            plan.work(pending[team.rank :: team.world], work_fn, progress)
-        except ShardFailed as failed:
-            failure = str(failed)
-        failures = [text for text in team.gather(failure) if text]
-        if failures:
-            raise ShardFailed(failures[0])
-        if progress is not None and pending:
-            progress.start_shard()
-            progress.show()
-    return plan

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
-from typing import Any
 
+from prefopt.arguments import check_settings, setting
 from prefopt.candidates.records import file_of
-from prefopt.data.messages import BadRow, as_messages, without_none
+from prefopt.data.holdout import fill_with_prompts, prompt_identity
+from prefopt.data.messages import BadRow, without_none
 from prefopt.data.rows import Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
 from prefopt.files import content_hash, read_jsonl, write_json, write_jsonl
@@ -18,32 +19,28 @@ from prefopt.files import content_hash, read_jsonl, write_json, write_jsonl
 SETS = ("reward_model", "policy", "test")
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class SplitArguments:
     """Which rows to split, and how large each set is: shares of the prompts (below 1) or numbers of prompts."""
 
-    prompts: str = _setting(
-        "", "Rows with prompts (prompts, pairs, candidates, ...): hub name, file, or folder (of a command, too)."
+    prompts: str = setting(
+        "",
+        "Rows with prompts (prompts, pairs, candidates, ...): hub name, file, or folder (of a command, too).",
+        required=True,
     )
-    output_dir: str = _setting("", "Folder for reward_model.jsonl, policy.jsonl and test.jsonl.")
-    prompts_config: str | None = _setting(None, "Configuration (subset) of a hub dataset.")
-    prompts_split: str = _setting("train", "Split to read.")
-    reward_model: float = _setting(0.45, "Share or number of prompts for the reward model; 0 for none.")
-    policy: float = _setting(0.45, "Share or number of prompts for the policy; 0 for none.")
-    test: float = _setting(0.1, "Share or number of prompts for the test; 0 for none.")
-    seed: int = _setting(42, "Which prompt goes where; it does not depend on the order of the rows.")
+    output_dir: str = setting("", "Folder for reward_model.jsonl, policy.jsonl and test.jsonl.", required=True)
+    prompts_config: str | None = setting(None, "Configuration (subset) of a hub dataset.")
+    prompts_split: str = setting("train", "Split to read.")
+    reward_model: float = setting(0.45, "Share or number of prompts for the reward model; 0 for none.", at_least=0)
+    policy: float = setting(0.45, "Share or number of prompts for the policy; 0 for none.", at_least=0)
+    test: float = setting(0.1, "Share or number of prompts for the test; 0 for none.", at_least=0)
+    seed: int = setting(42, "Which prompt goes where; it does not depend on the order of the rows.")
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
+        check_settings(self)
         sizes = self.sizes
         for name, size in sizes.items():
-            if size < 0 or (size > 1 and size != int(size)):
+            if size > 1 and size != int(size):
                 raise ValueError(f"{name} is {size}; it must be a share up to 1 or a whole number of prompts.")
         used = [size for size in sizes.values() if size]
         if len(used) < 2:
@@ -56,19 +53,11 @@ class SplitArguments:
     @property
     def sizes(self) -> dict[str, float]:
         """Set -> share or number."""
-        return {"reward_model": self.reward_model, "policy": self.policy, "test": self.test}
-
-
-def prompt_text_key(prompt: Any) -> str:
-    """What makes two prompts the same: roles and texts, whatever their white space and letter case."""
-    turns = [
-        (turn["role"], " ".join(str(turn.get("content") or "").split()).casefold()) for turn in as_messages(prompt)
-    ]
-    return content_hash(turns)
+        return {name: getattr(self, name) for name in SETS}
 
 
 def assign(keys: Sequence[str], sizes: Mapping[str, float], *, seed: int) -> dict[str, str]:
-    """Which set each prompt goes to: prompts in the order of their seeded hashes, one set after another.
+    """Assign prompts to sets in the order of their seeded hashes, one set after another.
 
     Args:
         keys: one for each row; equal keys are one prompt.
@@ -83,27 +72,17 @@ def assign(keys: Sequence[str], sizes: Mapping[str, float], *, seed: int) -> dic
     """
     order = sorted(set(keys), key=lambda key: content_hash(seed, key))
     used = {name: size for name, size in sizes.items() if size}
-    if all(size < 1 for size in used.values()):
-        # cumulated, so that the rounding of the shares neither loses nor repeats a prompt
-        ends, total = {}, 0.0
-        for name, share in used.items():
-            total += share
-            ends[name] = round(total * len(order))
-    else:
-        ends, count = {}, 0
-        for name, number in used.items():
-            count += int(number)
-            ends[name] = count
-    if max(ends.values()) > len(order):
-        raise ValueError(f"{max(ends.values())} prompts are asked for, but there are {len(order)} different ones.")
-    places: dict[str, str] = {}
-    start = 0
-    for name, end in ends.items():
-        if end <= start:
-            raise ValueError(f"{name} would get none of {len(order)} prompts; give it a larger size.")
-        places |= dict.fromkeys(order[start:end], name)
-        start = end
-    return places
+    scale = len(order) if all(size < 1 for size in used.values()) else 1
+    # cumulated, so that the rounding of the shares neither loses nor repeats a prompt
+    ends = [round(total * scale) for total in accumulate(used.values())]
+    if ends[-1] > len(order):
+        raise ValueError(f"{ends[-1]} prompts are asked for, but there are {len(order)} different ones.")
+    counts = [end - start for start, end in pairwise([0, *ends])]
+    if min(counts) <= 0:
+        empty = list(used)[counts.index(min(counts))]
+        raise ValueError(f"{empty} would get none of {len(order)} prompts; give it a larger size.")
+    parts = fill_with_prompts(order, counts, order)
+    return {order[place]: name for name, part in zip(used, parts) for place in part}
 
 
 def run(args: SplitArguments) -> Path:
@@ -147,7 +126,7 @@ def _read(source: DataSource) -> tuple[list[Row], list[str], Counter[str]]:
     for row in load_source(source):
         clean = without_none(row)
         try:
-            keys.append(prompt_text_key(normalise_prompt(clean)["prompt"]))
+            keys.append(prompt_identity(normalise_prompt(clean)["prompt"]))
         except BadRow as fault:
             dropped[fault.reason] += 1
             continue
@@ -158,13 +137,13 @@ def _read(source: DataSource) -> tuple[list[Row], list[str], Counter[str]]:
 
 
 def check_disjoint(folder: Path, names: Sequence[str]) -> dict[str, set[str]]:
-    """The prompts of each written set.
+    """Read the written sets back and return the prompts of each.
 
     Raises:
         ValueError: two sets have a prompt in common.
     """
     found = {
-        name: {prompt_text_key(normalise_prompt(row)["prompt"]) for row in read_jsonl(folder / f"{name}.jsonl")}
+        name: {prompt_identity(normalise_prompt(row)["prompt"]) for row in read_jsonl(folder / f"{name}.jsonl")}
         for name in names
     }
     for one, other in combinations(names, 2):

@@ -1,4 +1,4 @@
-"""Several engines on one machine: each gets accelerators and shards of its own, and one that fails ends them all."""
+"""Run one vLLM engine per group of GPUs in child processes; a failing child stops the others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from prefopt.candidates.shards import ShardFailed, ShardPlan
+from prefopt.files import locked
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -39,7 +40,7 @@ def work_in_children(
         ShardFailed: a child failed; the others are stopped.
     """
     devices = _devices(workers * devices_each)
-    with plan.locked():
+    with locked(plan.folder):
         pending = plan.pending()
         progress = plan.progress()
         children: list[tuple[BaseProcess, Path]] = []
@@ -78,7 +79,7 @@ def _check(plan: ShardPlan, children: Sequence[tuple[BaseProcess, Path]]) -> Non
 
 
 def _devices(needed: int) -> list[str]:
-    """Names of the accelerators to hand out; none on a machine without any."""
+    """Return the names of the accelerators to hand out; none on a machine without any."""
     visible = os.environ.get(VISIBLE)
     if visible is not None and visible.strip():
         names = [name.strip() for name in visible.split(",")]
@@ -104,7 +105,7 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
 
 
 def end_group(group: int | None) -> None:
-    """Kill a child with all that it started: an engine runs processes of its own, which would outlive it."""
+    """Kill a child with all that it started: an engine starts further processes, which would outlive it."""
     assert group is not None
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
@@ -126,13 +127,12 @@ def _child(
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        status
-    )  # an ordinary exit waits for the engine's processes, which wait for this one; the parent ends them
+    # an ordinary exit waits for the engine's processes, which wait for this one; the parent ends them
+    os._exit(status)
 
 
 def _end_with(parent: int) -> None:
-    """A child must not go on writing shards when the command that started it was killed."""
+    """End this child's process group when the command that started it is gone, so that it writes no more shards."""
     while os.getppid() == parent:
         time.sleep(1)
     end_group(os.getpgid(0))

@@ -1,11 +1,13 @@
 """Rows, sources and token ids: everything between a recipe's data keys and the batches."""
 
 from prefopt.data.encoding import Truncation, prepare_tokenizer, tokenizer_fingerprint
-from prefopt.data.loading import DataArguments, hold_out, load_datasets, normalise_rows
+from prefopt.data.holdout import hold_out
+from prefopt.data.loading import DataArguments, load_datasets, load_tokenized, normalise_rows
 from prefopt.data.messages import BadRow
 from prefopt.data.sources import DataSource
 from prefopt.data.tokenization import (
     LengthSummary,
+    RowTokenizer,
     TokenizationReport,
     describe_sample,
     tokenize_comparisons,
@@ -18,11 +20,13 @@ __all__ = [
     "DataArguments",
     "DataSource",
     "LengthSummary",
+    "RowTokenizer",
     "TokenizationReport",
     "Truncation",
     "describe_sample",
     "hold_out",
     "load_datasets",
+    "load_tokenized",
     "normalise_rows",
     "prepare_tokenizer",
     "tokenize_comparisons",

@@ -13,36 +13,53 @@ from typing import Any
 
 import transformers
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prefopt.data.messages import EMPTY_PROMPT, REFUSED_BY_TEMPLATE, TOO_LONG, BadRow, Message, Text
+from prefopt.data.messages import BadRow, Fault, TextOrMessages
 from prefopt.files import content_hash
+
+# the forms in which texts come: strings are encoded as they are, messages under the chat template
+STRINGS, MESSAGES = "strings", "messages"
+_PROBE = "How many, 3 or 4?\n  Grüße an Zoë: 'yes' — 你好 🙂 <b>", " 7, I think.\n"
 
 # what a chat template raises by itself, and what its filters raise on content that they do not expect
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
-class Group:
+class TextGroup:
     """A prompt and its R >= 0 completions, as texts or as messages."""
 
-    prompt: Text
-    completions: list[Text] = field(default_factory=list)
+    prompt: TextOrMessages
+    completions: list[TextOrMessages] = field(default_factory=list)
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def wholes(self) -> list[TextOrMessages]:
+        """Prompt + completion, for each completion."""
+        return [self.prompt + completion for completion in self.completions]  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """The ids of a group; `prompt_is_prefix` is False where the prompt alone had other last tokens than in context."""
+    """The token ids of a prompt and its completions.
+
+    Attributes:
+        prompt_ids: of the prompt, up to where the completions begin.
+        completion_ids: of each completion.
+        prompt_is_prefix: False where the prompt alone had other last tokens than in context.
+        cut: the parts that truncation shortened: 0 is the prompt, r + 1 completion r.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     prompt_is_prefix: bool = True
+    cut: tuple[int, ...] = ()
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give `tokenizer` a pad token where it has none: its end token, as TRL does. Changes it in place and returns it.
+    """Set the pad token to the end token where there is none, as TRL does; return the tokenizer, changed in place.
 
     Padding is masked by position and never by id, so that an end token that is scored stays scored.
 
@@ -57,7 +74,7 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Check that `tokenizer` has an end token, which plain text needs, and give it a pad token (`with_pad_token`).
+    """Check that the tokenizer has an end token, which plain text needs, and give it a pad token.
 
     Raises:
         ValueError: there is no end token.
@@ -67,18 +84,28 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return with_pad_token(tokenizer)
 
 
+def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model given by name or folder, with a pad token.
+
+    Raises:
+        ValueError: see `prepare_tokenizer`.
+    """
+    return prepare_tokenizer(
+        AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    )
+
+
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that cannot render messages."""
+    """Raise a ValueError if the tokenizer cannot render messages."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"The rows are lists of messages, but the tokenizer of {_name(tokenizer)} has no chat template: use that "
-            "of an "
-            "instruction-tuned model, set `tokenizer.chat_template`, or give the rows as plain strings."
+            "of an instruction-tuned model, set `tokenizer.chat_template`, or give the rows as plain strings."
         )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides which ids a text or a conversation gets; the same before and after use."""
+    """Hash everything that decides which ids a text or a conversation gets; the same before and after use."""
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         state: Any = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
@@ -88,18 +115,69 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return content_hash(type(tokenizer).__name__, state, names, tokenizer.chat_template, transformers.__version__)
 
 
+def text_record(tokenizer: PreTrainedTokenizerBase, form: str) -> dict[str, str]:
+    """Describe how texts of a form become ids, to be stored with a model and compared later.
+
+    Returns:
+        `form`, and `digest`: a hash of the ids of a fixed text, and of the chat template where that is applied. Unlike
+        `tokenizer_fingerprint` it stays the same when another release of transformers gives the same ids.
+    """
+    prompt, completion = _PROBE
+    (encoded,) = encode_groups([TextGroup(prompt, [completion])], tokenizer)
+    assert isinstance(encoded, EncodedGroup)
+    template = tokenizer.chat_template if form == MESSAGES else None
+    return {"form": form, "digest": content_hash(encoded.prompt_ids, encoded.completion_ids, template)[:16]}
+
+
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return repr(tokenizer.name_or_path) if tokenizer.name_or_path else "this model"
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of leading ids that both sequences have."""
+    """Count the leading ids that both sequences have."""
     shorter = min(len(first), len(second))
     return next((index for index in range(shorter) if first[index] != second[index]), shorter)
 
 
+def encode_groups(
+    groups: Sequence[TextGroup | EncodedGroup | BadRow], tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedGroup | BadRow]:
+    """Encode the prompt and each completion of every group, uncut; a group that has a fault becomes that fault.
+
+    Messages: the prompt is rendered with the generation prompt, prompt + completion as one conversation; special
+    tokens are the template's. Strings: prompt and prompt + completion are encoded as one text behind the tokenizer's
+    leading tokens, and one end token is added. The completion starts where the sequences part. Groups that are
+    encoded already, and faults, are returned unchanged.
+    """
+    encoded: list[Any] = list(groups)
+    for is_messages, encode in ((False, _encode_strings), (True, _encode_conversations)):
+        texts = {
+            place: group
+            for place, group in enumerate(groups)
+            if isinstance(group, TextGroup) and isinstance(group.prompt, list) == is_messages
+        }
+        for place, result in zip(texts, encode(list(texts.values()), tokenizer) if texts else []):
+            encoded[place] = result
+    return encoded
+
+
+def _encode_strings(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase) -> list[EncodedGroup | BadRow]:
+    eos = tokenizer.eos_token_id
+    if eos is None and any(group.completions for group in groups):
+        raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
+    texts = [text for group in groups for text in (group.prompt, *group.wholes)]
+    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    leading = _leading_special_ids(tokenizer)
+    encoded: list[EncodedGroup | BadRow] = []
+    for group in groups:
+        prompt, *wholes = ([*leading, *next(ids)] for _ in range(1 + len(group.completions)))
+        ended = [whole if whole[-1:] == [eos] else [*whole, eos] for whole in wholes]
+        encoded.append(_split(prompt, ended, tokenizer))
+    return encoded
+
+
 def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What plain encoding puts before a text: a BOS for some tokenizers, nothing for others."""
+    """Return what plain encoding puts before a text: a BOS for some tokenizers, nothing for others."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -108,97 +186,45 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     raise AssertionError("plain encoding does not contain the encoding without special tokens")
 
 
-def encode_groups(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[EncodedGroup | BadRow]:
-    """Token ids of the prompt and of each completion of every group, uncut; a fault in place of a group that has one.
-
-    Messages: the prompt is rendered with the generation prompt, prompt + completion as one conversation; special
-    tokens
-    are the template's. Strings: prompt and prompt + completion are encoded as one text behind the tokenizer's own
-    leading
-    tokens, and one end token is added. The completion starts where the sequences part.
-    """
-    encoded: list[EncodedGroup | BadRow] = [BadRow(EMPTY_PROMPT, "unset")] * len(groups)
-    for is_messages, encode in ((False, _encode_strings), (True, _encode_conversations)):
-        places = [place for place, group in enumerate(groups) if isinstance(group.prompt, list) == is_messages]
-        if places:
-            for place, result in zip(places, encode([groups[place] for place in places], tokenizer)):
-                encoded[place] = result
-    return encoded
-
-
-def _encode_strings(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[EncodedGroup | BadRow]:
-    eos = tokenizer.eos_token_id
-    if eos is None and any(group.completions for group in groups):
-        raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
-    texts: list[str] = []
-    for group in groups:
-        assert isinstance(group.prompt, str)
-        texts += [group.prompt, *(group.prompt + completion for completion in group.completions)]  # type: ignore[operator]
-    leading = _leading_special_ids(tokenizer)
-    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    encoded: list[EncodedGroup | BadRow] = []
-    for group in groups:
-        prompt = [*leading, *next(ids)]
-        wholes = [[*leading, *next(ids)] for _ in group.completions]
-        encoded.append(
-            _split(prompt, [whole if whole[-1:] == [eos] else [*whole, eos] for whole in wholes], tokenizer)
-        )
-    return encoded
-
-
-def _encode_conversations(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[EncodedGroup | BadRow]:
+def _encode_conversations(
+    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedGroup | BadRow]:
     check_chat_template(tokenizer)
-    prompts = _render([(group, group.prompt) for group in groups], tokenizer, add_generation_prompt=True)  # type: ignore[misc]
-    wholes = iter(
-        _render(
-            [(group, group.prompt + completion) for group in groups for completion in group.completions],  # type: ignore
-            tokenizer,
-            add_generation_prompt=False,
-        )
-    )
+    prompts = _render([(group, group.prompt) for group in groups], tokenizer, add_generation_prompt=True)
+    pairs = [(group, whole) for group in groups for whole in group.wholes]
+    wholes = iter(_render(pairs, tokenizer, add_generation_prompt=False))
     encoded: list[EncodedGroup | BadRow] = []
     for group, prompt in zip(groups, prompts):
-        parts = [next(wholes) for _ in group.completions]
-        fault = next((part for part in (prompt, *parts) if isinstance(part, BadRow)), None)
-        encoded.append(fault or _split(prompt, parts, tokenizer))  # type: ignore[arg-type]
+        parts: list[Any] = [prompt, *(next(wholes) for _ in group.completions)]
+        fault = next((part for part in parts if isinstance(part, BadRow)), None)
+        encoded.append(fault or _split(parts[0], parts[1:], tokenizer))
     return encoded
 
 
 def _render(
-    conversations: Sequence[tuple[Group, list[Message]]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_generation_prompt: bool,
+    conversations: Sequence[tuple[TextGroup, Any]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
 ) -> list[list[int] | BadRow]:
-    """Ids of each conversation under the chat template, in one call where no row has tools or settings of its own."""
-    plain = all(group.tools is None and group.chat_template_kwargs is None for group, _ in conversations)
-    if plain and conversations:
+    """Encode each conversation with the chat template, in one call where no group has its own tools or settings."""
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenizer_kwargs": {"verbose": False}}
+    if conversations and not any(group.tools or group.chat_template_kwargs for group, _ in conversations):
         try:
-            encoded: Any = tokenizer.apply_chat_template(
-                [messages for _, messages in conversations],
-                add_generation_prompt=add_generation_prompt,
-                tokenizer_kwargs={"verbose": False},
-            )
+            encoded: Any = tokenizer.apply_chat_template([messages for _, messages in conversations], **options)
             return list(encoded["input_ids"])
         except TEMPLATE_ERRORS:
             pass  # one by one, to find out which
-    return [_render_one(group, messages, tokenizer, add_generation_prompt) for group, messages in conversations]
+    return [_render_one(group, messages, tokenizer, options) for group, messages in conversations]
 
 
 def _render_one(
-    group: Group, messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
+    group: TextGroup, messages: Any, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
 ) -> list[int] | BadRow:
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            messages,
-            tools=group.tools,
-            add_generation_prompt=add_generation_prompt,
-            tokenizer_kwargs={"verbose": False},
-            **(group.chat_template_kwargs or {}),
+            messages, tools=group.tools, **options, **(group.chat_template_kwargs or {})
         )
         return list(encoded["input_ids"])
     except TEMPLATE_ERRORS as error:
-        return BadRow(REFUSED_BY_TEMPLATE, f"{type(error).__name__}: {error}")
+        return BadRow(Fault.REFUSED_BY_TEMPLATE, f"{type(error).__name__}: {error}")
 
 
 def _split(prompt: list[int], wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> EncodedGroup | BadRow:
@@ -206,12 +232,12 @@ def _split(prompt: list[int], wholes: list[list[int]], tokenizer: PreTrainedToke
     prompt, wholes = _one_bos(prompt, tokenizer), [_one_bos(whole, tokenizer) for whole in wholes]
     length = min((common_prefix_length(prompt, whole) for whole in wholes), default=len(prompt))
     if length == 0:
-        return BadRow(EMPTY_PROMPT, "no token of the prompt is left before the completion")
+        return BadRow(Fault.EMPTY_PROMPT, "no token of the prompt is left before the completion")
     return EncodedGroup(prompt[:length], [whole[length:] for whole in wholes], prompt_is_prefix=length == len(prompt))
 
 
 def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`ids` without a doubled BOS, as a text that brings its own gets from a tokenizer that adds one."""
+    """Drop the first of two BOS, as a text that brings its own gets from a tokenizer that adds one."""
     bos = tokenizer.bos_token_id
     start = 0
     while bos is not None and ids[start : start + 2] == [bos, bos]:
@@ -226,9 +252,8 @@ class Truncation:
     With `max_prompt_length`: nothing is cut while the prompt and the longest completion fit; otherwise the prompt
     keeps its last `max_prompt_length` tokens and then each completion its first `max_length - len(prompt)`.
     Without: "keep_start" keeps the first `max_length` tokens of prompt + completion, so a prompt of `max_length`
-    tokens
-    leaves no room; "keep_end" cuts the prompt's beginning until the longest completion fits, and a completion that is
-    too long by itself keeps its last `max_length - 1` tokens behind one prompt token. A prompt that loses its
+    tokens leaves no room; "keep_end" cuts the prompt's beginning until the longest completion fits, and a completion
+    that is too long by itself keeps its last `max_length - 1` tokens behind one prompt token. A prompt that loses its
     beginning keeps its BOS, which counts. "drop" cuts nothing: a row that does not fit cannot be used.
 
     Args:
@@ -261,14 +286,13 @@ class Truncation:
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length}), "
-                "or no "
-                "room is left for completions."
+                "or no room is left for completions."
             )
 
     def cut(
         self, prompt: Sequence[int], completions: Sequence[Sequence[int]], bos_token_id: int | None
     ) -> tuple[list[int], list[list[int]]]:
-        """The kept ids of the prompt and of each completion; a completion may come out empty ("keep_start" only).
+        """Return the kept ids of the prompt and of each completion; one may come out empty ("keep_start" only).
 
         Raises:
             BadRow: the row does not fit and must not be cut.
@@ -277,7 +301,7 @@ class Truncation:
         if self.max_length is None or len(prompt) + longest <= self.max_length:
             return list(prompt), [list(completion) for completion in completions]
         if self.mode == "drop":
-            raise BadRow(TOO_LONG, f"{len(prompt) + longest} tokens, max_length {self.max_length}")
+            raise BadRow(Fault.TOO_LONG, f"{len(prompt) + longest} tokens, max_length {self.max_length}")
         if self.max_prompt_length is None and self.mode == "keep_end":
             room = self.max_length - 1
             completions = [completion[max(len(completion) - room, 0) :] for completion in completions]
@@ -290,10 +314,41 @@ class Truncation:
 
 
 def keep_last(ids: Sequence[int], limit: int, bos_token_id: int | None) -> list[int]:
-    """The last `limit` ids; a BOS in first place stays there and counts."""
+    """Return the last `limit` ids; a BOS in first place stays there and counts."""
     assert limit >= 1
     if len(ids) <= limit:
         return list(ids)
     if bos_token_id is not None and ids[0] == bos_token_id:
         return [ids[0], *ids[len(ids) - (limit - 1) :]]
     return list(ids[len(ids) - limit :])
+
+
+def fit(encoded: EncodedGroup, truncation: Truncation, bos_token_id: int | None) -> EncodedGroup:
+    """Cut a group to the length that is trained on.
+
+    Raises:
+        BadRow: the prompt alone is too long (no completions), or nothing is left to tell the completions apart.
+    """
+    prompt, completions = encoded.prompt_ids, encoded.completion_ids
+    if not completions:
+        if truncation.max_length is not None and len(prompt) > truncation.max_length:
+            raise BadRow(Fault.PROMPT_TOO_LONG, f"{len(prompt)} tokens, max_length {truncation.max_length}")
+        return encoded
+    if not all(completions):
+        raise BadRow(Fault.EMPTY_COMPLETION, "a completion has no token of its own")
+    if _all_same(completions):
+        raise BadRow(Fault.IDENTICAL_COMPLETIONS, "all completions have the same tokens")
+    prompt, completions = truncation.cut(prompt, completions, bos_token_id)
+    if not all(completions):
+        raise BadRow(Fault.NO_ROOM, f"{len(encoded.prompt_ids)} prompt tokens, max_length {truncation.max_length}")
+    if _all_same(completions):
+        raise BadRow(
+            Fault.IDENTICAL_AFTER_CUT, f"the kept {len(completions[0])} tokens of all completions are the same"
+        )
+    lengths = zip([encoded.prompt_ids, *encoded.completion_ids], [prompt, *completions])
+    cut = tuple(place for place, (whole, kept) in enumerate(lengths) if len(kept) < len(whole))
+    return EncodedGroup(prompt, completions, encoded.prompt_is_prefix, cut)
+
+
+def _all_same(completions: Sequence[Sequence[int]]) -> bool:
+    return len(completions) > 1 and all(list(ids) == list(completions[0]) for ids in completions[1:])

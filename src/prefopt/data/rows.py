@@ -6,24 +6,15 @@ Strings stay strings and message lists stay message lists. Columns that a loss c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+from datasets import Features, Json, List, Value
+
 from prefopt.data.messages import (
-    ALL_TIED,
-    BAD_SCORE,
-    BAD_SEPARATOR,
-    DIFFERENT_PROMPTS,
-    EMPTY_COMPLETION,
-    EMPTY_PROMPT,
-    EMPTY_RESPONSE,
-    IDENTICAL_COMPLETIONS,
-    LENGTH_MISMATCH,
-    MISSING_FIELD,
-    SINGLE_RESPONSE,
-    WRONG_TYPE,
     BadRow,
-    Text,
+    Fault,
+    TextOrMessages,
     clean_template_kwargs,
     clean_text,
     clean_tools,
@@ -34,6 +25,7 @@ from prefopt.files import content_hash
 
 Kind: TypeAlias = Literal["pairs", "comparisons", "prompts", "any"]
 Row: TypeAlias = dict[str, Any]
+PromptAndResponses: TypeAlias = tuple[TextOrMessages, list[TextOrMessages]]
 
 # numbers that losses and caches read; the references' are a number, or one number for each reference
 METHOD_COLUMNS = (
@@ -51,38 +43,36 @@ COLUMN_ALIASES = {
     "chosen_probs_win": "chosen_win_prob",
     "chosen_probs_lose": "rejected_win_prob",
 }
-TOKENISED_PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-TOKENISED_COMPARISON_COLUMNS = ("prompt_ids", "response_ids", "scores")
 CONTEXT_COLUMNS = ("tools", "chat_template_kwargs")
+COMPLETION_COLUMNS = {"pairs": ("chosen", "rejected"), "comparisons": ("responses",), "prompts": ()}
 
-_PAIR_SHAPES = (
-    ("prompt", "chosen", "rejected"),
-    ("chosen", "rejected"),
-    ("messages", "rejected_response"),
-    TOKENISED_PAIR_COLUMNS,
-)
+TOKENISED_SHAPES = {
+    "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "comparisons": ("prompt_ids", "response_ids", "scores"),
+}
+_PAIR_SHAPES = (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("messages", "rejected_response"))
 ACCEPTED_SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "pairs": _PAIR_SHAPES,
+    "pairs": (*_PAIR_SHAPES, TOKENISED_SHAPES["pairs"]),
     "comparisons": (
         ("prompt", "responses", "scores"),
         ("text", "scores"),
-        TOKENISED_COMPARISON_COLUMNS,
-        *_PAIR_SHAPES[:3],
+        TOKENISED_SHAPES["comparisons"],
+        *_PAIR_SHAPES,
     ),
-    "prompts": (("prompt",), ("messages",), *_PAIR_SHAPES[1:3]),
+    "prompts": (("prompt",), ("messages",), *_PAIR_SHAPES[1:]),
 }
+# one comparison of APO's form: strings of query and response around this mark, of `type` "apo" where adversarial
+SEPARATOR = "<sep>"
+ADVERSARIAL_TYPE = "apo"
 
 
 def is_tokenised(columns: Iterable[str], kind: Kind = "pairs") -> bool:
-    """True where the rows hold token ids already."""
-    present = set(columns)
-    if kind == "comparisons":
-        return present.issuperset(TOKENISED_COMPARISON_COLUMNS)
-    return kind == "pairs" and present.issuperset(TOKENISED_PAIR_COLUMNS)
+    """Return True where rows of `kind` with these columns hold token ids already."""
+    return kind in TOKENISED_SHAPES and set(columns).issuperset(TOKENISED_SHAPES[kind])
 
 
 def check_columns(columns: Iterable[str], kind: Kind, *, where: str = "The dataset") -> None:
-    """Refuse a dataset whose columns cannot be read as rows of `kind`.
+    """Check that a dataset with these columns can be read as rows of `kind`.
 
     Raises:
         ValueError: images, both names of one column, or no accepted set of columns; the message lists what was found.
@@ -92,8 +82,7 @@ def check_columns(columns: Iterable[str], kind: Kind, *, where: str = "The datas
     if pictures:
         raise ValueError(
             f"{where} has the column {pictures[0]!r}: only text is supported. If the column is not needed, leave it "
-            "out "
-            "with `columns`."
+            "out with `columns`."
         )
     for alias, name in COLUMN_ALIASES.items():
         if {alias, name} <= present:
@@ -106,49 +95,61 @@ def check_columns(columns: Iterable[str], kind: Kind, *, where: str = "The datas
     raise ValueError(f"{where} has the columns {sorted(present)}. Rows of {kind} need one of: {accepted}.")
 
 
-def context_of(row: Mapping[str, Any]) -> Row:
-    """The cleaned `tools` and `chat_template_kwargs` of a row, each only where it has one."""
-    context = {
-        "tools": clean_tools(row.get("tools")),
-        "chat_template_kwargs": clean_template_kwargs(row.get("chat_template_kwargs")),
-    }
-    return {name: value for name, value in context.items() if value is not None}
+def kept_features(features: Mapping[str, Any], kind: Kind, contents: Mapping[str, Any]) -> Features:
+    """Return the columns of rows in the schema: `row_id`, their `contents` (texts or ids), and the numbers they keep.
+
+    Args:
+        features: of the rows as they are given; rows of kind "prompts" keep all of them.
+        kind: of the rows.
+        contents: features of the columns that hold texts or token ids.
+    """
+    names = {COLUMN_ALIASES.get(name, name) for name in features}
+    kept = {**(features if kind == "prompts" else {}), "row_id": Value("string"), **contents}
+    if kind == "pairs":
+        kept |= {name: Value("float64") for name in METHOD_COLUMNS if name in names}
+        kept |= {name: features[name] for name in REFERENCE_COLUMNS if name in names}
+    elif kind == "comparisons":
+        kept |= {"scores": List(Value("float64")), "is_adversarial": Value("bool")}
+        kept |= {"margin": Value("float64")} if "margin" in names else {}
+    return Features(kept)
 
 
-def method_values(row: Mapping[str, Any]) -> Row:
-    """The method columns of a row under their own names, as floats (or lists of floats, one for each reference)."""
-    values: Row = {}
-    for column in (*METHOD_COLUMNS, *REFERENCE_COLUMNS, *COLUMN_ALIASES):
-        if column in row:
-            values[COLUMN_ALIASES.get(column, column)] = number(row[column], column)
-    return values
+def text_features(features: Mapping[str, Any], kind: Kind, *, is_messages: bool) -> Features:
+    """Return the columns of normalised rows: texts, or messages as JSON, which may have different keys."""
+    text = Json() if is_messages else Value("string")
+    contents = {"prompt": text, **dict.fromkeys(COMPLETION_COLUMNS[kind], text)}
+    if kind == "comparisons":
+        contents["responses"] = List(text)
+    context = {name: Json() for name in CONTEXT_COLUMNS if name in features}
+    faults = {"fault": Value("string"), "fault_detail": Value("string")}
+    return Features({**kept_features(features, kind, contents), **context, **faults})
 
 
-def number(value: Any, column: str) -> float | list[float | None] | None:
-    """A number, nothing, or (of references) a list of them; anything else is a fault of the row."""
-    if value is None:
-        return None
-    if isinstance(value, list) and column in REFERENCE_COLUMNS:
-        return [None if item is None else float(item) for item in value]
+def normalise(row: Row, kind: Kind, columns: Sequence[str]) -> Row:
+    """Return a row in the schema of `kind`; one that cannot be used has the reason in `fault` and `fault_detail`.
+
+    Args:
+        row: in any accepted shape.
+        kind: "pairs", "comparisons" or "prompts".
+        columns: of the schema, see `text_features`.
+    """
+    kept = row if kind == "prompts" else {}
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise BadRow(WRONG_TYPE, f"`{column}` is not a number: {value!r}") from error
+        clean = {**dict.fromkeys(CONTEXT_COLUMNS), **_READERS[kind](row)}
+    except BadRow as fault:
+        clean = faulty(row, fault)
+    return {name: clean[name] if name in clean else kept.get(name) for name in columns}
 
 
-def row_id(prompt: Text, responses: list[Text], context: Mapping[str, Any]) -> str:
-    """A stable name of a row: 16 hex digits of the hash of its content, whatever its place or its other columns."""
-    return content_hash(prompt, responses, *([dict(context)] if context else []))[:16]
-
-
-def raise_recorded_fault(row: Mapping[str, Any]) -> None:
-    """Raise the fault that an earlier normalisation recorded in the row, if there is one."""
-    if row.get("fault"):
-        raise BadRow(str(row["fault"]), str(row.get("fault_detail") or ""))
+def faulty(row: Row, fault: BadRow) -> Row:
+    """Return what is left of a row that cannot be used: a name, and the reason."""
+    name = content_hash(repr(sorted(row.items(), key=str)))[:16]
+    emptied = dict.fromkeys(("prompt", *CONTEXT_COLUMNS))
+    return {**emptied, "row_id": name, "fault": fault.reason, "fault_detail": fault.detail}
 
 
 def normalise_pair(row: Mapping[str, Any]) -> Row:
-    """One preference row in the schema: `row_id`, `prompt`, `chosen`, `rejected`, its context and its method columns.
+    """Return one preference row in the schema: `row_id`, `prompt`, `chosen`, `rejected`, context and method columns.
 
     Args:
         row: explicit (`prompt`, `chosen`, `rejected`) or implicit prompt (`chosen`, `rejected`), strings or message
@@ -160,43 +161,18 @@ def normalise_pair(row: Mapping[str, Any]) -> Row:
     raise_recorded_fault(row)
     prompt, (chosen, rejected) = _pair_texts(row)
     if is_blank(chosen) or is_blank(rejected):
-        raise BadRow(EMPTY_COMPLETION, f"`{'chosen' if is_blank(chosen) else 'rejected'}` is empty")
+        raise BadRow(Fault.EMPTY_COMPLETION, f"`{'chosen' if is_blank(chosen) else 'rejected'}` is empty")
     if chosen == rejected:
-        raise BadRow(IDENTICAL_COMPLETIONS, "`chosen` and `rejected` are the same")
+        raise BadRow(Fault.IDENTICAL_COMPLETIONS, "`chosen` and `rejected` are the same")
     if isinstance(prompt, list) and not prompt:
-        raise BadRow(EMPTY_PROMPT, "`chosen` and `rejected` share no turn, and there is no `prompt`")
+        raise BadRow(Fault.EMPTY_PROMPT, "`chosen` and `rejected` share no turn, and there is no `prompt`")
     context = context_of(row)
-    identity = row_id(prompt, [chosen, rejected], context)
-    return {
-        "row_id": identity,
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        **context,
-        **method_values(row),
-    }
-
-
-def _pair_texts(row: Mapping[str, Any]) -> tuple[Text, list[Text]]:
-    if "chosen" not in row and "messages" in row:
-        return _from_conversation(row)
-    chosen, rejected = clean_text(row.get("chosen"), "chosen"), clean_text(row.get("rejected"), "rejected")
-    prompt = clean_text(row["prompt"], "prompt") if "prompt" in row else None
-    return split_prompt(prompt, [chosen, rejected])
-
-
-def _from_conversation(row: Mapping[str, Any]) -> tuple[Text, list[Text]]:
-    """`messages`, a conversation that ends with the chosen answer, beside `rejected_response` (ms-swift's form)."""
-    messages = clean_text(row["messages"], "messages")
-    rejected = clean_text(row.get("rejected_response"), "rejected_response")
-    if isinstance(messages, str) or not messages or messages[-1]["role"] != "assistant":
-        raise BadRow(MISSING_FIELD, "`messages` does not end with an assistant turn, the chosen answer")
-    answer: Text = [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) else rejected
-    return messages[:-1], [messages[-1:], answer]
+    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"row_id": row_id(prompt, [chosen, rejected], context), **texts, **context, **method_values(row)}
 
 
 def normalise_prompt(row: Mapping[str, Any]) -> Row:
-    """The prompt of a row of any shape: `row_id`, `prompt` and its context; a final assistant turn of `messages` is cut.
+    """Return the prompt of a row of any shape: `row_id`, `prompt` and its context. `messages` lose a final answer.
 
     Raises:
         BadRow: the prompt is missing, of the wrong type or empty.
@@ -212,16 +188,12 @@ def normalise_prompt(row: Mapping[str, Any]) -> Row:
         answered = isinstance(messages, list) and messages and messages[-1]["role"] == "assistant"
         prompt = messages[:-1] if answered else messages
     if is_blank(prompt):
-        raise BadRow(EMPTY_PROMPT, "`prompt` is empty")
+        raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is empty")
     return {"row_id": row_id(prompt, [], context), "prompt": prompt, **context}
 
 
-SEPARATOR = "<sep>"
-ADVERSARIAL_TYPE = "apo"
-
-
 def normalise_comparison(row: Mapping[str, Any]) -> Row:
-    """One comparison row: `row_id`, `prompt`, `responses`, `scores`, `is_adversarial`, and `margin` where it has one.
+    """Return one comparison row: `row_id`, `prompt`, `responses`, `scores`, `is_adversarial`, `margin` if it has one.
 
     Args:
         row: `prompt`, `responses`, `scores`; or `text` ("query<sep>response" strings) and `scores`, with
@@ -232,80 +204,131 @@ def normalise_comparison(row: Mapping[str, Any]) -> Row:
             not finite or are all the same.
     """
     raise_recorded_fault(row)
+    scores = row.get("scores")
     if "responses" not in row and "text" not in row:
-        return _from_pair(row)
-    if row.get("responses") is not None:
+        pair = normalise_pair(row)
+        prompt, responses, scores = pair["prompt"], [pair["chosen"], pair["rejected"]], [1.0, 0.0]
+    elif row.get("responses") is not None:
         prompt, responses = _from_responses(row)
     else:
         prompt, responses = _from_separated(row)
-    scores = check_scores(row.get("scores"), len(responses))
+    scores = check_scores(scores, len(responses))
     for place, response in enumerate(responses):
         if is_blank(response):
-            raise BadRow(EMPTY_RESPONSE, f"response {place} of {len(responses)} is empty")
+            raise BadRow(Fault.EMPTY_RESPONSE, f"response {place} of {len(responses)} is empty")
     context = context_of(row)
     identity = row_id(prompt, responses, {**context, "scores": scores})
-    return {"row_id": identity, "prompt": prompt, "responses": responses, "scores": scores, **_extras(row), **context}
+    values = {"scores": scores, **comparison_values(row)}
+    return {"row_id": identity, "prompt": prompt, "responses": responses, **values, **context}
+
+
+_READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}
+
+
+def raise_recorded_fault(row: Mapping[str, Any]) -> None:
+    """Raise the fault that an earlier normalisation recorded in the row, if there is one."""
+    if row.get("fault"):
+        raise BadRow(str(row["fault"]), str(row.get("fault_detail") or ""))
+
+
+def context_of(row: Mapping[str, Any]) -> Row:
+    """Return the cleaned `tools` and `chat_template_kwargs` of a row, each only where it has one."""
+    tools, settings = clean_tools(row.get("tools")), clean_template_kwargs(row.get("chat_template_kwargs"))
+    return {name: value for name, value in zip(CONTEXT_COLUMNS, (tools, settings)) if value is not None}
+
+
+def row_id(prompt: TextOrMessages, responses: list[TextOrMessages], context: Mapping[str, Any]) -> str:
+    """Return a stable name of a row: 16 hex digits of a hash of its content, whatever its place or other columns."""
+    return content_hash(prompt, responses, *([dict(context)] if context else []))[:16]
+
+
+def method_values(row: Mapping[str, Any]) -> Row:
+    """Return a row's method columns under their own names, as floats (or lists of floats, one for each reference)."""
+    columns = (*METHOD_COLUMNS, *REFERENCE_COLUMNS, *COLUMN_ALIASES)
+    return {COLUMN_ALIASES.get(name, name): number(row[name], name) for name in columns if name in row}
+
+
+def number(value: Any, column: str) -> float | list[float | None] | None:
+    """Return a value as a float, or (of a reference column) as a list of them; None stays None.
+
+    Raises:
+        BadRow: it is no number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, list) and column in REFERENCE_COLUMNS:
+        return [None if item is None else float(item) for item in value]
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise BadRow(Fault.WRONG_TYPE, f"`{column}` is not a number: {value!r}") from error
 
 
 def check_scores(value: Any, num_responses: int) -> list[float]:
-    """The scores of `num_responses` responses as floats, refused where nothing can be learned from them."""
+    """Return the scores of `num_responses` responses as floats.
+
+    Raises:
+        BadRow: they are no numbers, not as many as the responses, not finite, or all the same.
+    """
     if value is None:
-        raise BadRow(MISSING_FIELD, "`scores` is missing")
+        raise BadRow(Fault.MISSING_FIELD, "`scores` is missing")
     if not isinstance(value, list) or not all(isinstance(score, (int, float)) or score is None for score in value):
-        raise BadRow(WRONG_TYPE, f"`scores` is not a list of numbers: {value!r}")
+        raise BadRow(Fault.WRONG_TYPE, f"`scores` is not a list of numbers: {value!r}")
     if len(value) != num_responses:
-        raise BadRow(LENGTH_MISMATCH, f"{num_responses} responses, {len(value)} scores")
+        raise BadRow(Fault.LENGTH_MISMATCH, f"{num_responses} responses, {len(value)} scores")
     if num_responses < 2:
-        raise BadRow(SINGLE_RESPONSE, f"{num_responses} response(s)")
+        raise BadRow(Fault.SINGLE_RESPONSE, f"{num_responses} response(s)")
     if not all(score is not None and math.isfinite(score) for score in value):
-        raise BadRow(BAD_SCORE, f"scores {value!r}")
+        raise BadRow(Fault.BAD_SCORE, f"scores {value!r}")
     if len(set(value)) == 1:
-        raise BadRow(ALL_TIED, f"every score is {value[0]}")
+        raise BadRow(Fault.ALL_TIED, f"every score is {value[0]}")
     return [float(score) for score in value]
 
 
-def _extras(row: Mapping[str, Any]) -> Row:
-    extras: Row = {"is_adversarial": bool(row.get("is_adversarial")) or row.get("type") == ADVERSARIAL_TYPE}
-    if row.get("margin") is not None:
-        extras["margin"] = number(row["margin"], "margin")
-    return extras
+def comparison_values(row: Mapping[str, Any]) -> Row:
+    """Return what a comparison row says beside its scores: `is_adversarial`, and `margin` where it has one."""
+    values: Row = {"is_adversarial": bool(row.get("is_adversarial")) or row.get("type") == ADVERSARIAL_TYPE}
+    return values if row.get("margin") is None else {**values, "margin": number(row["margin"], "margin")}
 
 
-def _from_pair(row: Mapping[str, Any]) -> Row:
-    pair = normalise_pair(row)
-    context: Row = {name: pair[name] for name in ("tools", "chat_template_kwargs") if name in pair}
-    responses, scores = [pair["chosen"], pair["rejected"]], [1.0, 0.0]
-    identity = row_id(pair["prompt"], responses, {**context, "scores": scores})
-    return {
-        "row_id": identity,
-        "prompt": pair["prompt"],
-        "responses": responses,
-        "scores": scores,
-        **_extras(row),
-        **context,
-    }
+def _pair_texts(row: Mapping[str, Any]) -> PromptAndResponses:
+    if "chosen" not in row and "messages" in row:
+        return _from_conversation(row)
+    chosen, rejected = clean_text(row.get("chosen"), "chosen"), clean_text(row.get("rejected"), "rejected")
+    prompt = clean_text(row["prompt"], "prompt") if "prompt" in row else None
+    return split_prompt(prompt, [chosen, rejected])
 
 
-def _from_responses(row: Mapping[str, Any]) -> tuple[Text, list[Text]]:
+def _from_conversation(row: Mapping[str, Any]) -> PromptAndResponses:
+    """Read `messages`, which end with the chosen answer, beside `rejected_response` (ms-swift's form)."""
+    messages = clean_text(row["messages"], "messages")
+    rejected = clean_text(row.get("rejected_response"), "rejected_response")
+    if isinstance(messages, str) or not messages or messages[-1]["role"] != "assistant":
+        raise BadRow(Fault.MISSING_FIELD, "`messages` does not end with an assistant turn, the chosen answer")
+    answer: TextOrMessages = [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) else rejected
+    return messages[:-1], [messages[-1:], answer]
+
+
+def _from_responses(row: Mapping[str, Any]) -> PromptAndResponses:
     if not isinstance(row["responses"], list):
-        raise BadRow(WRONG_TYPE, f"`responses` is not a list: {row['responses']!r}")
+        raise BadRow(Fault.WRONG_TYPE, f"`responses` is not a list: {row['responses']!r}")
     responses = [clean_text(response, "responses") for response in row["responses"]]
     prompt = clean_text(row.get("prompt"), "prompt")
     return split_prompt(prompt, responses) if responses else (prompt, [])
 
 
-def _from_separated(row: Mapping[str, Any]) -> tuple[Text, list[Text]]:
+def _from_separated(row: Mapping[str, Any]) -> PromptAndResponses:
     texts = row.get("text")
     if texts is None:
-        raise BadRow(MISSING_FIELD, "`text` is missing")
+        raise BadRow(Fault.MISSING_FIELD, "`text` is missing")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRow(WRONG_TYPE, f'`text` is not a list of "query{SEPARATOR}response" strings')
+        raise BadRow(Fault.WRONG_TYPE, f'`text` is not a list of "query{SEPARATOR}response" strings')
     for text in texts:
         if text.count(SEPARATOR) != 1:
-            raise BadRow(BAD_SEPARATOR, f"{SEPARATOR!r} stands {text.count(SEPARATOR)} times in {text[:60]!r}")
+            raise BadRow(Fault.BAD_SEPARATOR, f"{SEPARATOR!r} stands {text.count(SEPARATOR)} times in {text[:60]!r}")
     halves = [text.split(SEPARATOR) for text in texts]
     prompts = {query for query, _ in halves}
     if len(prompts) > 1:
-        raise BadRow(DIFFERENT_PROMPTS, f"{len(prompts)} different queries in one row")
-    responses: list[Text] = [response for _, response in halves]
+        raise BadRow(Fault.DIFFERENT_PROMPTS, f"{len(prompts)} different queries in one row")
+    responses: list[TextOrMessages] = [response for _, response in halves]
     return (prompts.pop() if prompts else ""), responses

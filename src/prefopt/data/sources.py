@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import zlib
 from collections.abc import Iterator
@@ -172,7 +173,10 @@ def _load_files(files: list[Path], source: DataSource) -> Dataset:
     if reader == "csv":
         options |= {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
         options["sep"] = "\t" if ".tsv" in files[0].name else ","
-    return load_dataset(reader, data_files={split: [str(file) for file in files]}, split=source.split, **options)
+    names = [
+        glob.escape(str(file)) for file in files
+    ]  # datasets takes names for patterns: `run[1]` would match `run1`
+    return load_dataset(reader, data_files={split: names}, split=source.split, **options)
 
 
 def _unknown_split(source: DataSource, available: list[str]) -> ValueError:

@@ -1,11 +1,15 @@
-"""Tokenised data sets: rows are templated, tokenised, split and cut here, and every row that is lost is counted."""
+"""Rows become token ids in one pass: normalised, templated, encoded, split and cut, and every lost row is counted.
+
+`tokenize_pairs` and its neighbours are the interface. `RowTokenizer.tokenize_batch` is what happens to a row.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,176 +20,428 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.encoding import (
+    MESSAGES,
+    STRINGS,
     EncodedGroup,
-    Group,
+    TextGroup,
     Truncation,
-    check_chat_template,
     encode_groups,
+    fit,
     tokenizer_fingerprint,
 )
-from prefopt.data.messages import (
-    EMPTY_COMPLETION,
-    IDENTICAL_AFTER_CUT,
-    IDENTICAL_COMPLETIONS,
-    MISSING_FIELD,
-    NO_ROOM,
-    NOT_A_PREFIX,
-    PROMPT_TOO_LONG,
-    BadRow,
-    OnBadRow,
-    as_messages,
-    check_on_bad_row,
-)
+from prefopt.data.holdout import PromptName, prompt_name
+from prefopt.data.messages import BadRow, Fault, OnBadRow, as_messages, check_on_bad_row
 from prefopt.data.rows import (
-    COLUMN_ALIASES,
-    METHOD_COLUMNS,
-    REFERENCE_COLUMNS,
+    COMPLETION_COLUMNS,
+    CONTEXT_COLUMNS,
+    TOKENISED_SHAPES,
     Kind,
     Row,
     check_columns,
     check_scores,
+    comparison_values,
+    faulty,
     is_tokenised,
+    kept_features,
     method_values,
-    normalise_comparison,
-    normalise_pair,
-    normalise_prompt,
-    number,
+    normalise,
     raise_recorded_fault,
     row_id,
+    text_features,
 )
 from prefopt.files import content_hash
 
+# part of the cache key: raise it whenever the same input would give other ids
+VERSION = 2
 IDS = List(Value("int32"))
-# the names under which lengths and cuts of a group's parts are reported
-PARTS: dict[str, tuple[str, ...]] = {
-    "pairs": ("prompt", "chosen", "rejected"),
-    "comparisons": ("prompt", "responses"),
-    "prompts": ("prompt",),
+ID_COLUMNS: dict[str, dict[str, Any]] = {
+    "pairs": {
+        **dict.fromkeys(TOKENISED_SHAPES["pairs"], IDS),
+        **dict.fromkeys(("chosen_bytes", "rejected_bytes"), Value("int64")),
+    },
+    "comparisons": {"prompt_ids": IDS, "response_ids": List(IDS)},
+    "prompts": {"prompt_ids": IDS},
+}
+OUTCOME = "_outcome"
+OUTCOME_FEATURES = {
+    "fault": Value("string"),
+    "detail": Value("string"),
+    "is_messages": Value("bool"),
+    "is_prefix": Value("bool"),
+    "cut": List(Value("string")),
+    "prompt": {"same": Value("string"), "exact": Value("string")},
 }
 
 
-def read_row(
-    row: Mapping[str, Any], kind: Kind, *, template_strings: bool = False
-) -> tuple[Row, Group | EncodedGroup]:
-    """The columns that a row keeps, and its prompt and completions as texts, or as ids where it is tokenised already."""
-    raise_recorded_fault(row)
-    if is_tokenised(row, kind):
-        return _read_ids(row, kind)
-    if kind == "pairs":
-        clean = normalise_pair(row)
-        completions = [clean.pop("chosen"), clean.pop("rejected")]
-    elif kind == "comparisons":
-        clean = normalise_comparison(row)
-        completions = clean.pop("responses")
-    else:
-        clean, completions = normalise_prompt(row), []
-    prompt = clean.pop("prompt")
-    if template_strings:
-        prompt = as_messages(prompt)
-    group = Group(prompt, completions, clean.pop("tools", None), clean.pop("chat_template_kwargs", None))
-    return clean, group
+def tokenize_pairs(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    on_bad_row: OnBadRow = "drop",
+    strict_prefix: bool = False,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[Dataset, TokenizationReport]:
+    """Tokenise, split and cut preference rows of any accepted shape; report what happened to them.
 
+    Args:
+        dataset: rows as in `prefopt.data.rows`, or rows that are tokenised already, which are only checked and cut.
+        tokenizer: gives ids, chat template, BOS and end token.
+        max_length: tokens of prompt and completion together; None cuts nothing.
+        max_prompt_length: tokens of a prompt that has to be cut; None follows `truncation_mode`.
+        truncation_mode: "keep_start" or "keep_end"; see `Truncation`.
+        on_bad_row: "drop" counts and leaves out a row that cannot be used, "raise" stops at the first.
+        strict_prefix: treat a row whose prompt is not a token prefix of prompt + completion as one that cannot be
+            used.
+        num_proc: processes.
+        name: what the report calls this set.
 
-def _read_ids(row: Mapping[str, Any], kind: Kind) -> tuple[Row, EncodedGroup]:
-    names = ("prompt_ids", "chosen_ids", "rejected_ids") if kind == "pairs" else ("prompt_ids", "response_ids")
-    for name in names:
-        if row[name] is None:
-            raise BadRow(MISSING_FIELD, f"`{name}` is missing")
-    prompt = list(row["prompt_ids"])
-    if not prompt:
-        raise BadRow(MISSING_FIELD, "`prompt_ids` is empty")
-    if kind == "pairs":
-        completions = [list(row["chosen_ids"]), list(row["rejected_ids"])]
-        kept = {"row_id": row.get("row_id") or row_id(prompt, completions, {}), **method_values(row)}  # type: ignore[arg-type]
-    else:
-        completions = [list(ids) for ids in row["response_ids"]]
-        scores = check_scores(row["scores"], len(completions))
-        identity = row.get("row_id") or row_id(prompt, completions, {"scores": scores})  # type: ignore[arg-type]
-        kept = {"row_id": identity, "scores": scores, "is_adversarial": bool(row.get("is_adversarial"))}
-        if row.get("margin") is not None:
-            kept["margin"] = number(row["margin"], "margin")
-    return kept, EncodedGroup(prompt, completions)
-
-
-def fit(encoded: EncodedGroup, truncation: Truncation, bos_token_id: int | None) -> tuple[EncodedGroup, list[int]]:
-    """The group as it is trained on, and the places of the parts that were cut (0 is the prompt).
+    Returns:
+        A data set with `row_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_bytes`, `rejected_bytes` (UTF-8
+        bytes of the scored text without special tokens) and the method columns that it had; and the report. A set
+        that was made here with the same settings is returned unchanged, with its report.
 
     Raises:
-        BadRow: nothing is left to tell the completions apart.
+        ValueError: wrong columns, images, a streamed set, no chat template for messages, no usable row, wrong lengths.
     """
-    if not encoded.completion_ids:
-        limit = truncation.max_length
-        if limit is not None and len(encoded.prompt_ids) > limit:
-            raise BadRow(PROMPT_TOO_LONG, f"{len(encoded.prompt_ids)} tokens, max_length {limit}")
-        return encoded, []
-    if not all(encoded.completion_ids):
-        raise BadRow(EMPTY_COMPLETION, "a completion has no token of its own")
-    if _all_same(encoded.completion_ids):
-        raise BadRow(IDENTICAL_COMPLETIONS, "all completions have the same tokens")
-    prompt, completions = truncation.cut(encoded.prompt_ids, encoded.completion_ids, bos_token_id)
-    if not all(completions):
-        raise BadRow(NO_ROOM, f"{len(encoded.prompt_ids)} prompt tokens, max_length {truncation.max_length}")
-    if _all_same(completions):
-        raise BadRow(IDENTICAL_AFTER_CUT, f"the kept {len(completions[0])} tokens of all completions are the same")
-    before, after = [encoded.prompt_ids, *encoded.completion_ids], [prompt, *completions]
-    cut = [place for place, (whole, kept) in enumerate(zip(before, after)) if len(kept) < len(whole)]
-    return EncodedGroup(prompt, completions, encoded.prompt_is_prefix), cut
+    truncation = Truncation(max_length, max_prompt_length, truncation_mode)
+    tokenize = RowTokenizer(tokenizer, "pairs", truncation, strict_prefix)
+    return tokenize(dataset, on_bad_row=on_bad_row, num_proc=num_proc, name=name)
 
 
-def _all_same(completions: Sequence[Sequence[int]]) -> bool:
-    return len(completions) > 1 and all(list(ids) == list(completions[0]) for ids in completions[1:])
+def tokenize_comparisons(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    on_bad_row: OnBadRow = "drop",
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[Dataset, TokenizationReport]:
+    """Tokenise comparison rows (a prompt and R >= 2 scored responses, or pairs); the rest as in `tokenize_pairs`.
+
+    Returns:
+        A data set with `row_id`, `prompt_ids`, `response_ids` (a list for each response), `scores`, `is_adversarial`,
+        and `margin` where it had one; and the report.
+    """
+    tokenize = RowTokenizer(tokenizer, "comparisons", Truncation(max_length, max_prompt_length, truncation_mode))
+    return tokenize(dataset, on_bad_row=on_bad_row, num_proc=num_proc, name=name)
 
 
-def columns_of(
-    groups: Sequence[EncodedGroup | None], kind: Kind, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[Any]]:
-    """The id columns of a batch; a faulty row (None) gets empty ones."""
-    columns: dict[str, list[Any]] = {"prompt_ids": [group.prompt_ids if group else [] for group in groups]}
+def tokenize_prompts(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    template_strings: bool = False,
+    on_bad_row: OnBadRow = "drop",
+    num_proc: int | None = None,
+    name: str = "prompts",
+) -> tuple[Dataset, TokenizationReport]:
+    """Tokenise prompts for generation, with generation prompt and one BOS: the ids `tokenize_pairs` gives that prompt.
+
+    Args:
+        dataset: rows with a `prompt`, or any preference rows, whose prompts are taken.
+        tokenizer: gives ids and chat template.
+        max_length: a longer prompt is a row that cannot be used; prompts are never cut here.
+        template_strings: read a string prompt as one user turn of a conversation.
+        on_bad_row: as in `tokenize_pairs`.
+        num_proc: processes.
+        name: what the report calls this set.
+
+    Returns:
+        The data set with all its columns, and `row_id` (of the prompt) and `prompt_ids`; and the report.
+    """
+    tokenize = RowTokenizer(tokenizer, "prompts", Truncation(max_length), template_strings=template_strings)
+    return tokenize(dataset, on_bad_row=on_bad_row, num_proc=num_proc, name=name)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row. A map can only return columns, so it travels in one (`_outcome`) until it is counted.
+
+    Attributes:
+        fault: why the row cannot be used; None where it can.
+        detail: what was found there.
+        is_messages: whether the row came as messages; None where it came as token ids.
+        is_prefix: whether the prompt alone is a token prefix of prompt + completion.
+        cut: the parts that were cut ("prompt", "chosen", "rejected", "responses").
+        prompt: names of its prompt, for hold-outs.
+    """
+
+    fault: str | None
+    detail: str | None
+    is_messages: bool | None
+    is_prefix: bool
+    cut: list[str]
+    prompt: PromptName
+
+
+# what the tokenised sets of this process were made with, and what was reported then, by fingerprint; whatever changes
+# a set gives it another fingerprint
+_MADE: dict[str, tuple[str, TokenizationReport]] = {}
+
+
+@dataclass(frozen=True)
+class RowTokenizer:
+    """Turns rows of one kind into token ids.
+
+    Attributes:
+        tokenizer: gives ids, chat template, BOS and end token.
+        kind: "pairs", "comparisons" or "prompts".
+        truncation: how a row is made to fit.
+        strict_prefix: a row whose prompt is not a token prefix of prompt + completion cannot be used.
+        template_strings: read a string prompt as one user turn of a conversation.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    truncation: Truncation
+    strict_prefix: bool = False
+    template_strings: bool = False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides which ids a row gets; a tokenizer that has been used gives the same."""
+        settings = (self.kind, asdict(self.truncation), self.strict_prefix, self.template_strings)
+        return content_hash(tokenizer_fingerprint(self.tokenizer), settings, VERSION)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names under which the lengths and cuts of a row's parts are reported."""
+        return ("prompt", *COMPLETION_COLUMNS[self.kind])
+
+    def __call__(
+        self, dataset: Dataset, *, on_bad_row: OnBadRow, num_proc: int | None, name: str
+    ) -> tuple[Dataset, TokenizationReport]:
+        """Tokenise a dataset; one that was made here with the same settings is returned unchanged, with its report."""
+        check_on_bad_row(on_bad_row)
+        check_dataset(dataset, name)
+        if dataset._fingerprint in _MADE:
+            made_with, report = _MADE[dataset._fingerprint]
+            if made_with == self.fingerprint:
+                return dataset, replace(report, name=name)
+        with main_process_first():
+            mapped = self.map(dataset, num_proc=num_proc, where=f"The {name} set")
+        return self.settle(mapped, on_bad_row=on_bad_row, name=name)
+
+    def map(self, dataset: Dataset, *, num_proc: int | None, where: str) -> Dataset:
+        """Tokenise every row of a dataset, faulty ones included; `settle` drops and counts those.
+
+        Returns:
+            The kept columns, and `_outcome`; see `Outcome`.
+        """
+        check_columns(dataset.column_names, self.kind, where=where)
+        dataset = dataset.with_format(None)
+        columns = kept_features(dataset.features, self.kind, ID_COLUMNS[self.kind])
+        texts = text_features(dataset.features, self.kind, is_messages=False)
+        return dataset.map(
+            self.tokenize_batch,
+            batched=True,
+            fn_kwargs={"columns": list(columns), "texts": list(texts)},
+            remove_columns=[column for column in dataset.column_names if column not in columns],
+            features=Features({**columns, OUTCOME: OUTCOME_FEATURES}),
+            num_proc=num_proc and min(num_proc, len(dataset)),
+            # `datasets` would hash the tokenizer with the state that use leaves in it
+            new_fingerprint=content_hash(dataset._fingerprint, self.fingerprint)[:32],
+            desc=f"Tokenizing ({where})",
+        )
+
+    def tokenize_batch(
+        self, batch: dict[str, list[Any]], columns: Sequence[str], texts: Sequence[str]
+    ) -> dict[str, list[Any]]:
+        """Read, encode and cut the rows of a batch; return what is kept of them and their outcomes.
+
+        Args:
+            batch: column -> values.
+            columns: the columns to return, beside that of the outcomes.
+            texts: the columns of a normalised row.
+        """
+        rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+        clean, read = zip(*(self.read(row, texts) for row in rows))
+        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer)]
+        ids = id_columns(groups, self.kind, self.tokenizer)
+        # prompts keep the columns of their rows as they were
+        kept = [{**row, "row_id": c["row_id"]} for row, c in zip(rows, clean)] if self.kind == "prompts" else clean
+        outcomes = [self._outcome(*each) for each in zip(rows, clean, read, groups)]
+        return {name: ids[name] if name in ids else [row.get(name) for row in kept] for name in columns} | {
+            OUTCOME: [asdict(outcome) for outcome in outcomes]
+        }
+
+    def read(self, row: Row, texts: Sequence[str]) -> tuple[Row, TextGroup | EncodedGroup | BadRow]:
+        """Return a row in the schema, and its prompt and completions: as texts, or as ids if they are given so."""
+        if is_tokenised(row, self.kind):
+            try:
+                return read_ids(row, self.kind)
+            except BadRow as fault:
+                return faulty(row, fault), fault
+        clean = normalise(row, self.kind, texts)
+        if clean["fault"] is not None:
+            return clean, BadRow(clean["fault"], clean["fault_detail"])
+        prompt = as_messages(clean["prompt"]) if self.template_strings else clean["prompt"]
+        completions = [clean[name] for name in COMPLETION_COLUMNS[self.kind]]
+        if self.kind == "comparisons":
+            (completions,) = completions
+        return clean, TextGroup(prompt, completions, *(clean.get(name) for name in CONTEXT_COLUMNS))
+
+    def _fit(self, group: EncodedGroup | BadRow) -> EncodedGroup | BadRow:
+        if isinstance(group, BadRow):
+            return group
+        if self.strict_prefix and not group.prompt_is_prefix:
+            return BadRow(Fault.NOT_A_PREFIX, f"they part after {len(group.prompt_ids)} tokens")
+        try:
+            return fit(group, self.truncation, self.tokenizer.bos_token_id)
+        except BadRow as fault:
+            return fault
+
+    def _outcome(self, row: Row, clean: Row, read: Any, group: EncodedGroup | BadRow) -> Outcome:
+        name = prompt_name({**row, "prompt": None} if is_tokenised(row, self.kind) else clean, self.tokenizer)
+        is_messages = None if is_tokenised(row, self.kind) else isinstance(clean.get("prompt"), list)
+        if isinstance(group, BadRow):
+            return Outcome(group.reason, group.detail, is_messages, True, [], name)
+        cut = dict.fromkeys(self.parts[min(place, len(self.parts) - 1)] for place in group.cut)
+        return Outcome(None, None, is_messages, group.prompt_is_prefix, list(cut), name)
+
+    def settle(
+        self, mapped: Dataset, *, on_bad_row: OnBadRow, name: str, one_form: bool = False
+    ) -> tuple[Dataset, TokenizationReport]:
+        """Drop the rows of a mapped dataset that cannot be used, or raise at the first, and count everything.
+
+        Args:
+            mapped: as `map` returns it.
+            on_bad_row: "drop" or "raise".
+            name: what the report calls this set.
+            one_form: strings among messages, and messages among strings, cannot be used either.
+        """
+        outcomes = outcomes_of(mapped)
+        if one_form:
+            outcomes = with_one_form(outcomes)
+        report = TokenizationReport(name, len(outcomes), sum(outcome.fault is None for outcome in outcomes))
+        for row, outcome in enumerate(outcomes):
+            if outcome.fault is None:
+                report.rows_cut += bool(outcome.cut)
+                report.not_prefix += not outcome.is_prefix
+                continue
+            if on_bad_row == "raise":
+                raise ValueError(
+                    f"Row {row} of the {name} set: {outcome.fault} ({outcome.detail}). Fix it, or set "
+                    "`on_bad_row: drop`."
+                )
+            report.examples.setdefault(outcome.fault, (row, outcome.detail or ""))
+            report.dropped[outcome.fault] = report.dropped.get(outcome.fault, 0) + 1
+        if not report.rows_kept:
+            raise ValueError(f"No row of the {name} set can be used.\n{report.table()}")
+        kept = mapped.remove_columns(OUTCOME)
+        if report.dropped:
+            kept = kept.select([row for row, outcome in enumerate(outcomes) if outcome.fault is None])
+        cuts = Counter(part for outcome in outcomes for part in outcome.cut)
+        report.cut = {part: cuts[part] for part in self.parts}
+        report.lengths = {part: LengthSummary.of(token_counts(kept, part)) for part in self.parts}
+        form = form_of(outcomes)
+        report.form = None if form is None else MESSAGES if form else STRINGS
+        _MADE[kept._fingerprint] = self.fingerprint, report
+        return kept, report
+
+
+def read_ids(row: Row, kind: Kind) -> tuple[Row, EncodedGroup]:
+    """Return the kept columns and the ids of a row that is tokenised already.
+
+    Raises:
+        BadRow: ids are missing, or the scores cannot be used.
+    """
+    raise_recorded_fault(row)
+    names = TOKENISED_SHAPES[kind][: 3 if kind == "pairs" else 2]
+    for name in names:
+        if row[name] is None:
+            raise BadRow(Fault.MISSING_FIELD, f"`{name}` is missing")
+    prompt = list(row["prompt_ids"])
+    if not prompt:
+        raise BadRow(Fault.MISSING_FIELD, "`prompt_ids` is empty")
     if kind == "pairs":
-        for place, name in enumerate(("chosen", "rejected")):
-            ids = [group.completion_ids[place] if group else [] for group in groups]
-            columns[f"{name}_ids"] = ids
-            columns[f"{name}_bytes"] = [len(text.encode("utf-8")) for text in scored_texts(ids, tokenizer)]
+        completions, scores = [list(row["chosen_ids"]), list(row["rejected_ids"])], {}
+        values = method_values(row)
+    else:
+        completions = [list(ids) for ids in row["response_ids"]]
+        scores = {"scores": check_scores(row["scores"], len(completions))}
+        values = {**scores, **comparison_values(row)}
+    name = row.get("row_id") or row_id(prompt, completions, scores)  # type: ignore[arg-type]
+    return {"row_id": name, **values}, EncodedGroup(prompt, completions)
+
+
+def id_columns(
+    groups: Sequence[EncodedGroup | BadRow], kind: Kind, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Any]]:
+    """Return the columns of ids of a batch, and for pairs the UTF-8 bytes of the scored texts; faults have none."""
+    usable = [None if isinstance(group, BadRow) else group for group in groups]
+    columns: dict[str, list[Any]] = {"prompt_ids": [group.prompt_ids if group else [] for group in usable]}
+    if kind == "pairs":
+        for place, name in enumerate(COMPLETION_COLUMNS[kind]):
+            ids = [group.completion_ids[place] if group else [] for group in usable]
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            columns |= {f"{name}_ids": ids, f"{name}_bytes": [len(text.encode("utf-8")) for text in texts]}
     elif kind == "comparisons":
-        columns["response_ids"] = [group.completion_ids if group else [] for group in groups]
+        columns["response_ids"] = [group.completion_ids if group else [] for group in usable]
     return columns
 
 
-def scored_texts(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each list of ids, special tokens left out."""
-    return list(tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def outcomes_of(mapped: Dataset) -> list[Outcome]:
+    """Read the outcomes of a mapped dataset, in its order."""
+    column = mapped.select_columns(OUTCOME).with_format("arrow")[:][OUTCOME].to_pylist()
+    return [Outcome(**{**values, "prompt": PromptName(**values["prompt"])}) for values in column]
 
 
-def output_features(features: Mapping[str, Any], kind: Kind) -> Features:
-    """The columns of a tokenised data set, given those of its rows."""
-    out: dict[str, Any] = {"row_id": Value("string"), "prompt_ids": IDS}
-    names = {COLUMN_ALIASES.get(name, name) for name in features}
-    if kind == "pairs":
-        out |= {
-            "chosen_ids": IDS,
-            "rejected_ids": IDS,
-            "chosen_bytes": Value("int64"),
-            "rejected_bytes": Value("int64"),
-        }
-        out |= {name: Value("float64") for name in METHOD_COLUMNS if name in names}
-        out |= {name: features[name] for name in REFERENCE_COLUMNS if name in names}
-    elif kind == "comparisons":
-        out |= {"response_ids": List(IDS), "scores": List(Value("float64")), "is_adversarial": Value("bool")}
-        out |= {"margin": Value("float64")} if "margin" in names else {}
-    else:
-        out = {**features, **out}
-    return Features(out)
+def form_of(outcomes: Sequence[Outcome]) -> bool | None:
+    """Return whether the first usable row is a conversation; None where no row can be used, or all are token ids."""
+    return next((outcome.is_messages for outcome in outcomes if outcome.fault is None), None)
 
 
-def placeholder(name: str) -> Any:
-    """What a faulty row holds in a kept column until it is dropped."""
-    return {"row_id": "", "scores": [], "is_adversarial": False}.get(name)
+def with_one_form(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Mark strings among messages, and messages among strings, as faulty; the first usable row decides."""
+    form = form_of(outcomes)
+    detail = f"`prompt` is {'a string' if form else 'a list of messages'}, unlike the rows before"
+    return [
+        outcome
+        if outcome.fault is not None or outcome.is_messages == form
+        else replace(outcome, fault=str(Fault.WRONG_TYPE), detail=detail, cut=[])
+        for outcome in outcomes
+    ]
 
 
-def parts_of(cut: Iterable[int], kind: Kind) -> str:
-    """The reported names of cut parts, joined by commas."""
-    names = PARTS[kind]
-    return ",".join(dict.fromkeys(names[min(place, len(names) - 1)] for place in cut))
+def token_counts(dataset: Dataset, part: str) -> Any:
+    """Count the tokens of one part in every row (of "responses": of every response)."""
+    name = "response_ids" if part == "responses" else f"{part}_ids"
+    values = dataset.select_columns(name).with_format("arrow")[:][name]
+    return pc.list_value_length(pc.list_flatten(values) if part == "responses" else values).to_numpy()
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Raise a ValueError for anything but a `datasets.Dataset` with rows."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"The {name} set is streamed (IterableDataset): load it without streaming.")
+    if isinstance(dataset, DatasetDict):
+        raise ValueError(f"The {name} set is a DatasetDict: pick one of its splits {sorted(dataset)}.")
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The {name} set is a {type(dataset).__name__}; pass a datasets.Dataset (Dataset.from_list makes one)."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"The {name} set has no rows.")
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Let the main process, then each node's main process, fill the data cache before the others read it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    state = PartialState()
+    with state.main_process_first(), state.local_main_process_first():
+        yield
 
 
 @dataclass(frozen=True)
@@ -220,6 +476,7 @@ class TokenizationReport:
         rows_cut: kept rows in which anything was cut.
         not_prefix: kept rows whose prompt alone is not a token prefix of prompt + completion.
         lengths: tokens of each part.
+        form: "strings" or "messages", as the rows came; None for token ids.
     """
 
     name: str
@@ -231,6 +488,7 @@ class TokenizationReport:
     rows_cut: int = 0
     not_prefix: int = 0
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
+    form: str | None = None
 
     @property
     def rows_dropped(self) -> int:
@@ -286,261 +544,3 @@ def describe_sample(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) 
         text = whole[len(context) :] if whole.startswith(context) else tokenizer.decode(list(ids))
         lines.append(f"{name}, {len(ids)} tokens\n⟦{text}⟧")
     return "\n".join(lines)
-
-
-# part of the cache key: raise it whenever the same input would give other ids
-VERSION = 1
-STATUS = Features(
-    {"_fault": Value("string"), "_detail": Value("string"), "_not_prefix": Value("bool"), "_cut": Value("string")}
-)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that decides what a row becomes."""
-
-    kind: Kind
-    truncation: Truncation
-    strict_prefix: bool = False
-    template_strings: bool = False
-
-
-def tokenize_pairs(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    max_prompt_length: int | None = None,
-    truncation_mode: str = "keep_start",
-    on_bad_row: OnBadRow = "drop",
-    strict_prefix: bool = False,
-    num_proc: int | None = None,
-    name: str = "train",
-) -> tuple[Dataset, TokenizationReport]:
-    """Preference rows of any accepted shape as token ids, split and cut, with a report of what happened to them.
-
-    Args:
-        dataset: rows as in `prefopt.data.rows`, or rows that are tokenised already, which are only checked and cut.
-        tokenizer: gives ids, chat template, BOS and end token.
-        max_length: tokens of prompt and completion together; None cuts nothing.
-        max_prompt_length: tokens of a prompt that has to be cut; None follows `truncation_mode`.
-        truncation_mode: "keep_start" or "keep_end"; see `Truncation`.
-        on_bad_row: "drop" counts and leaves out a row that cannot be used, "raise" stops at the first.
-        strict_prefix: treat a row whose prompt is not a token prefix of prompt + completion as one that cannot be
-            used.
-        num_proc: processes.
-        name: what the report calls this set.
-
-    Returns:
-        A data set with `row_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_bytes`, `rejected_bytes` (UTF-8
-        bytes
-        of the scored text without special tokens) and the method columns that it had; and the report.
-
-    Raises:
-        ValueError: wrong columns, images, a streamed set, no chat template for messages, no usable row, wrong lengths.
-    """
-    job = _Job("pairs", Truncation(max_length, max_prompt_length, truncation_mode), strict_prefix)
-    return _tokenize(dataset, tokenizer, job, on_bad_row, num_proc, name)
-
-
-def tokenize_comparisons(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    max_prompt_length: int | None = None,
-    truncation_mode: str = "keep_start",
-    on_bad_row: OnBadRow = "drop",
-    num_proc: int | None = None,
-    name: str = "train",
-) -> tuple[Dataset, TokenizationReport]:
-    """Comparison rows (a prompt and R >= 2 scored responses, or pairs) as token ids; the rest as in `tokenize_pairs`.
-
-    Returns:
-        A data set with `row_id`, `prompt_ids`, `response_ids` (a list for each response), `scores`, `is_adversarial`,
-        and
-        `margin` where it had one; and the report.
-    """
-    job = _Job("comparisons", Truncation(max_length, max_prompt_length, truncation_mode))
-    return _tokenize(dataset, tokenizer, job, on_bad_row, num_proc, name)
-
-
-def tokenize_prompts(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    template_strings: bool = False,
-    on_bad_row: OnBadRow = "drop",
-    num_proc: int | None = None,
-    name: str = "prompts",
-) -> tuple[Dataset, TokenizationReport]:
-    """Prompts for generation, with the generation prompt and one BOS: the ids that `tokenize_pairs` gives the same prompt.
-
-    Args:
-        dataset: rows with a `prompt`, or any preference rows, whose prompts are taken.
-        tokenizer: gives ids and chat template.
-        max_length: a longer prompt is a row that cannot be used; prompts are never cut here.
-        template_strings: read a string prompt as one user turn of a conversation.
-        on_bad_row: as in `tokenize_pairs`.
-        num_proc: processes.
-        name: what the report calls this set.
-
-    Returns:
-        The data set with all its columns, and `row_id` (of the prompt) and `prompt_ids`; and the report.
-    """
-    job = _Job("prompts", Truncation(max_length), template_strings=template_strings)
-    return _tokenize(dataset, tokenizer, job, on_bad_row, num_proc, name)
-
-
-def _tokenize(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    job: _Job,
-    on_bad_row: OnBadRow,
-    num_proc: int | None,
-    name: str,
-) -> tuple[Dataset, TokenizationReport]:
-    check_on_bad_row(on_bad_row)
-    check_dataset(dataset, name)
-    check_columns(dataset.column_names, job.kind, where=f"The {name} set")
-    _check_template(dataset, tokenizer, job)
-    dataset = dataset.with_format(None)
-    columns = output_features(dataset.features, job.kind)
-    # a fingerprint of our own: what the function closes over (settings, a tokenizer that has been used) must not enter
-    # it
-    fingerprint = content_hash(dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(job), VERSION)[:32]
-    with main_process_first():
-        mapped = dataset.map(
-            _tokenize_batch,
-            batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "job": job, "columns": list(columns)},
-            remove_columns=[column for column in dataset.column_names if column not in columns],
-            features=Features({**columns, **STATUS}),
-            num_proc=num_proc if num_proc is None or num_proc <= len(dataset) else len(dataset),
-            new_fingerprint=fingerprint,
-            desc=f"Tokenizing {name}",
-        )
-    return _report(mapped, job.kind, on_bad_row, name)
-
-
-def check_dataset(dataset: Any, name: str) -> None:
-    """Refuse anything but a `datasets.Dataset` with rows."""
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"The {name} set is streamed (IterableDataset): load it without streaming.")
-    if isinstance(dataset, DatasetDict):
-        raise ValueError(f"The {name} set is a DatasetDict: pick one of its splits {sorted(dataset)}.")
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"The {name} set is a {type(dataset).__name__}; pass a datasets.Dataset (Dataset.from_list makes one)."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"The {name} set has no rows.")
-
-
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Let the main process, then each node's main process, fill the data cache before the others read it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        yield
-        return
-    state = PartialState()
-    with state.main_process_first(), state.local_main_process_first():
-        yield
-
-
-def _check_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, job: _Job) -> None:
-    """Refuse messages without a chat template at the first usable row, before any work is done."""
-    for row in dataset.with_format(None):
-        try:
-            _, group = read_row(row, job.kind, template_strings=job.template_strings)
-        except BadRow:
-            continue
-        if isinstance(group, Group) and isinstance(group.prompt, list):
-            check_chat_template(tokenizer)
-        return
-
-
-def _tokenize_batch(
-    batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, job: _Job, columns: list[str]
-) -> dict[str, list[Any]]:
-    size = len(next(iter(batch.values())))
-    rows = [{name: values[place] for name, values in batch.items()} for place in range(size)]
-    kept, groups = _encode_rows(rows, tokenizer, job)
-    results = [_finish(group, tokenizer, job) for group in groups]
-    faults = [result if isinstance(result, BadRow) else None for result in results]
-    fitted = [None if isinstance(result, BadRow) else result for result in results]
-    ids = columns_of([result[0] if result else None for result in fitted], job.kind, tokenizer)
-    output = {
-        name: ids[name] if name in ids else [row.get(name, placeholder(name)) for row in kept] for name in columns
-    }
-    return {
-        **output,
-        "_fault": [fault.reason if fault else None for fault in faults],
-        "_detail": [fault.detail if fault else None for fault in faults],
-        "_not_prefix": [bool(result) and not result[0].prompt_is_prefix for result in fitted],  # type: ignore[index]
-        "_cut": [parts_of(result[1], job.kind) if result else "" for result in fitted],
-    }
-
-
-def _encode_rows(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, job: _Job
-) -> tuple[list[Row], list[EncodedGroup | BadRow]]:
-    """The kept columns and the uncut ids of each row, or its fault."""
-    kept: list[Row] = []
-    groups: list[Any] = []
-    for row in rows:
-        original = row if job.kind == "prompts" else {}
-        try:
-            clean, group = read_row(row, job.kind, template_strings=job.template_strings)
-        except BadRow as fault:
-            clean, group = {}, fault  # type: ignore[assignment]
-        kept.append({**original, **clean})
-        groups.append(group)
-    places = [place for place, group in enumerate(groups) if isinstance(group, Group)]
-    for place, encoded in zip(places, encode_groups([groups[place] for place in places], tokenizer)):
-        groups[place] = encoded
-    return kept, groups
-
-
-def _finish(
-    group: EncodedGroup | BadRow, tokenizer: PreTrainedTokenizerBase, job: _Job
-) -> tuple[EncodedGroup, list[int]] | BadRow:
-    if isinstance(group, BadRow):
-        return group
-    if job.strict_prefix and not group.prompt_is_prefix:
-        return BadRow(NOT_A_PREFIX, f"they part after {len(group.prompt_ids)} tokens")
-    try:
-        return fit(group, job.truncation, tokenizer.bos_token_id)
-    except BadRow as fault:
-        return fault
-
-
-def _report(mapped: Dataset, kind: Kind, on_bad_row: OnBadRow, name: str) -> tuple[Dataset, TokenizationReport]:
-    """Leave out the faulty rows (or raise at the first) and count everything."""
-    faults, details = mapped.data.column("_fault").to_pylist(), mapped.data.column("_detail").to_pylist()
-    report = TokenizationReport(name, len(mapped), sum(fault is None for fault in faults))
-    for row, (fault, detail) in enumerate(zip(faults, details)):
-        if fault is None:
-            continue
-        if on_bad_row == "raise":
-            raise ValueError(f"Row {row} of the {name} set: {fault} ({detail}). Mend it, or set `on_bad_row: drop`.")
-        report.examples.setdefault(fault, (row, detail))
-        report.dropped[fault] = report.dropped.get(fault, 0) + 1
-    if not report.rows_kept:
-        raise ValueError(f"No row of the {name} set can be used.\n{report.table()}")
-    if report.dropped:
-        mapped = mapped.select([row for row, fault in enumerate(faults) if fault is None])
-    cuts = [cut.split(",") for cut in mapped["_cut"] if cut]
-    counts = Counter(part for parts in cuts for part in parts)
-    report.rows_cut, report.cut = len(cuts), {part: counts[part] for part in PARTS[kind]}
-    report.not_prefix = sum(mapped["_not_prefix"])
-    report.lengths = {part: LengthSummary.of(_lengths(mapped, part)) for part in PARTS[kind]}
-    return mapped.remove_columns(list(STATUS)), report
-
-
-def _lengths(mapped: Dataset, part: str) -> Any:
-    """Token counts of one part over all kept rows."""
-    name = {"responses": "response_ids"}.get(part, f"{part}_ids")
-    values = mapped.with_format("arrow")[:][name]
-    return pc.list_value_length(pc.list_flatten(values) if part == "responses" else values).to_numpy()

@@ -1,0 +1,1 @@
+"""Evaluation: preference metrics, win rates, studies, AlpacaEval and RewardBench, reports."""

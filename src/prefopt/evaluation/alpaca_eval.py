@@ -1,4 +1,4 @@
-"""Answers and configs in AlpacaEval 2's formats: files only; the evaluation itself is `alpaca_eval`'s (extra `eval`)."""
+"""Answers and configs in AlpacaEval 2's formats: files only; `alpaca_eval` itself evaluates them (extra `eval`)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from prefopt.files import write_json, write_text
 
 # sampling of the published SPPO and GPO entries: Mistral and Gemma-2 as in the SPPO repository, Llama-3 as in
 # alpaca_eval's model configs
+_SHORT = {"max_new_tokens": 2048, "temperature": 0.7, "top_p": 0.9, "batch_size": 900}
+_LLAMA3 = {"max_new_tokens": 4096, "temperature": 0.9, "top_p": 1.0, "batch_size": 900}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mistral": {"max_new_tokens": 2048, "temperature": 0.7, "top_p": 0.9, "batch_size": 900},
-    "gemma2": {"max_new_tokens": 2048, "temperature": 0.7, "top_p": 0.9, "batch_size": 900},
-    "llama3": {
-        "max_new_tokens": 4096,
-        "temperature": 0.9,
-        "top_p": 1.0,
-        "batch_size": 900,
-        "stop_token_ids": [128001, 128009],
-    },
+    "mistral": _SHORT,
+    "gemma2": _SHORT,
+    "llama3": {**_LLAMA3, "stop_token_ids": [128001, 128009]},
 }
 PROMPTS = {
     "mistral": "<s>[INST] {instruction} [/INST]",
@@ -34,7 +30,7 @@ PROMPTS = {
 
 
 def model_outputs(records: Sequence[Record], generator: str) -> list[dict[str, str]]:
-    """The first answer to each prompt as a row of `model_outputs.json`.
+    """Return the first answer to each prompt as a row of `model_outputs.json`.
 
     Args:
         records: candidates; the prompt must be one user turn, as in AlpacaEval's set.
@@ -62,7 +58,7 @@ def model_outputs(records: Sequence[Record], generator: str) -> list[dict[str, s
 
 
 def model_config(family: str, model: str, generator: str) -> dict[str, Any]:
-    """The content of alpaca_eval's `models_configs/<generator>/configs.yaml` with the published sampling of a family.
+    """Return alpaca_eval's `models_configs/<generator>/configs.yaml` with the published sampling of a family.
 
     Args:
         family: mistral, gemma2 or llama3.
@@ -89,7 +85,7 @@ def model_config(family: str, model: str, generator: str) -> dict[str, Any]:
 def export(
     folder: Path, records: Sequence[Record], *, generator: str, model: str | None = None, family: str | None = None
 ) -> None:
-    """Write `model_outputs.json`, and with a family also `configs.yaml` (of `model`, or of the answers' writer) and `prompt.txt`, to `folder`."""
+    """Write `model_outputs.json`; with a family also `configs.yaml` (of `model` or the answers' source), prompt."""
     write_json(folder / "model_outputs.json", model_outputs(records, generator))
     if family is not None:
         config = model_config(family, model or records[0]["candidates"][0]["source"], generator)

@@ -1,4 +1,4 @@
-"""How well predicted probabilities agree with what happened: calibration errors and the reliability diagram.
+"""Agreement of predicted probabilities with what happened: calibration errors and the reliability diagram.
 
 Letters: M predictions, K bins.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.files import atomic_path
+from prefopt.pages import figure_class
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class CalibrationErrors:
 
 
 def calibration_errors(probabilities: Any, outcomes: Any, *, num_bins: int = 10) -> CalibrationErrors:
-    """Calibration errors over K uniform bins (k/K, (k+1)/K]; a probability of 0 falls into the first.
+    """Compute calibration errors over K uniform bins (k/K, (k+1)/K]; a probability of 0 falls into the first.
 
     Args:
         probabilities: (M,) predicted probabilities in [0, 1]; list, numpy array or tensor.
@@ -84,7 +85,7 @@ def calibration_errors(probabilities: Any, outcomes: Any, *, num_bins: int = 10)
 def reliability_diagram(
     errors: CalibrationErrors | dict[str, CalibrationErrors], path: str | os.PathLike[str], *, title: str = ""
 ) -> None:
-    """Draw observed frequency against predicted probability, one line a set, with the bins' counts below, and write it to `path`.
+    """Draw observed frequency against predicted probability, one line a set, with the bins' counts below.
 
     Args:
         errors: what `calibration_errors` returned, or several by name.
@@ -95,7 +96,10 @@ def reliability_diagram(
         ValueError: matplotlib is not installed.
     """
     sets = errors if isinstance(errors, dict) else {"": errors}
-    figure, (above, below) = _figure()
+    if (Figure := figure_class()) is None:
+        raise ValueError("Diagrams need matplotlib: pip install 'prefopt[plots]'.")
+    figure = Figure(figsize=(5, 6))
+    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
     for number, (name, each) in enumerate(sets.items()):
         filled = each.counts > 0
@@ -113,7 +117,7 @@ def reliability_diagram(
 
 
 def score_length_correlation(scores: Sequence[float] | Any, lengths: Sequence[int] | Any) -> float:
-    """Pearson correlation of scores with response lengths; NaN where fewer than two values, or all equal.
+    """Compute Pearson's correlation of scores with response lengths; NaN where fewer than two values, or all equal.
 
     Args:
         scores: (M,).
@@ -128,7 +132,7 @@ def score_length_correlation(scores: Sequence[float] | Any, lengths: Sequence[in
 
 
 def _as_array(values: Any) -> np.ndarray:
-    """Any list, array or tensor as a numpy array; floating dtypes are kept (bf16 becomes float32)."""
+    """Convert a list, array or tensor to a numpy array; floating dtypes are kept (bf16 becomes float32)."""
     if isinstance(values, np.ndarray):
         return values
     import torch
@@ -137,12 +141,3 @@ def _as_array(values: Any) -> np.ndarray:
         values = values.detach().cpu()
         return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
     return np.asarray(values)
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("Diagrams need matplotlib: pip install 'prefopt[plots]'.") from error
-    figure = Figure(figsize=(5, 6))
-    return figure, figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})

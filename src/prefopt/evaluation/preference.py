@@ -1,4 +1,4 @@
-"""Whether a model by itself, without a reference, finds chosen answers likelier than rejected ones."""
+"""Preference accuracy of a model by itself, without a reference: chosen answers likelier than rejected ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from prefopt.data import tokenize_pairs
-from prefopt.references.filling import (
-    ReferenceModel,
-    group_scorer,
-    load_tokenizer,
-    plan_batches,
-    prepare_model,
-)
+from prefopt.data.encoding import load_tokenizer
+from prefopt.models.heads import head_kind
+from prefopt.references.filling import ReferenceModel, group_scorer, plan_batches, prepare_model
 from prefopt.scoring.layouts import Group
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_group
 
@@ -26,13 +22,13 @@ GPU_TOKENS, CPU_TOKENS = 16384, 1024  # of one forward
 
 @dataclass(frozen=True)
 class PreferenceResult:
-    """What a model says of pairs, by log pi(y|x) alone.
+    """Accuracy and margin of a model on pairs, by log pi(y|x) alone.
 
     Attributes:
         accuracy: share of pairs with log pi(chosen) > log pi(rejected), summed over tokens.
         margin: mean of log pi(chosen) - log pi(rejected), nats.
-        accuracy_per_token, margin_per_token: the same of means over each answer's tokens, which length does not
-            favour.
+        accuracy_per_token: the same of means over each answer's tokens, which length does not favour.
+        margin_per_token: likewise.
         pairs: how many could be used.
     """
 
@@ -63,6 +59,10 @@ def preference_accuracy(
     Raises:
         ValueError: no row can be used.
     """
+    if isinstance(model, str) and (kind := head_kind(model)) is not None:
+        raise ValueError(
+            f"{model} is a {kind} model, which gives no log-probs: compare answers with it as a `ranker`."
+        )
     tokenizer = model.tokenizer if isinstance(model, ReferenceModel) else load_tokenizer(model)
     rows, _ = tokenize_pairs(pairs, tokenizer, max_length=max_length, name="evaluation")
     groups = [Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]
@@ -81,7 +81,7 @@ def preference_accuracy(
 def _logps(
     model: str | ReferenceModel, groups: Sequence[Group], pad_token_id: int, *, dtype: str, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) summed log-probs of chosen and of rejected, the same on every process."""
+    """Compute (N,) summed log-probs of chosen and of rejected, the same on every process."""
     state = PartialState()
     module, config = prepare_model(model, dtype=dtype, accelerator=None)
     longest = max(len(group.prompt) + len(completion) for group in groups for completion in group.completions)

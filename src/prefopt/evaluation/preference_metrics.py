@@ -1,4 +1,4 @@
-"""What a reward or preference model says of comparison rows, as numbers: accuracy, calibration, length bias, transitivity.
+"""Metrics of a reward or preference model on comparison rows: accuracy, calibration, length bias, transitivity.
 
 Letters: R responses of a row, M ranked pairs over all rows, K bins.
 """
@@ -19,7 +19,7 @@ from prefopt.evaluation.calibration import CalibrationErrors, calibration_errors
 
 @dataclass(frozen=True)
 class RowPrediction:
-    """A model's view of one row.
+    """A model's predictions for one row.
 
     Attributes:
         row_id: of the row.
@@ -27,8 +27,7 @@ class RowPrediction:
         lengths: (R,) tokens of the responses.
         logits: (R, R) antisymmetric; sigmoid(logits[i, j]) is the model's probability that i beats j.
         rewards: (R,) where the model has one score per response, else None.
-        vectors: what a model that compares by vectors has of the responses, for comparisons across rows; the trainer's
-            own.
+        vectors: of the responses, for comparisons across rows; their form is the trainer's.
     """
 
     row_id: str
@@ -40,7 +39,7 @@ class RowPrediction:
 
 
 def ranked_logits(row: RowPrediction) -> np.ndarray:
-    """The logits of the better response over the worse one, for every ranked pair of the row."""
+    """Return the logits of the better response over the worse one, for every ranked pair of the row."""
     better, worse = np.nonzero(row.ranks[:, None] > row.ranks[None, :])
     return row.logits[better, worse]
 
@@ -48,13 +47,12 @@ def ranked_logits(row: RowPrediction) -> np.ndarray:
 def preference_metrics(
     rows: Sequence[RowPrediction], *, calibration_bins: Sequence[int] = (10,)
 ) -> tuple[dict[str, float], dict[int, CalibrationErrors]]:
-    """Metrics over all ranked pairs of all rows.
+    """Compute the metrics over all ranked pairs of all rows.
 
     `accuracy` is the share of ranked pairs with a logit above 0 (an equal score is wrong; 0 where nothing is ranked).
-    `mean_reward` is over
-    all responses that are there; `score_length_correlation` is Pearson's over the same. `ece_bin<K>`, `ace_bin<K>` and
-    `mce_bin<K>` take
-    each ranked pair from both sides: probability sigmoid(l) with outcome 1, and sigmoid(-l) with outcome 0.
+    `mean_reward` is over all responses that are there; `score_length_correlation` is Pearson's over the same.
+    `ece_bin<K>`, `ace_bin<K>` and `mce_bin<K>` take each ranked pair from both sides: probability sigmoid(l) with
+    outcome 1, and sigmoid(-l) with outcome 0.
 
     Args:
         rows: predictions.
@@ -85,7 +83,7 @@ def preference_metrics(
 
 
 def transitivity(tables: Iterable[np.ndarray]) -> dict[str, float]:
-    """How far tables of preferences are from a ranking.
+    """Measure how far tables of preferences are from a ranking.
 
     - `cyclic_triads`: share of all triples of responses of which each beats one of the others (a > b > c > a).
     - `condorcet_winners`: share of tables in which one response beats every other.

@@ -5,39 +5,50 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefopt.arguments import check_settings, setting
 from prefopt.evaluation.evaluate import EVALUATION_FILE, POLICY, length_ratio
 from prefopt.files import atomic_path, read_json, write_text
+from prefopt.pages import escape, figure_class, picture, printable, table
 
 REPORT_FILE = "report.md"
 PICTURE = "progress.png"
 SHOWN_CHARACTERS = 400
 REWARD_FIGURES = ("accuracy", "ece_bin10", "loss")  # of an adversarial loop's reward model
+LOGGED = ("loss", "loss_normalized", "rewards/margins", "logratios/chosen", "logratios/rejected", "grad_norm")
+OVERVIEW = (
+    "iteration",
+    "win rate against base",
+    "against previous",
+    "preference accuracy",
+    "mean length",
+    "length / base",
+    "mean score",
+    "pairs",
+)
 
 
 @dataclass
 class ReportArguments:
     """Which run is reported, and where."""
 
-    run_dir: str = field(default="", metadata={"help": "Folder of a run of `prefopt pipeline`."})
-    iterations: int | None = field(default=None, metadata={"help": "Report iterations up to this one; default: all."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the report and its plots; report.md in run_dir is written in any case."},
+    run_dir: str = setting("", "Folder of a run of `prefopt pipeline`.", required=True)
+    iterations: int | None = setting(None, "Report iterations up to this one; default: all.")
+    output_dir: str | None = setting(
+        None, "Folder for the report and its plots; report.md in run_dir is written in any case."
     )
-    plots: bool = field(default=True, metadata={"help": "Draw plots (needs matplotlib, the extra `plots`)."})
+    plots: bool = setting(True, "Draw plots (needs matplotlib, the extra `plots`).")
 
     def __post_init__(self) -> None:
-        if not self.run_dir:
-            raise ValueError("run_dir is missing: name the folder of a run with --run_dir.")
+        check_settings(self)
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an iteration has left: its evaluation, its pairs' report, the entries of its training log, its reward model's evaluation."""
+    """Results of an iteration: its evaluation, its pairs' report, its training log, its reward model's evaluation."""
 
     number: int
     evaluation: dict[str, Any]
@@ -47,11 +58,11 @@ class Iteration:
 
     @property
     def name(self) -> str:
-        """`iteration 2`."""
+        """Its name in the report, `iteration 2`."""
         return f"iteration {self.number}"
 
     def rate(self, opponent: str) -> dict[str, Any] | None:
-        """The win rate against an opponent; in the first iteration `previous` is the base."""
+        """Return the win rate against an opponent; in the first iteration `previous` is the base."""
         rates = self.evaluation["win_rates"]
         return rates.get(opponent) or (rates.get("base") if opponent == "previous" and self.number == 1 else None)
 
@@ -69,18 +80,19 @@ def run(args: ReportArguments) -> Path:
     output = Path(args.output_dir) if args.output_dir is not None else run_dir
     iterations = read_iterations(run_dir, args.iterations)
     drawn = args.plots and draw(output / PICTURE, iterations)
-    write_text(output / REPORT_FILE, page(run_dir.name, iterations, picture=PICTURE if drawn else None))
+    write_text(output / REPORT_FILE, page(run_dir.name, iterations, drawing=PICTURE if drawn else None))
     if output.resolve() != run_dir.resolve():
         place = (output / PICTURE).resolve()
         inside = place.relative_to(run_dir.resolve()) if run_dir.resolve() in place.parents else place
-        write_text(run_dir / REPORT_FILE, page(run_dir.name, iterations, picture=str(inside) if drawn else None))
+        write_text(run_dir / REPORT_FILE, page(run_dir.name, iterations, drawing=str(inside) if drawn else None))
     chosen = best(iterations)
-    print(f"report: {len(iterations)} iterations, best so far: {chosen.name} -> {run_dir / REPORT_FILE}")
+    where = printable(str(run_dir / REPORT_FILE))
+    print(f"report: {len(iterations)} iterations, best so far: {chosen.name} -> {where}")
     return run_dir / REPORT_FILE
 
 
 def read_iterations(run_dir: Path, last: int | None) -> list[Iteration]:
-    """The iterations of a run that have been evaluated, up to `last`.
+    """Read the iterations of a run that have been evaluated, up to `last`.
 
     Raises:
         ValueError: there is none.
@@ -111,7 +123,7 @@ def _read(folder: Path, number: int) -> Iteration:
 
 
 def best(iterations: Sequence[Iteration]) -> Iteration:
-    """The iteration with the highest win rate against the base (the earlier one of equals); without win rates, the last."""
+    """Return the iteration with the highest win rate against the base (the earlier of equals), or else the last."""
     if any(not iteration.evaluation["win_rates"] for iteration in iterations):
         return iterations[-1]
     opponent = "base" if iterations[0].rate("base") else next(iter(iterations[0].evaluation["win_rates"]))
@@ -119,32 +131,21 @@ def best(iterations: Sequence[Iteration]) -> Iteration:
 
 
 # ---- the page
-# ------------------------------------------------------------------------------------------------------------------
 
 
-def page(name: str, iterations: Sequence[Iteration], *, picture: str | None) -> str:
-    """The report as Markdown: an overview, then a section for each iteration."""
+def page(name: str, iterations: Sequence[Iteration], *, drawing: str | None) -> str:
+    """Write the report as Markdown: an overview, then a section for each iteration."""
     chosen = best(iterations)
-    lines = [f"# {name}", "", f"Best so far: **{chosen.name}**{_why_best(chosen)}.", ""]
+    lines = [f"# {escape(name)}", "", f"Best so far: **{chosen.name}**{_why_best(chosen)}.", ""]
     stopped = [iteration for iteration in iterations if iteration.evaluation["stop"] is not None]
-    lines += [f"**Ended early** after {item.name}: {item.evaluation['stop']}.\n" for item in stopped]
-    head = [
-        "iteration",
-        "win rate against base",
-        "against previous",
-        "preference accuracy",
-        "mean length",
-        "length / base",
-        "mean score",
-        "pairs",
-    ]
-    lines += [_row(head), _row(["---"] * len(head)), *(_row(_overview(item)) for item in iterations), ""]
+    lines += [f"**Ended early** after {item.name}: {escape(item.evaluation['stop'])}.\n" for item in stopped]
+    lines += [*table(OVERVIEW, map(_overview, iterations)), ""]
     lines += [
         "Win rates are under the run's own ranker, on held-out prompts, a tie counting one half; intervals at 95 %.",
         "",
     ]
-    if picture is not None:
-        lines += [f"![win rates and lengths by iteration]({picture})", ""]
+    if drawing is not None:
+        lines += [picture("win rates and lengths by iteration", drawing), ""]
     for item in iterations:
         lines += section(item)
     return "\n".join(lines)
@@ -158,13 +159,10 @@ def _why_best(iteration: Iteration) -> str:
 def _overview(item: Iteration) -> list[str]:
     preference, lengths = item.evaluation["preference"], item.evaluation["lengths"].get(POLICY, {})
     ratio = length_ratio(item.evaluation)
-    length = (
-        f"{lengths['mean_tokens']:.1f} tokens"
-        if "mean_tokens" in lengths
-        else f"{lengths['mean_characters']:.0f} characters"
-        if lengths
-        else "–"
-    )
+    length = "–"
+    if lengths:
+        unit = "tokens" if "mean_tokens" in lengths else "characters"
+        length = f"{lengths[f'mean_{unit}']:.{1 if unit == 'tokens' else 0}f} {unit}"
     return [
         str(item.number),
         _rate(item.rate("base")),
@@ -182,91 +180,63 @@ def _rate(found: Mapping[str, Any] | None) -> str:
 
 
 def section(item: Iteration) -> list[str]:
-    """An iteration: training, pairs, comparisons, lengths, samples."""
+    """Write the section of an iteration: training, pairs, comparisons, lengths, samples."""
     lines = [f"## Iteration {item.number}", ""]
+    rows: list[tuple[object, ...]]
     if item.log:
-        names = [
-            name
-            for name in (
-                "loss",
-                "loss_normalized",
-                "rewards/margins",
-                "logratios/chosen",
-                "logratios/rejected",
-                "grad_norm",
-            )
-            if name in item.log[0]
+        first, last = item.log[0], item.log[-1]
+        rows = [
+            (name, f"{first[name]:.4g}", f"{last.get(name, float('nan')):.4g}") for name in LOGGED if name in first
         ]
-        lines += [_row(["training", "first log", "last log"]), _row(["---"] * 3)]
-        lines += [
-            _row([name, f"{item.log[0][name]:.4g}", f"{item.log[-1].get(name, float('nan')):.4g}"]) for name in names
-        ]
-        lines += [""]
+        lines += [*table(("training", "first log", "last log"), rows), ""]
     if item.pairs:
         characters = item.pairs["characters"]
         lines += [
             f"{item.pairs['pairs']} pairs from {item.pairs['prompts_with_pairs']} of {item.pairs['prompts']} prompts; "
-            "chosen answers have "
-            f"{characters['chosen']['mean']:.0f} characters, rejected ones {characters['rejected']['mean']:.0f}.",
+            f"chosen answers have {characters['chosen']['mean']:.0f} characters, rejected ones "
+            f"{characters['rejected']['mean']:.0f}.",
             "",
         ]
-        lines += [f"**Warning:** {warning}\n" for warning in item.pairs["warnings"]]
+        lines += [f"**Warning:** {escape(warning)}\n" for warning in item.pairs["warnings"]]
     figures = {name: value for name, value in item.reward_model.items() if name.endswith(REWARD_FIGURES)}
     if figures:
-        lines += [_row(["reward model", "value"]), _row(["---"] * 2)]
-        lines += [*(_row([name.removeprefix("eval_"), f"{value:.4g}"]) for name, value in figures.items()), ""]
+        rows = [(escape(name.removeprefix("eval_")), f"{value:.4g}") for name, value in figures.items()]
+        lines += [*table(("reward model", "value"), rows), ""]
     rates = item.evaluation["win_rates"]
     if rates:
-        lines += [
-            _row(["against", "win rate", "interval", "won", "tied", "lost", "mean probability"]),
-            _row(["---"] * 7),
+        head = ("against", "win rate", "interval", "won", "tied", "lost", "mean probability")
+        counts = ("interval", "wins", "ties", "losses")
+        rows = [
+            (escape(who), _rate(r), *(r[name] for name in counts), f"{r['win_prob']:.3f}") for who, r in rates.items()
         ]
-        lines += [
-            _row(
-                [
-                    name,
-                    _rate(r),
-                    r["interval"],
-                    *(str(r[k]) for k in ("wins", "ties", "losses")),
-                    f"{r['win_prob']:.3f}",
-                ]
-            )
-            for name, r in rates.items()
-        ]
-        lines += [""]
+        lines += [*table(head, rows), ""]
     lengths = item.evaluation["lengths"]
     if lengths:
         names = list(lengths[POLICY])
-        lines += [_row(["answers of", *(n.replace("_", " ") for n in names)]), _row(["---"] * (len(names) + 1))]
-        lines += [_row([who, *(f"{found.get(n, float('nan')):.4g}" for n in names)]) for who, found in lengths.items()]
-        lines += [""]
-    for sample in item.evaluation["samples"]:
-        lines += [f"> **{_short(sample['prompt'])}**", ">"]
-        for who, answer in sample["answers"].items():
-            score = "" if answer["score"] is None else f" ({answer['score']:.3g})"
-            lines += [f"> *{who}*{score}: {_short(answer['text'])}", ">"]
-        lines += [""]
-    return lines
+        rows = [(escape(who), *(f"{found.get(n, float('nan')):.4g}" for n in names)) for who, found in lengths.items()]
+        lines += [*table(("answers of", *(n.replace("_", " ") for n in names)), rows), ""]
+    return lines + [line for sample in item.evaluation["samples"] for line in _sample(sample)]
 
 
-def _short(text: str) -> str:
-    flat = " ".join(str(text).split()).replace("|", "\\|")
-    return flat if len(flat) <= SHOWN_CHARACTERS else flat[:SHOWN_CHARACTERS] + " …"
+def _sample(sample: Mapping[str, Any]) -> list[str]:
+    lines = [f"> **{_short(sample['prompt'])}**", ">"]
+    for who, answer in sample["answers"].items():
+        score = "" if answer["score"] is None else f" ({answer['score']:.3g})"
+        lines += [f"> *{escape(who)}*{score}: {_short(answer['text'])}", ">"]
+    return [*lines, ""]
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _short(text: object) -> str:
+    whole = str(text)
+    return escape(whole if len(whole) <= SHOWN_CHARACTERS else whole[:SHOWN_CHARACTERS] + " …")
 
 
 # ---- plots
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw(path: Path, iterations: Sequence[Iteration]) -> bool:
-    """Win rates with intervals, lengths and training losses by iteration; whether matplotlib is there to draw them."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    """Draw win rates with intervals, lengths and training losses by iteration; return whether matplotlib is there."""
+    if (Figure := figure_class()) is None:
         print("report: no plots, as matplotlib is missing (pip install prefopt[plots]).", file=sys.stderr)
         return False
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -276,7 +246,9 @@ def draw(path: Path, iterations: Sequence[Iteration]) -> bool:
         if found:
             x, y = [number for number, _ in found], [rate["win_rate"] for _, rate in found]
             ends = [(r["win_rate"] - r["low"], r["high"] - r["win_rate"]) for _, r in found]
-            spread = [[max(0.0, end) for end in side] for side in zip(*ends)]  # a rounding below 0 would be refused
+            spread = [
+                [max(0.0, end) for end in side] for side in zip(*ends)
+            ]  # matplotlib raises on a rounding below 0
             rates.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=f"against {opponent}")
     rates.axhline(0.5, color="grey", linewidth=0.8)
     rates.set(xlabel="iteration", ylabel="win rate", title="Win rate under the ranker", ylim=(0, 1))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from prefopt.data.sources import DataSource, load_source
+from prefopt.pages import escape, table
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
@@ -48,22 +49,21 @@ class RewardBenchTable:
     all_pairs: float
 
     def markdown(self) -> str:
-        """The table as Markdown."""
-        lines = ["| subset | pairs | accuracy |", "|---|---|---|"]
-        lines += [f"| {name} | {count} | {100 * accuracy:.1f} |" for name, (accuracy, count) in self.subsets.items()]
-        lines += [f"| **{name}** | | {100 * accuracy:.1f} |" for name, accuracy in self.sections.items()]
+        """Write the table as Markdown."""
+        rows: list[tuple[object, ...]] = [
+            (escape(name), count, f"{100 * accuracy:.1f}") for name, (accuracy, count) in self.subsets.items()
+        ]
+        rows += [(f"**{name}**", "", f"{100 * accuracy:.1f}") for name, accuracy in self.sections.items()]
         if self.score is not None:
-            lines.append(f"| **score** (mean of sections) | | {100 * self.score:.1f} |")
-        lines.append(
-            f"| all pairs | {sum(count for _, count in self.subsets.values())} | {100 * self.all_pairs:.1f} |"
-        )
-        return "\n".join(lines)
+            rows.append(("**score** (mean of sections)", "", f"{100 * self.score:.1f}"))
+        rows.append(("all pairs", sum(count for _, count in self.subsets.values()), f"{100 * self.all_pairs:.1f}"))
+        return "\n".join(table(("subset", "pairs", "accuracy"), rows))
 
 
 def load_reward_bench(
     path: str | os.PathLike[str], *, split: str = "train", as_messages: bool = True
 ) -> dict[str, Dataset]:
-    """The pairs of a RewardBench file, one data set per subset, ready to be a trainer's `eval_dataset`.
+    """Load the pairs of a RewardBench file, one data set per subset, ready to be a trainer's `eval_dataset`.
 
     Args:
         path: local file (json, jsonl, parquet, csv) or hub name, with `prompt`, `chosen`, `rejected` (strings) and
@@ -90,10 +90,10 @@ def load_reward_bench(
 
 
 def reward_bench_table(metrics: Mapping[str, float], subsets: list[str], *, prefix: str = "eval") -> RewardBenchTable:
-    """The table of a model from what `trainer.evaluate(load_reward_bench(path))` returned.
+    """Make the table of a model from what `trainer.evaluate(load_reward_bench(path))` returned.
 
     A section's accuracy is over its pairs, except that "math-prm" weighs as much as all the code subsets together, as
-    the benchmark has it.
+    in the benchmark.
 
     Args:
         metrics: with `<prefix>_<subset>_accuracy` and `<prefix>_<subset>_ranked_pairs`.

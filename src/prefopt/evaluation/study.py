@@ -1,4 +1,4 @@
-"""What the runs of a sweep say together: read from its folder, compared within seeds, concluded."""
+"""A multi-reference study: the runs of a sweep compared within seeds, a verdict, a page and figures."""
 
 from __future__ import annotations
 
@@ -13,16 +13,29 @@ from typing import Any
 import numpy as np
 
 from prefopt.files import atomic_path, read_json, write_json, write_text
-from prefopt.launch import tell
+from prefopt.intervals import bootstrap_interval, t_interval
+from prefopt.launch import print_on_main
 from prefopt.references.health import HealthCard, cards_table
 
 HELPS, NO_EVIDENCE, HURTS = "helps", "no evidence", "hurts"
 MANY_SEEDS = 30  # from here on the interval is a bootstrap's, which assumes no shape
 RESAMPLES = 10_000
-SAME = 1e-9  # differences closer than this are one: what rounding leaves of equal ones
-INFLUENCE_METRICS = ("references/spread", "references/effective_number", "references/harmonic_dominance")
+SAME = 1e-9  # differences closer than this are equal: rounding
+INFLUENCES = ("spread", "effective_number", "harmonic_dominance")  # logged as references/...
 WEIGHT_METRIC = "references/weight/"
+STUDY_FILE, HEALTH_FILE, RESULT_FILE = "study.json", "health.json", "eval_results.json"
+TABLE_FILE, ROWS_FILE, VERDICT_FILE, PICTURE = "table.md", "table.csv", "verdict.json", "study.png"
+METRIC = "accuracies/reference_free"
+OWN_INIT = "accuracies/own_init"
+CHOSEN = "logps/chosen"
+BASELINES = ("minus best single", "minus own init")
+_LEGEND = """Accuracy: test pairs whose chosen answer the policy finds likelier per token, without a reference; mean \
+over seeds. Differences are paired within seeds, with 95 % intervals; "best single" and the run in the verdict are \
+chosen within each seed on its validation rows. Own-init accuracy: test pairs whose margin has grown beyond the \
+initial model's. Chosen log-prob: mean over the chosen test answers, in the unit of `normalize`; far below the \
+others, the policy is damaged. Spread: standard deviation over references of beta times the margin, nats."""
 Result = Mapping[int, float]
+"""Seed -> metric."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,8 @@ class Difference:
         mean: of the differences, in the unit of the metric.
         low, high: ends of its interval; infinite where the seeds say nothing about the spread.
         interval: "t", "bootstrap", or "none" (one seed, or the same difference in every one: accuracies are multiples
-            of one pair, so two
-            or three seeds may well agree by chance, and an interval without width would call that evidence).
+            of one pair, so two or three seeds may well agree by chance, and an interval without width would call that
+            evidence).
         seeds: S.
     """
 
@@ -46,7 +59,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "helps" where the whole interval is above 0, "hurts" where it is below, else "no evidence"."""
+        """Call it "helps" where the whole interval is above 0, "hurts" where it is below, else "no evidence"."""
         return HELPS if self.low > 0 else HURTS if self.high < 0 else NO_EVIDENCE
 
     def __str__(self) -> str:
@@ -55,12 +68,13 @@ class Difference:
 
 
 def paired_difference(mine: Result, theirs: Result, *, confidence: float = 0.95, seed: int = 0) -> Difference:
-    """Mean of d_s = mine_s - theirs_s with an interval.
+    """Compute the mean of d_s = mine_s - theirs_s with an interval.
 
     S < 30: mean -+ t_{S-1} sd(d) / sqrt(S); S >= 30: percentiles of the mean under resampling of the seeds.
 
     Args:
-        mine, theirs: seed -> metric.
+        mine: seed -> metric.
+        theirs: the same of the other runs.
         confidence: of the interval, between 0 and 1.
         seed: of the resampling.
 
@@ -79,50 +93,15 @@ def paired_difference(mine: Result, theirs: Result, *, confidence: float = 0.95,
     if np.ptp(values) < SAME:
         return Difference(mean, -math.inf, math.inf, "none", count)
     if count >= MANY_SEEDS:
-        drawn = np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
-        low, high = np.quantile(values[drawn].mean(axis=1), (0.5 - confidence / 2, 0.5 + confidence / 2))
-        return Difference(mean, float(low), float(high), "bootstrap", count)
-    reach = student_quantile(0.5 + confidence / 2, count - 1) * float(values.std(ddof=1)) / math.sqrt(count)
-    return Difference(mean, mean - reach, mean + reach, "t", count)
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """The number that Student's t with so many degrees of freedom stays below with this probability (at least one half).
-
-    Bisection on the distribution function, which is elementary for whole degrees.
-
-    Reference: Abramowitz & Stegun 26.7.3 and 26.7.4.
-    """
-    assert 0.5 <= probability < 1 and degrees >= 1
-    low, high = 0.0, 1.0
-    while _student_below(high, degrees) < probability:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_below(middle, degrees) < probability else (low, middle)
-    return (low + high) / 2
-
-
-def _student_below(t: float, degrees: int) -> float:
-    """P(T < t) for t >= 0: 1/2 + A/2, with A the probability of (-t, t)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    term = total = math.cos(angle) if degrees % 2 else 1.0
-    for k in range(3 if degrees % 2 else 2, degrees, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    if degrees == 1:
-        inside = 2 * angle / math.pi
-    elif degrees % 2:
-        inside = 2 / math.pi * (angle + math.sin(angle) * total)
-    else:
-        inside = math.sin(angle) * total
-    return 0.5 + inside / 2
+        low, high = bootstrap_interval(values, confidence=confidence, resamples=RESAMPLES, seed=seed)
+        return Difference(mean, low, high, "bootstrap", count)
+    return Difference(mean, *t_interval(values, confidence=confidence), "t", count)
 
 
 def chosen_on_validation(
     validation: Mapping[str, Result], test: Mapping[str, Result]
 ) -> tuple[dict[int, float], dict[int, str]]:
-    """For each seed the candidate with the best validation metric, and what it reaches on test.
+    """Choose for each seed the candidate with the best validation metric, and return what it reaches on test.
 
     The choice is made within a seed, because other seeds' validation rows may be this seed's test rows. The first of
     equals wins.
@@ -143,12 +122,15 @@ def chosen_on_validation(
     seeds = set.intersection(*(set(validation[name]) & set(test.get(name, {})) for name in validation))
     if not seeds:
         raise ValueError(f"no seed was finished by all of {', '.join(validation)}.")
-    names = {s: max(validation, key=lambda name, s=s: validation[name][s]) for s in sorted(seeds)}
-    return {s: test[name][s] for s, name in names.items()}, names
+    names = {}
+    for seed in sorted(seeds):
+        metrics = {name: found[seed] for name, found in validation.items()}
+        names[seed] = max(metrics, key=lambda name: metrics[name])
+    return {seed: test[name][seed] for seed, name in names.items()}, names
 
 
 def sentence(against: str, difference: Difference, *, confidence: float = 0.95) -> str:
-    """The verdict as one line: "multi-reference minus best single: +0.0120 [+0.0010, +0.0230] (95 % t over 5 seeds): helps"."""
+    """Write a verdict: "multi-reference minus own init: +0.0120 [+0.0010, +0.0230] (95 % t over 5 seeds): helps"."""
     basis = f"{confidence:.0%} {difference.interval} over {difference.seeds} seeds"
     if difference.interval == "none":
         basis = "1 seed" if difference.seeds == 1 else f"the same in {difference.seeds} seeds"
@@ -174,21 +156,16 @@ class Influence:
 
 
 def influence(log: Sequence[Mapping[str, float]]) -> Influence | None:
-    """The influence of the references from a trainer's log entries; None where none was logged."""
-    entries = [entry for entry in log if INFLUENCE_METRICS[0] in entry]
+    """Compute the influence of the references from a trainer's log entries; None where none was logged."""
+    entries = [entry for entry in log if f"references/{INFLUENCES[0]}" in entry]
     if not entries:
         return None
-    names = [key for key in entries[0] if key.startswith(WEIGHT_METRIC)]
-    means = {key: float(np.mean([entry[key] for entry in entries])) for key in (*INFLUENCE_METRICS, *names)}
-    return Influence(
-        *(means[key] for key in INFLUENCE_METRICS), {name.removeprefix(WEIGHT_METRIC): means[name] for name in names}
-    )
 
+    def mean(key: str) -> float:
+        return float(np.mean([entry[key] for entry in entries]))
 
-STUDY_FILE, HEALTH_FILE, RESULT_FILE = "study.json", "health.json", "eval_results.json"
-METRIC = "accuracies/reference_free"
-OWN_INIT = "accuracies/own_init"
-CHOSEN = "logps/chosen"
+    weights = {key.removeprefix(WEIGHT_METRIC): mean(key) for key in entries[0] if key.startswith(WEIGHT_METRIC)}
+    return Influence(**{name: mean(f"references/{name}") for name in INFLUENCES}, weights=weights)
 
 
 @dataclass
@@ -201,8 +178,7 @@ class StudyRun:
         test, validation: seed -> share of pairs whose chosen answer the policy finds likelier per token.
         own_init: seed -> share of test pairs whose margin has grown beyond the initial model's.
         chosen_logps: seed -> mean log-prob of the chosen test answers, in the unit of `normalize`: far below the
-            baselines', the policy is
-            damaged, whatever its accuracies.
+            baselines', the policy is damaged, whatever its accuracies.
         influences: of each seed's training.
     """
 
@@ -215,7 +191,7 @@ class StudyRun:
     influences: list[Influence] = field(default_factory=list)
 
     def mean_influence(self, name: str) -> float:
-        """Mean over seeds of one measure; NaN where nothing was logged."""
+        """Return the mean over seeds of one measure; NaN where nothing was logged."""
         values = [getattr(found, name) for found in self.influences]
         return float(np.mean(values)) if values else float("nan")
 
@@ -242,13 +218,13 @@ class Study:
 
     @property
     def own(self) -> list[StudyRun]:
-        """Of these, the runs against the policy's own initial model."""
+        """Those of them that are against the policy's own initial model."""
         return [run for run in self.single if run.reference == self.anchor]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the study says in the end.
+    """Conclusion of a study.
 
     Attributes:
         lines: in words; the first two are the verdict.
@@ -265,24 +241,24 @@ class Verdict:
 
 
 def read_study(run_dir: Path) -> Study:
-    """The study in a sweep's folder, with whatever is done.
+    """Read the study in a sweep's folder, with the runs that are done.
 
     Raises:
-        ValueError: no sweep has been there, or none of its runs is done.
+        ValueError: the folder is no sweep's, or none of its runs is done.
     """
     if not (run_dir / STUDY_FILE).is_file():
         raise ValueError(f"{run_dir} is no study: it has no {STUDY_FILE} (`prefopt sweep` writes one).")
-    told = read_json(run_dir / STUDY_FILE)
+    saved = read_json(run_dir / STUDY_FILE)
     cards = [HealthCard(**{**card, "remarks": tuple(card["remarks"])}) for card in read_json(run_dir / HEALTH_FILE)]
-    runs = [_read_run(run_dir / "runs" / run["name"], run, told["seeds"]) for run in told["runs"]]
-    study = Study(told["policy"], told["anchor"], cards, told["seeds"], runs)
+    runs = [_read_run(run_dir / "runs" / run["name"], run, saved["seeds"]) for run in saved["runs"]]
+    study = Study(saved["policy"], saved["anchor"], cards, saved["seeds"], runs)
     if not study.multi and not study.single:
         raise ValueError(f"{run_dir}: no run of this study is done yet.")
     return study
 
 
-def _read_run(folder: Path, told: Mapping[str, Any], seeds: Sequence[int]) -> StudyRun:
-    run = StudyRun(told["name"], told["reference"])
+def _read_run(folder: Path, saved: Mapping[str, Any], seeds: Sequence[int]) -> StudyRun:
+    run = StudyRun(saved["name"], saved["reference"])
     for seed in seeds:
         place = folder / f"seed-{seed}"
         if not (place / RESULT_FILE).is_file():
@@ -299,7 +275,7 @@ def _read_run(folder: Path, told: Mapping[str, Any], seeds: Sequence[int]) -> St
 
 
 def conclude(study: Study) -> Verdict:
-    """The verdict: several references, as validation would choose them, against the best single one and against the own initial model.
+    """Compare several references, as validation would choose them, with the best single one and the own initial model.
 
     Seeds that some run has not finished are left out of a choice among the runs.
     """
@@ -330,21 +306,17 @@ def _minus(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
 
 
 def _advice(minus_single: Difference | None, names: Mapping[int, str], settings: int) -> str:
+    """Recommend several references or a single one; `names` are the singles that validation chooses."""
     if minus_single is None or not names:
         return "No recommendation yet."
-    counts = {name: list(names.values()).count(name) for name in names.values()}
-    favourite = max(counts, key=lambda name: counts[name])
     if minus_single.verdict == HELPS:
         return "Recommendation: several references, with the setting that validation chooses."
-    tried = (
-        f" (of {settings} settings about {0.05 * settings:.1f} look better or worse than they are)"
-        if settings > 1
-        else ""
+    favourite = max(names.values(), key=list(names.values()).count)
+    by_chance = f" (of {settings} settings about {0.05 * settings:.1f} look better or worse than they are)"
+    return (
+        f"Recommendation: a single reference, {favourite}; nothing here says that several are worth their "
+        f"scoring{by_chance if settings > 1 else ''}."
     )
-    return f"Recommendation: a single reference, {favourite}; nothing here says that several are worth their scoring{tried}."
-
-
-TABLE_FILE, ROWS_FILE, VERDICT_FILE, PICTURE = "table.md", "table.csv", "verdict.json", "study.png"
 
 
 def report_study(run_dir: Path, *, plots: bool = True) -> Verdict:
@@ -368,139 +340,113 @@ def report_study(run_dir: Path, *, plots: bool = True) -> Verdict:
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:
-    def difference(found: Difference | None) -> dict[str, Any] | None:
-        if found is None:
-            return None
-        ends = {} if found.interval != "none" else {"low": None, "high": None}  # JSON has no infinity
-        return {**asdict(found), **ends, "verdict": found.verdict}
+    """Return the verdict as JSON values."""
 
-    pair = ("minus_best_single", "minus_own_initialisation")
+    def pair(*found: Difference | None) -> dict[str, Any]:
+        values = []
+        for each in found:
+            ends = {"low": None, "high": None} if each and each.interval == "none" else {}  # JSON has no infinity
+            values.append(None if each is None else {**asdict(each), **ends, "verdict": each.verdict})
+        return dict(zip(("minus_best_single", "minus_own_initialisation"), values))
+
     return {
         "verdict": verdict.lines,
-        **dict(zip(pair, map(difference, (verdict.minus_single, verdict.minus_own)))),
-        "runs": {name: dict(zip(pair, map(difference, found))) for name, found in verdict.per_run.items()},
+        **pair(verdict.minus_single, verdict.minus_own),
+        "runs": {name: pair(*found) for name, found in verdict.per_run.items()},
         "chosen_on_validation": verdict.chosen,
     }
 
 
 def study_page(study: Study, verdict: Verdict, *, picture: str | None) -> str:
-    """The study as Markdown."""
+    """Write the study as Markdown."""
     lines = ["# Multi-reference study", "", *(f"**{line}**\n" for line in verdict.lines)]
     lines += [f"![The study in pictures]({picture})", ""] if picture is not None else []
     lines += ["## The references before training", "", "```", cards_table(study.health), "```", "", "## Runs", ""]
-    lines += [*runs_table(study, verdict), ""]
-    lines += [
-        "Accuracy: test pairs whose chosen answer the policy finds likelier per token, without a reference; mean over "
-        "seeds. Differences are "
-        'paired within seeds, with 95 % intervals; "best single" and the run in the verdict are chosen within each seed on its validation rows. '
-        "Own-init accuracy: test pairs whose margin has grown beyond the initial model's. Chosen log-prob: "
-        "mean over the chosen test answers, in the unit of `normalize`; far below the others, the policy is damaged. "
-        "Spread: standard deviation over references of beta "
-        "times the margin, nats.",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *runs_table(study, verdict), "", _LEGEND]) + "\n"
 
 
 def runs_table(study: Study, verdict: Verdict) -> list[str]:
-    """One row a run: multi-reference runs with their differences, then singles."""
-    head = [
-        "run",
-        "seeds",
-        "accuracy",
-        "validation",
-        "own-init",
-        "chosen log-prob",
-        "minus best single",
-        "minus own init",
-        "spread",
-        "effective number",
-        "dominance",
-    ]
-    lines = [_row(head), _row(["---"] * len(head))]
+    """Write one row a run: multi-reference runs with their differences, then singles."""
+    rows = []
     for run in [*study.multi, *study.single]:
         differences = verdict.per_run.get(run.name, (None, None))
-        told = [f"{found}: {found.verdict}" if found is not None else "" for found in differences]
-        measures = [run.mean_influence(name) for name in ("spread", "effective_number", "harmonic_dominance")]
-        accuracies = [
-            f"{np.mean(list(found.values())):.4f}" if found else ""
-            for found in (run.test, run.validation, run.own_init)
-        ]
-        logps = f"{np.mean(list(run.chosen_logps.values())):.4g}" if run.chosen_logps else ""
-        done = f"{len(run.test)}/{len(study.seeds)}"
-        lines.append(_row([run.name, done, *accuracies, logps, *told, *(f"{m:.3g}" for m in measures)]))
+        rows.append(
+            {
+                "run": run.name,
+                "seeds": f"{len(run.test)}/{len(study.seeds)}",
+                "accuracy": _mean(run.test, ".4f"),
+                "validation": _mean(run.validation, ".4f"),
+                "own-init": _mean(run.own_init, ".4f"),
+                "chosen log-prob": _mean(run.chosen_logps, ".4g"),
+                **{b: f"{d}: {d.verdict}" if d is not None else "" for b, d in zip(BASELINES, differences)},
+                "spread": f"{run.mean_influence('spread'):.3g}",
+                "effective number": f"{run.mean_influence('effective_number'):.3g}",
+                "dominance": f"{run.mean_influence('harmonic_dominance'):.3g}",
+            }
+        )
+    table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     missing = [run.name for run in study.runs if not run.test]
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
     return lines + ([f"\nNot done, or failed: {', '.join(missing)}."] if missing else [])
 
 
+def _mean(values: Result, form: str) -> str:
+    return f"{np.mean(list(values.values())):{form}}" if values else ""
+
+
 def rows_csv(study: Study) -> str:
-    """One line a run and seed."""
+    """Write one line a run and seed."""
+    names = ("run", "reference", "seed", "test_accuracy", "validation_accuracy", "own_init_accuracy", "chosen_logps")
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(
-        ["run", "reference", "seed", "test_accuracy", "validation_accuracy", "own_init_accuracy", "chosen_logps"]
-    )
+    writer.writerow(names)
     for run in study.runs:
-        for seed, value in run.test.items():
-            writer.writerow(
-                [
-                    run.name,
-                    run.reference or "",
-                    seed,
-                    value,
-                    run.validation[seed],
-                    run.own_init.get(seed, ""),
-                    run.chosen_logps.get(seed, ""),
-                ]
-            )
+        for seed, test in run.test.items():
+            further = [run.own_init.get(seed, ""), run.chosen_logps.get(seed, "")]
+            writer.writerow([run.name, run.reference or "", seed, test, run.validation[seed], *further])
     return file.getvalue()
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def draw(path: Path, study: Study, verdict: Verdict) -> bool:
-    """The references' accuracies, the runs' differences and the influence; whether matplotlib is there to draw them."""
+    """Draw the references' accuracies, the runs' differences and the influence; False where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        tell("no plots, as matplotlib is missing (pip install prefopt[plots]).")
+        print_on_main("no plots, as matplotlib is missing (pip install prefopt[plots]).")
         return False
     figure = Figure(figsize=(16, 2.5 + 0.3 * max(len(study.multi), len(study.health))), layout="constrained")
     health, differences, acted = figure.subplots(1, 3)
-    places = range(len(study.health))
-    spread = [
-        [c.accuracy - c.accuracy_low for c in study.health],
-        [c.accuracy_high - c.accuracy for c in study.health],
-    ]
-    health.errorbar([c.accuracy for c in study.health], places, xerr=spread, fmt="o", capsize=3)
-    names = [f"{Path(c.name).name}{' (quarantined)' if c.quarantine else ''}" for c in study.health]
-    health.set(yticks=list(places), yticklabels=names, title="References: accuracy", xlabel="before training")
-    health.axvline(0.5, color="grey", linewidth=0.8)
-    for row, (_, found) in enumerate(verdict.per_run.items()):
-        for number, (difference, colour) in enumerate(zip(found, ("tab:blue", "tab:orange"))):
-            if difference is not None:
-                reach = 0 if difference.interval == "none" else difference.high - difference.mean
-                label = ("minus best single", "minus own init")[number] if row == 0 else None
-                differences.errorbar(
-                    difference.mean, row + 0.2 * number, xerr=reach, fmt="o", capsize=3, color=colour, label=label
-                )
-    differences.axvline(0, color="grey", linewidth=0.8)
-    differences.set(
-        yticks=range(len(verdict.per_run)),
-        yticklabels=list(verdict.per_run),
-        title="Test accuracy",
-        xlabel="difference",
-    )
-    if any(found != (None, None) for found in verdict.per_run.values()):
-        differences.legend()
-    names = ("effective_number", "spread", "harmonic_dominance")
-    for number, name in enumerate(names):
-        places = [row + 0.25 * (number - 1) for row in range(len(study.multi))]
-        acted.barh(places, [run.mean_influence(name) for run in study.multi], 0.25, label=name.replace("_", " "))
-    acted.set(yticks=range(len(study.multi)), yticklabels=[""] * len(study.multi), title="Influence during training")
-    acted.set(xlabel="references, nats, share")
+    _draw_health(health, study.health)
+    _draw_differences(differences, verdict)
+    rows = range(len(study.multi))
+    for number, name in enumerate(INFLUENCES):
+        means = [run.mean_influence(name) for run in study.multi]
+        acted.barh([row + 0.25 * (number - 1) for row in rows], means, 0.25, label=name.replace("_", " "))
+    acted.set(yticks=rows, yticklabels=[""] * len(rows), title="Influence during training")
+    acted.set(xlabel="nats, references, share")
     acted.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return True
+
+
+def _draw_health(axes: Any, cards: Sequence[HealthCard]) -> None:
+    reach = [[c.accuracy - c.accuracy_low for c in cards], [c.accuracy_high - c.accuracy for c in cards]]
+    axes.errorbar([c.accuracy for c in cards], range(len(cards)), xerr=reach, fmt="o", capsize=3)
+    names = [f"{Path(c.name).name}{' (quarantined)' if c.quarantine else ''}" for c in cards]
+    axes.set(yticks=range(len(cards)), yticklabels=names, title="References: accuracy", xlabel="before training")
+    axes.axvline(0.5, color="grey", linewidth=0.8)
+
+
+def _draw_differences(axes: Any, verdict: Verdict) -> None:
+    for number, (label, colour) in enumerate(zip(BASELINES, ("tab:blue", "tab:orange"))):
+        for row, found in enumerate(verdict.per_run.values()):
+            if (each := found[number]) is not None:
+                reach = 0 if each.interval == "none" else each.high - each.mean
+                axes.errorbar(each.mean, row + 0.2 * number, xerr=reach, fmt="o", capsize=3, color=colour, label=label)
+                label = "_"  # named once in the legend
+    axes.axvline(0, color="grey", linewidth=0.8)
+    names = list(verdict.per_run)
+    axes.set(yticks=range(len(names)), yticklabels=names, title="Test accuracy", xlabel="difference")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()

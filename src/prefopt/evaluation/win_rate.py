@@ -1,4 +1,4 @@
-"""How often one policy's answers beat another's under a ranker, with an interval; and how long answers are.
+"""Win rates of one policy's answers against another's under a ranker, with intervals; and lengths of answers.
 
 Letters: N prompts; R candidates of a prompt, of which some are mine and some theirs.
 """
@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from prefopt.candidates.build_pairs import wilson_lower
 from prefopt.candidates.pairs import TIE_DECIMALS, score_differences, sigmoid
 from prefopt.candidates.records import Record
-
-RESAMPLES = 2000
+from prefopt.intervals import bootstrap_interval, normal_quantile, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ def win_rate(records: Sequence[Record], score: str, mine: str, theirs: str, *, c
     Args:
         records: scored candidates.
         score: name of the scores; a table of pairwise logits where there is one.
-        mine, theirs: values of the candidates' `source`.
+        mine: `source` of the candidates of one side.
+        theirs: `source` of those of the other.
         confidence: of the interval.
 
     Raises:
@@ -71,13 +69,22 @@ def win_rate(records: Sequence[Record], score: str, mine: str, theirs: str, *, c
     if not shares:
         raise ValueError(f"No prompt has answers of both {mine!r} and {theirs!r}.")
     low, high, kind = interval(shares, confidence=confidence)
+    wins, ties, losses = map(int, counts)
     return WinRate(
-        float(np.mean(shares)), low, high, kind, float(np.mean(probabilities)), *map(int, counts), len(shares)
+        win_rate=float(np.mean(shares)),
+        low=low,
+        high=high,
+        interval=kind,
+        win_prob=float(np.mean(probabilities)),
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        prompts=len(shares),
     )
 
 
 def interval(shares: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, str]:
-    """An interval for the mean of shares in [0, 1], one a prompt.
+    """Compute an interval for the mean of shares in [0, 1], one a prompt.
 
     Args:
         shares: (N,); where all are 0 or 1 the interval is Wilson's, else that of a bootstrap over prompts.
@@ -89,16 +96,12 @@ def interval(shares: Sequence[float], *, confidence: float = 0.95, seed: int = 0
     """
     values = np.asarray(shares, dtype=np.float64)
     if np.isin(values, (0.0, 1.0)).all():
-        z = NormalDist().inv_cdf(0.5 + confidence / 2)
-        won, count = int(values.sum()), len(values)
-        return wilson_lower(won, count, z=z), 1 - wilson_lower(count - won, count, z=z), "wilson"
-    drawn = np.random.default_rng(seed).integers(0, len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), (0.5 - confidence / 2, 0.5 + confidence / 2))
-    return float(low), float(high), "bootstrap"
+        return *wilson_interval(int(values.sum()), len(values), z=normal_quantile(confidence)), "wilson"
+    return *bootstrap_interval(values, confidence=confidence, seed=seed), "bootstrap"
 
 
 def join_answers(answers: Mapping[str, Sequence[Record]]) -> tuple[list[Record], int]:
-    """One record for each prompt that every policy has answered, its candidates named after their policies.
+    """Join the answers of all policies to each prompt that every policy has answered, named after their policies.
 
     Args:
         answers: policy -> its records.
@@ -128,7 +131,7 @@ def join_answers(answers: Mapping[str, Sequence[Record]]) -> tuple[list[Record],
 
 
 def length_statistics(records: Sequence[Record], source: str) -> dict[str, float]:
-    """Of one policy's answers: mean and median characters, mean tokens (where known), shares that are empty or cut off."""
+    """Compute one policy's mean and median characters, mean tokens (where known), shares of empty and cut answers."""
     answers = [candidate for record in records for candidate in record["candidates"] if candidate["source"] == source]
     characters = np.array([len(answer["text"]) for answer in answers], dtype=np.float64)
     found: dict[str, float] = {

@@ -1,0 +1,1 @@
+"""Models with a head on a causal LM: scalar rewards and general preferences."""

@@ -1,8 +1,7 @@
-"""The general preference model: responses become vectors, and a skew-symmetric product of two says which is preferred."""
+"""The general preference model: responses become vectors, and a skew-symmetric product of two is their preference."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -14,9 +13,12 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
+from transformers.utils.hub import cached_file
 
 from prefopt._transformers import share_tied_weights
+from prefopt.files import read_json
 from prefopt.losses.reward import general_preference_score
 from prefopt.models.heads import RECORD, Float32Linear, HeadedModel
 from prefopt.scoring.logprobs import token_logps
@@ -28,7 +30,7 @@ SCALE_GATES = ("softmax", "scaled_softmax")
 
 @dataclass
 class GeneralPreferenceOutput(ModelOutput):
-    """What one forward says of each completion; float32.
+    """Output of one forward for each completion; float32.
 
     Attributes:
         embeddings: (C, d).
@@ -44,7 +46,7 @@ class GeneralPreferenceOutput(ModelOutput):
 def preference_table(
     embeddings: torch.Tensor, scales: torch.Tensor | None = None, *, temperature: float
 ) -> torch.Tensor:
-    """The R x R table of logits with which each response of one prompt beats each other.
+    """Compute the R x R table of logits that each response of one prompt beats each other.
 
     T_ij = s(i > j) / tau, s = sum_k scale_k (v_i[2k] v_j[2k+1] - v_i[2k+1] v_j[2k]); T is antisymmetric, T_ii = 0, and
     P(i beats j) = sigmoid(T_ij).
@@ -52,8 +54,8 @@ def preference_table(
     Args:
         embeddings: (R, d) of the responses.
         scales: (d/2,) of their prompt, or (R, d/2) with one row per response, in which case row i scales line i (the
-            rows of one prompt
-            are equal, as they are read before the response begins); None for a model without prompt head.
+            rows of one prompt are equal, as they are read before the response begins); None for a model without
+            prompt head.
         temperature: tau of the trained model (`GeneralPreferenceModel.temperature`).
 
     Returns:
@@ -72,23 +74,21 @@ def preference_table(
 
 
 class GeneralPreferenceModel(HeadedModel):
-    """v(x, y) in R^d from a linear head at the pooled token; with a prompt head, scales (d/2) from the prompt's last token.
+    """v(x, y) in R^d from a linear head at the pooled token, and scales (d/2) from a head at the prompt's last token.
 
     Settings, stored in config.json and so part of the saved model:
 
     - `dim`: d, even.
     - `normalize`: whether v is divided by its Euclidean norm.
     - `scale_gate`: None for no prompt head; "softmax": softmax(z); "scaled_softmax": (d/2) softmax(z / sqrt(H)), of
-    mean one.
+      mean one.
     - `temperature`: tau; P = sigmoid(s / tau).
     - `pooling`: as in `RewardModel`; the released models read the closing EOS ("eos").
     - `lm_head`: whether the language model head is kept, for a supervised term beside the preference loss.
 
     Checkpoints of the released code (`value_head.weight`, `prompt_head.weight`) are read as they are: d and the prompt
-    head follow from
-    the weights. They do not say which variant they are, so `normalize`, `scale_gate` and `temperature` are then those
-    of the authors'
-    usage example (True, "softmax", 0.1) unless given.
+    head follow from the weights. They do not say which variant they are, so `normalize`, `scale_gate` and
+    `temperature` are then those of the authors' usage example (True, "softmax", 0.1) unless given.
 
     Reference: arXiv 2410.02197 and its released code, which holds three inconsistent variants.
     """
@@ -138,7 +138,7 @@ class GeneralPreferenceModel(HeadedModel):
 
     @property
     def temperature(self) -> float:
-        """tau: P(chosen beats rejected) = sigmoid(score / tau)."""
+        """Tau of P(chosen beats rejected) = sigmoid(score / tau)."""
         return self.head_record["temperature"]
 
     @classmethod
@@ -178,15 +178,18 @@ class GeneralPreferenceModel(HeadedModel):
         sft_targets: torch.Tensor | None = None,
         sft_completions: torch.Tensor | None = None,
     ) -> GeneralPreferenceOutput:
-        """Embeddings of the rows or of the completions, their prompts' scales, and log-probabilities for a supervised term.
+        """Compute embeddings of rows or completions, their prompts' scales, and log-probs for a supervised term.
 
         Args:
-            input_ids, attention_mask, position_ids, last_index: as in `RewardModel.forward`.
+            input_ids: as in `RewardModel.forward`.
+            attention_mask: as in `RewardModel.forward`.
+            position_ids: as in `RewardModel.forward`.
+            last_index: as in `RewardModel.forward`.
             prompt_index: (C,) flattened position of the last prompt token of each row or completion; needed with a
                 prompt head.
-            sft_index, sft_targets, sft_completions: (S,) where the tokens of the supervised term are predicted, which
-                they are,
-                and to which row or completion they belong; needs the LM head.
+            sft_index: (S,) where the tokens of the supervised term are predicted; needs the LM head.
+            sft_targets: (S,) those tokens.
+            sft_completions: (S,) the row or completion that each belongs to.
         """
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         embeddings = self.value_head(self.pool(hidden, input_ids, attention_mask, last_index))
@@ -203,6 +206,7 @@ class GeneralPreferenceModel(HeadedModel):
         if sft_index is not None:
             if not self.head_record["lm_head"]:
                 raise ValueError("This model was made without its LM head; a supervised term needs `lm_head=True`.")
+            assert sft_targets is not None and sft_completions is not None
             tokens = token_logps(self, hidden.reshape(-1, hidden.shape[-1])[sft_index], sft_targets)
             logps = tokens.new_zeros(len(embeddings)).index_add(0, sft_completions, tokens)
         return GeneralPreferenceOutput(embeddings=embeddings, scales=scales, logps=logps)
@@ -220,10 +224,11 @@ class GeneralPreferenceModel(HeadedModel):
         attention_mask: torch.Tensor | None = None,
         prompt_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings (N, d) and scales (N, d/2) or None of rows (N, T) with padding on either side, without gradient.
+        """Compute embeddings (N, d) and scales (N, d/2) or None of rows padded on either side, without gradient.
 
         Args:
-            input_ids, attention_mask: (N, T); prompt and response.
+            input_ids: (N, T), prompt and response.
+            attention_mask: (N, T), 0 at padding; None for no padding.
             prompt_lengths: (N,) number of prompt tokens of each row; needed with a prompt head.
         """
         index = None
@@ -236,15 +241,14 @@ class GeneralPreferenceModel(HeadedModel):
 
 
 def _head_shapes(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the two heads' weights in a checkpoint, without loading it."""
+    """Read the shapes of the two heads' weights in a checkpoint, without loading it."""
     quiet = {"_raise_exceptions_for_missing_entries": False, **hub}
     index = cached_file(path, "model.safetensors.index.json", **quiet)
     names = ("value_head.weight", "prompt_head.weight")
     if index is None:
         files = dict.fromkeys(names, "model.safetensors")
     else:
-        with open(index, encoding="utf-8") as file:
-            weight_map = json.load(file)["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         files = {name: weight_map[name] for name in names if name in weight_map}
     shapes = {}
     for name, file_name in files.items():
@@ -254,6 +258,6 @@ def _head_shapes(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str,
                 f"{path} has no safetensors weights; convert it with transformers' `save_pretrained` first."
             )
         with safe_open(weights, framework="pt") as tensors:
-            if name in tensors.keys():
+            if name in set(tensors.keys()):
                 shapes[name] = tuple(tensors.get_slice(name).get_shape())
     return shapes

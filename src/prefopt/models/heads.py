@@ -1,10 +1,8 @@
-"""What the scalar reward model and the general preference model share: a causal LM's backbone, a pooled token, and a record in the config.
+"""Models with a head on a causal LM's backbone: pooling, loading, saving, and a record in the config.
 
-The classes here are mixins. The class of a model in memory is made once per architecture, as (our mixin, the
-architecture's own
+The class of a model in memory is made once per architecture, as (the headed class, the architecture's own
 `PreTrainedModel` base), so that weight names, weight conversion, attention implementations, gradient checkpointing,
-quantization and
-sharded loading are the architecture's own. `config.json` keeps one record of ours, `prefopt_head`.
+quantization and sharded loading are the architecture's own. `config.json` keeps one record, `prefopt_head`.
 
 Letters: N rows, T tokens of a row, C completions, H hidden width.
 """
@@ -20,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from prefopt._transformers import (
@@ -31,19 +29,29 @@ from prefopt._transformers import (
     model_from_config,
     set_attention,
 )
+from prefopt.data.encoding import text_record
 from prefopt.files import read_json, write_json
 
 POOLINGS = ("last", "eos", "mean", "max")
 
+RECORD = "prefopt_head"
+"""Name of the record in config.json: the kind of head that the model has, and its settings."""
+
+ADAPTER_RECORD = "prefopt_head.json"
+"""The same record beside a LoRA adapter, whose folder has no config.json."""
+
+HUB_SETTINGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+"""Keywords of `from_pretrained` that say where files come from."""
+
 
 class Float32Linear(nn.Linear):
-    """A linear layer without bias whose product is taken in float32 whatever the autocast or the weights' dtype."""
+    """A linear layer without bias whose product is in float32, whatever the autocast or the weights' dtype."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., out), float32."""
+        """Map (..., H) to (..., out), float32."""
         with torch.autocast(input.device.type, enabled=False):
             return nn.functional.linear(input.float(), self.weight.float())
 
@@ -51,13 +59,14 @@ class Float32Linear(nn.Linear):
 def pooled_columns(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, *, pooling: str, eos_token_ids: tuple[int, ...]
 ) -> torch.Tensor:
-    """The column at which each row is read: its last real token ("eos"), or the one before a closing EOS ("last").
+    """Find the column at which each row is read: its last real token ("eos"), or the one before an EOS ("last").
 
     Real tokens are those of the attention mask, on either padding side; a pad token that is also the EOS does not
     matter.
 
     Args:
-        input_ids, attention_mask: (N, T); the mask is 0 at padding.
+        input_ids: (N, T).
+        attention_mask: (N, T), 0 at padding.
         pooling: "eos" or "last".
         eos_token_ids: what counts as EOS; a row that ends otherwise (cut, say) is read at its last real token.
 
@@ -69,16 +78,16 @@ def pooled_columns(
     end = (columns * mask).argmax(-1)
     if pooling == "eos":
         return end
-    return end - closes(input_ids.gather(1, end[:, None])[:, 0], eos_token_ids) * (mask.sum(-1) > 1)
+    return end - is_eos(input_ids.gather(1, end[:, None])[:, 0], eos_token_ids) * (mask.sum(-1) > 1)
 
 
-def closes(tokens: torch.Tensor, eos_token_ids: tuple[int, ...]) -> torch.Tensor:
-    """1 where a token is an EOS, else 0, long."""
+def is_eos(tokens: torch.Tensor, eos_token_ids: tuple[int, ...]) -> torch.Tensor:
+    """Return 1 where a token is an EOS, else 0, long."""
     return torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)).long()
 
 
 def pool_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """Mean (float32) or maximum over the real tokens of each row.
+    """Compute the mean (float32) or maximum over the real tokens of each row.
 
     Args:
         hidden: (N, T, H).
@@ -101,26 +110,19 @@ def pool_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling
     return hidden.masked_fill(~real, float("-inf")).amax(1)
 
 
-RECORD = "prefopt_head"
-"""Name of our record in config.json: what kind of head the model has, and with which settings."""
-
-ADAPTER_RECORD = "prefopt_head.json"
-"""The same record beside a LoRA adapter, whose folder has no config.json."""
-
-
-class HeadedModel:
+class HeadedModel(PreTrainedModel):
     """Backbone, pooling, saving and loading; a subclass gives `kind`, `build_heads` and `forward`."""
 
     kind: ClassVar[str]
     head_names: ClassVar[tuple[str, ...]]
     defaults: ClassVar[dict[str, Any]]
-    published_names: ClassVar[
-        dict[str, str]
-    ] = {}  # regular expression of a weight's name in others' checkpoints -> ours
+    # regular expression of a weight's name in others' checkpoints -> its name here
+    published_names: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        setattr(self, self.base_model_prefix, MODEL_MAPPING[type(config)](config))
+        backbone: Any = MODEL_MAPPING[type(config)]
+        setattr(self, self.base_model_prefix, backbone(config))
         parameters = inspect.signature(self.base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self.build_heads(config.get_text_config().hidden_size, getattr(config, RECORD))
@@ -132,8 +134,38 @@ class HeadedModel:
 
     @property
     def head_record(self) -> dict[str, Any]:
-        """The head's settings, as they are saved in config.json."""
+        """The head's settings as config.json stores them."""
         return getattr(self.config, RECORD)
+
+    @property
+    def text_form(self) -> str | None:
+        """The form of the training rows, "strings" or "messages"; None where it is not recorded."""
+        record = self.head_record.get("text")
+        return record and record["form"]
+
+    def record_text(self, tokenizer: PreTrainedTokenizerBase, form: str, *, where: str) -> None:
+        """Record how the texts that the model is trained on become ids, or check it against the record.
+
+        Args:
+            tokenizer: that of the texts.
+            form: "strings" or "messages".
+            where: names the texts in errors.
+
+        Raises:
+            ValueError: the model was trained on texts that became ids in another way.
+        """
+        found = text_record(tokenizer, form)
+        stored = self.head_record.setdefault("text", found)
+        if stored["form"] != form:
+            raise ValueError(
+                f"{where} holds {form}, but the model was trained on {stored['form']}: the same text has other ids "
+                f"there, and its scores mean nothing. Give {stored['form']}, or train a model on {form}."
+            )
+        if stored != found:
+            raise ValueError(
+                f"{where} is read by a tokenizer or chat template that gives other ids than the one in training. Use "
+                "the tokenizer that was saved with the model."
+            )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -142,12 +174,11 @@ class HeadedModel:
         return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
 
     # --- making and loading
-    # ---------------------------------------------------------------------------------------------
 
     @classmethod
     def check_record(cls, record: dict[str, Any]) -> None:
         """Raise ValueError where a setting of `record` is unknown or impossible."""
-        unknown = sorted(set(record) - {"kind", "backbone", *cls.defaults})
+        unknown = sorted(set(record) - {"kind", "backbone", "text", *cls.defaults})
         if unknown:
             raise ValueError(
                 f"Unknown settings of a {cls.kind} head: {', '.join(unknown)}; known: {', '.join(cls.defaults)}."
@@ -157,23 +188,24 @@ class HeadedModel:
 
     @classmethod
     def from_backbone_config(cls, config: PretrainedConfig, **settings: Any) -> HeadedModel:
-        """A model with random weights for a causal LM's config; `settings` are those of the head (see `defaults`)."""
+        """Make a model with random weights for a causal LM's config and settings of the head (see `defaults`)."""
         config = type(config).from_dict(config.to_dict())
         cls._set_record(config, {**cls.defaults, **settings})
-        return model_from_config(cls._concrete(type(config)), config)
+        return model_from_config(cls._class_for(config), config)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, new_head: bool = False, **settings: Any) -> HeadedModel:
-        """Load a model of ours, of others in the same weight layout, or (`new_head=True`) a causal LM that gets a fresh head.
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | os.PathLike[str], *, new_head: bool = False, **settings: Any
+    ) -> Any:
+        """Load a model with a trained head, or (`new_head=True`) a causal LM that gets a fresh one.
 
         Args:
-            path: local folder or hub name. A folder with a LoRA adapter that a trainer of ours saved is loaded onto
-                its base and merged.
+            path: local folder or hub name, of prefopt's models or of others in the same weight layout. A folder with
+                a LoRA adapter that a trainer saved is loaded onto its base and merged.
             new_head: allow a checkpoint without the head's weights; otherwise such a checkpoint is an error.
             settings: settings of the head (see `defaults`), which must agree with the checkpoint's record where it has
-                one; all other
-                keywords are those of transformers' `from_pretrained` (`dtype`, `device_map`, `attn_implementation`,
-                `revision`, ...).
+                one; all other keywords are those of transformers' `from_pretrained` (`dtype`, `device_map`,
+                `attn_implementation`, `revision`, ...).
 
         Raises:
             ValueError: no trained head, settings that contradict the checkpoint, weights of the backbone missing.
@@ -181,35 +213,28 @@ class HeadedModel:
         head_settings = {name: settings.pop(name) for name in list(settings) if name in cls.defaults}
         if Path(path, "adapter_config.json").is_file():
             return cls._from_adapter(Path(path), head_settings, settings)
-        hub = {
-            name: settings[name]
-            for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-            if name in settings
-        }
+        hub = {name: settings[name] for name in HUB_SETTINGS if name in settings}
         config = cls._load_config(path, hub)
         cls._set_record(config, cls._merge_settings(path, config, head_settings, hub))
-        concrete = cls._concrete(type(config))
         mapping = {"key_mapping": cls.published_names} if cls.published_names else {}
-        model, report = super(HeadedModel, concrete).from_pretrained(
-            path, config=config, output_loading_info=True, **mapping, **settings
-        )
+        load: Any = super(HeadedModel, cls._class_for(config)).from_pretrained
+        model, report = load(path, config=config, output_loading_info=True, **mapping, **settings)
         cls._check_loaded(path, report, new_head=new_head)
         drop_weight_conversions(model, cls.published_names)
         return model
 
     @classmethod
-    def from_module(cls, module: PreTrainedModel, **settings: Any) -> HeadedModel:
-        """A model on the backbone of `module`, a causal LM or sequence classifier in memory; both share the backbone from then on.
+    def from_module(cls, module: PreTrainedModel, **settings: Any) -> Any:
+        """Make a model on the backbone of `module`, a causal LM or sequence classifier in memory; they share it.
 
         A sequence classifier with one label gives its head as well; otherwise the head is fresh.
         """
         config = type(module.config).from_dict(module.config.to_dict())
-        cls._set_record(
-            config, {**cls.defaults, **{name: value for name, value in settings.items() if value is not None}}
-        )
+        given = {name: value for name, value in settings.items() if value is not None}
+        cls._set_record(config, {**cls.defaults, **given})
         set_attention(config, attention_of(module.config))
         with torch.device("meta"):
-            model = model_from_config(cls._concrete(type(config)), config)
+            model = model_from_config(cls._class_for(config), config)
         setattr(model, model.base_model_prefix, module.base_model)
         for name in cls.head_names:
             if (head := getattr(model, name, None)) is None:
@@ -236,7 +261,7 @@ class HeadedModel:
     def _merge_settings(
         cls, path: str | os.PathLike[str], config: PretrainedConfig, asked: dict[str, Any], hub: dict[str, Any]
     ) -> dict[str, Any]:
-        """The head's settings: the checkpoint's record, else what its weights and `asked` say, else the defaults."""
+        """Return the head's settings: the checkpoint's record, else `asked`, else the defaults."""
         stored = {**getattr(config, RECORD, {})}
         if stored and stored["kind"] != cls.kind:
             raise ValueError(f"{path} holds a {stored['kind']} head, not a {cls.kind} head.")
@@ -245,14 +270,15 @@ class HeadedModel:
         return {**cls.defaults, **stored, **{name: value for name, value in asked.items() if value is not None}}
 
     @classmethod
+    def _class_for(cls, config: PretrainedConfig) -> Any:
+        key: Any = (cls, type(config))
+        return _concrete_class(*key)
+
+    @classmethod
     def _set_record(cls, config: PretrainedConfig, record: dict[str, Any]) -> None:
         record = {**record, "kind": cls.kind}
         cls.check_record(record)
         setattr(config, RECORD, record)
-
-    @classmethod
-    def _concrete(cls, config_class: type[PretrainedConfig]) -> type:
-        return _concrete_class(cls, config_class)
 
     @classmethod
     def _check_loaded(cls, path: str | os.PathLike[str], report: Any, *, new_head: bool) -> None:
@@ -267,36 +293,43 @@ class HeadedModel:
             )
 
     @classmethod
-    def _from_adapter(cls, path: Path, head_settings: dict[str, Any], settings: dict[str, Any]) -> HeadedModel:
-        from peft import PeftModel
+    def _from_adapter(cls, path: Path, head_settings: dict[str, Any], settings: dict[str, Any]) -> Any:
+        from peft import PeftModel  # not needed where no adapter is read
 
         if not (path / ADAPTER_RECORD).is_file():
-            raise ValueError(f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward model's.")
+            raise ValueError(
+                f"{path} holds an adapter without {ADAPTER_RECORD}: it is no reward or preference model's. To start "
+                "from it, merge it into its base (peft's `merge_and_unload`), save that and give its folder."
+            )
         record = read_json(path / ADAPTER_RECORD)
+        text = record.pop("text", None)
         if record.pop("kind") != cls.kind:
-            raise ValueError(f"{path} holds an adapter of another kind of head than {cls.kind}.")
+            raise ValueError(f"{path} holds the adapter of another kind of head than {cls.kind}.")
         _check_asked(path, record, head_settings)
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         if not base:
             raise ValueError(
                 f"{path} does not say which model its adapter belongs to (it was trained on one in memory): load that "
-                "model, put the "
-                "adapter on it with peft's `PeftModel.from_pretrained(model, path)`, and `merge_and_unload()`."
+                "model, put the adapter on it with peft's `PeftModel.from_pretrained(model, path)`, and "
+                "`merge_and_unload()`."
             )
         model = cls.from_pretrained(base, new_head=True, **record, **settings)
         merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+        if not getattr(merged, "is_quantized", False):
+            merged.requires_grad_(True)  # peft froze what it put the adapter on
         # an adapter that is trained on top of it belongs to this folder, and not to the base alone
         merged.name_or_path = merged.config.name_or_path = str(path)
+        if text is not None:
+            merged.head_record["text"] = text
         return merged
 
     # --- saving
-    # ---------------------------------------------------------------------------------------------------------
 
     def saved_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """config.json as it is written, from transformers' own; a subclass says which other loaders may read it."""
+        """Return config.json as it is written; a subclass changes which other loaders may read it."""
         return config
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **settings: Any
     ) -> None:
         """Save weights and config as transformers does; `settings` are those of its `save_pretrained`."""
@@ -306,20 +339,18 @@ class HeadedModel:
             write_json(path, self.saved_config(json.loads(path.read_text(encoding="utf-8"))))
 
     # --- forward
-    # --------------------------------------------------------------------------------------------------------
 
     def hidden_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        """Last hidden states (N, T, H); positions count real tokens only unless given."""
+        """Compute the last hidden states (N, T, H); positions count real tokens only unless given."""
         positions = {}
         if self._takes_positions:
             if position_ids is None and attention_mask is not None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             positions = {"position_ids": position_ids}
-        return self.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
-        ).last_hidden_state
+        run: Any = self.base_model
+        return run(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
 
     def pool(
         self,
@@ -328,7 +359,7 @@ class HeadedModel:
         attention_mask: torch.Tensor | None,
         last_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One hidden state per row, or per completion of `last_index`.
+        """Pick one hidden state per row, or per completion of `last_index`.
 
         Args:
             hidden: (N, T, H).
@@ -349,12 +380,22 @@ class HeadedModel:
             columns = pooled_columns(input_ids, mask, pooling=pooling, eos_token_ids=self.eos_token_ids)
             return hidden[torch.arange(len(hidden), device=hidden.device), columns]
         if pooling == "last":
-            last_index = last_index - closes(input_ids.reshape(-1)[last_index], self.eos_token_ids)
+            last_index = last_index - is_eos(input_ids.reshape(-1)[last_index], self.eos_token_ids)
         return hidden.reshape(-1, hidden.shape[-1])[last_index]
 
 
+def head_kind(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind of head that a local folder's model or adapter has; None for any other model."""
+    for name in (ADAPTER_RECORD, "config.json"):
+        if (file := Path(path, name)).is_file():
+            found = read_json(file)
+            record = found if name == ADAPTER_RECORD else found.get(RECORD)
+            return record and record["kind"].replace("_", " ")
+    return None
+
+
 def _check_asked(path: str | os.PathLike[str], stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuse settings that contradict those that a head was trained with; None asks for nothing."""
+    """Raise on settings that contradict those that a head was trained with; None asks for nothing."""
     for name, value in asked.items():
         if value is not None and name in stored and stored[name] != value:
             raise ValueError(
@@ -363,15 +404,16 @@ def _check_asked(path: str | os.PathLike[str], stored: dict[str, Any], asked: di
 
 
 @functools.cache
-def _concrete_class(mixin: type[HeadedModel], config_class: type[PretrainedConfig]) -> type:
-    """The model class of `mixin` for one architecture."""
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
-    if causal is None or MODEL_MAPPING.get(config_class, None) is None:
+def _concrete_class(headed: Any, config_class: Any) -> Any:
+    """Make the model class of `headed` for one architecture."""
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
+    backbone: Any = MODEL_MAPPING.get(config_class, None)
+    if causal is None or backbone is None:
         raise ValueError(f"{config_class.__name__} is not the config of a causal LM that transformers knows.")
-    parent = next(base for base in MODEL_MAPPING[config_class].__mro__[1:] if issubclass(base, PreTrainedModel))
+    parent: Any = next(base for base in backbone.__mro__[1:] if issubclass(base, PreTrainedModel))
     members = {
         "base_model_prefix": causal.base_model_prefix,
-        **class_members(parent, not_expected=[r"^lm_head\.", r"^embed_out\."], in_float32=mixin.head_names),
-        "__module__": mixin.__module__,
+        **class_members(parent, not_expected=[r"^lm_head\.", r"^embed_out\."], in_float32=headed.head_names),
+        "__module__": headed.__module__,
     }
-    return type(causal.__name__.removesuffix("ForCausalLM") + mixin.__name__, (mixin, parent), members)
+    return type(causal.__name__.removesuffix("ForCausalLM") + headed.__name__, (headed, parent), members)

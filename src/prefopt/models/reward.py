@@ -19,7 +19,7 @@ OWN_MODEL_TYPE = "prefopt_reward_model"
 
 
 class _OwnConfig(PretrainedConfig):
-    """Lets AutoConfig name our model type; `RewardModel.from_pretrained` reads the backbone's own config."""
+    """Lets AutoConfig name the model type; `RewardModel.from_pretrained` reads the backbone's own config."""
 
     model_type = OWN_MODEL_TYPE
 
@@ -28,18 +28,16 @@ AutoConfig.register(OWN_MODEL_TYPE, _OwnConfig, exist_ok=True)
 
 
 class RewardModel(HeadedModel):
-    """r(x, y) = w . h, where h is the pooled last hidden state of prompt x and response y; no bias, as in a ranking it would cancel.
+    """r(x, y) = w . h, with h the pooled last hidden state of prompt and response; a bias would cancel in a ranking.
 
     Pooling reads the attention mask, never the pad token's id, and takes either padding side: "eos" the last real
-    token, "last" the token
-    before a closing EOS, "mean" and "max" over all real tokens of prompt and response.
+    token, "last" the token before a closing EOS, "mean" and "max" over all real tokens of prompt and response.
 
     Saved in the layout of transformers' `...ForSequenceClassification` (`score.weight`, one label), which
     `AutoModelForSequenceClassification` loads. It reads the last token that is not the pad token: the same score for
-    "eos"
-    where the pad token is not the EOS, and for "last" where it is the EOS or where the text ends without one. Models
-    with "mean" and
-    "max" pooling are saved under a model type of their own, so that a loader that would score otherwise refuses them.
+    "eos" where the pad token is not the EOS, and for "last" where it is the EOS or where the text ends without one.
+    Models with "mean" and "max" pooling are saved under a separate model type, so that a loader that would score
+    otherwise fails on them.
 
     Reference: arXiv 2311.08045 and its released code (head without bias, pooling names; there padding enters "max",
     here it does not).
@@ -61,7 +59,7 @@ class RewardModel(HeadedModel):
         config.num_labels = 1
 
     def saved_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Name the sequence classification class where its reading of the weights is ours, else hide behind a type of our own."""
+        """Name the sequence classification class where it scores as this model does, else a separate model type."""
         known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config["model_type"])
         pooling = self.head_record["pooling"]
         if pooling in ("mean", "max"):
@@ -70,14 +68,14 @@ class RewardModel(HeadedModel):
         if pooling == "eos" and config.get("pad_token_id") in self.eos_token_ids:
             logger.warning_once(
                 "The pad token is the EOS token: loaders that find the last token by the pad id "
-                "(AutoModelForSequenceClassification) "
-                "will read this model one token too early. Use a pad token of its own, or pooling 'last'."
+                "(AutoModelForSequenceClassification) will read this model one token too early. Use another pad "
+                "token, or pooling 'last'."
             )
         if pooling == "last" and config.get("pad_token_id") not in self.eos_token_ids:
             logger.warning_once(
                 "The pad token is not the EOS token: AutoModelForSequenceClassification will read a closing EOS where "
-                "this model (pooling "
-                "'last') reads the token before it. Give it texts without their EOS, or set the pad token to the EOS."
+                "this model (pooling 'last') reads the token before it. Give it texts without their EOS, or set the "
+                "pad token to the EOS."
             )
         return {**config, "architectures": [known or config["architectures"][0]]}
 
@@ -88,7 +86,7 @@ class RewardModel(HeadedModel):
         position_ids: torch.Tensor | None = None,
         last_index: torch.Tensor | None = None,
     ) -> SequenceClassifierOutputWithPast:
-        """Rewards of the rows, or of the completions that `last_index` ends.
+        """Compute the rewards of the rows, or of the completions that `last_index` ends.
 
         Args:
             input_ids: (N, T).
@@ -105,5 +103,5 @@ class RewardModel(HeadedModel):
 
     @torch.no_grad()
     def rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Rewards (N,), float32, without gradient, of rows (N, T) with padding on either side."""
+        """Compute the rewards (N,), float32, without gradient, of rows (N, T) with padding on either side."""
         return self(input_ids, attention_mask).logits[:, 0]

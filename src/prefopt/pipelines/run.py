@@ -1,8 +1,7 @@
 """`prefopt pipeline RECIPE`: plan a loop, show it, write it as a script, or run it.
 
 Keys of every loop: pipeline (self-play, adversarial), run_dir, launchers. A recipe's nested settings may be given one
-by one with a dot,
-`--training.beta 0.01`, in the recipe (`training.beta: 0.01`) and on the command line.
+by one with a dot, `--training.beta 0.01`, in the recipe (`training.beta: 0.01`) and on the command line.
 
   --dry_run            show the stages, their commands, and which of them would run
   --from STAGE         do this stage and all after it again (a name, or its beginning: iteration-2)
@@ -12,68 +11,66 @@ by one with a dot,
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from prefopt.arguments import check_settings, setting
 from prefopt.files import write_text
 from prefopt.launch import LAUNCH_KEYS
+from prefopt.pipelines import adversarial, self_play
 from prefopt.pipelines.commands import Commands, as_script
 from prefopt.pipelines.stages import Runner, Stage, table
-from prefopt.recipes.convert import Text, unknown_key
+from prefopt.recipes.convert import parsed, unknown_key
 from prefopt.recipes.recipe import build, load_settings, parse_settings, plain
 from prefopt.recipes.source import Setting
 
 RECIPE_FILE = "pipeline.yaml"
+ALIASES = {"from": "first", "until": "last"}
+# Keys that say what is done now; the others describe the run and are written to its folder.
+OF_ONE_CALL = ("dry_run", "write_script", "first", "last")
 
 
 class Loop(NamedTuple):
-    """Where a loop lives: its module, the dataclass of its keys, and (optionally) functions that check its data and end it early."""
+    """A loop: the dataclass of its keys, its stages, and how it checks its data and ends early, if it does."""
 
-    module: str
-    keys: str
-    check: str | None = None  # (loop) -> counts to be told
-    stop_after: str | None = None  # (stage, run_dir) -> reason or None
+    keys: type
+    stages_of: Callable[[Any, Commands], list[Stage]]
+    check_data: Callable[[Any], dict[str, int]] = lambda loop: {}
+    stop_after: Callable[[Stage, Path], str | None] = lambda stage, run_dir: None
 
 
 LOOPS = {
-    "self-play": Loop("prefopt.pipelines.self_play", "SelfPlayLoop", stop_after="stop_after"),
-    "adversarial": Loop("prefopt.pipelines.adversarial", "AdversarialLoop", check="check_data"),
+    "self-play": Loop(self_play.SelfPlayLoop, self_play.stages_of, stop_after=self_play.stop_after),
+    "adversarial": Loop(adversarial.AdversarialLoop, adversarial.stages_of, adversarial.check_data),
 }
-ALIASES = {"from": "first", "until": "last"}
 
 
 @dataclass
 class PipelineArguments:
     """The keys of every pipeline."""
 
-    pipeline: str = field(default="", metadata={"help": f"Which loop: {', '.join(LOOPS)}."})
-    run_dir: str = field(
-        default="", metadata={"help": "Folder of the run: its state, logs, and every stage's results."}
+    pipeline: str = setting("", f"Which loop: {', '.join(LOOPS)}.", required=True)
+    run_dir: str = setting("", "Folder of the run: its state, logs, and every stage's results.", required=True)
+    launchers: dict[str, str] = setting(
+        factory=dict,
+        help="Kind of stage (the last part of its name) -> what is typed instead of `prefopt`, such as {generate: "
+        ".venv-vllm/bin/python -m prefopt}.",
     )
-    launchers: dict[str, str] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Kind of stage (the last part of its name) -> what is typed instead of `prefopt`, such as "
-            "{generate: .venv-vllm/bin/python -m prefopt}."
-        },
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Show what would be done."})
-    write_script: str | None = field(default=None, metadata={"help": "Write all commands to this file."})
-    first: str | None = field(default=None, metadata={"help": "Do again from this stage on (--from)."})
-    last: str | None = field(default=None, metadata={"help": "End after this stage (--until)."})
+    dry_run: bool = setting(False, "Show what would be done.")
+    write_script: str | None = setting(None, "Write all commands to this file.")
+    first: str | None = setting(None, "Do again from this stage on (--from).")
+    last: str | None = setting(None, "End after this stage (--until).")
 
     def __post_init__(self) -> None:
-        for name in ("pipeline", "run_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
+        check_settings(self)
 
 
 def run(words: list[str]) -> int:
-    """Do what the command line says.
+    """Run `prefopt pipeline` with the words of the command line.
 
     Raises:
         ValueError: a mistake in the recipe, or a stage that failed.
@@ -82,17 +79,14 @@ def run(words: list[str]) -> int:
     arguments, loop, resolved = read_pipeline(name, settings)
     run_dir = Path(arguments.run_dir).expanduser()
     entry = LOOPS[arguments.pipeline]
-    module = importlib.import_module(entry.module)
-    stages: list[Stage] = module.stages_of(loop, Commands(run_dir, arguments.launchers))
+    stages = entry.stages_of(loop, Commands(run_dir, arguments.launchers))
     check_launchers(arguments.launchers, stages)
-    if entry.check is not None:
-        counts = getattr(module, entry.check)(loop)
+    if counts := entry.check_data(loop):
         print(f"pipeline: {', '.join(f'{number} {what}' for what, number in counts.items())}")
-    rule = getattr(module, entry.stop_after) if entry.stop_after is not None else None
     runner = Runner(
         stages,
         run_dir,
-        stop_after=lambda stage: rule(stage, run_dir) if rule is not None else None,
+        stop_after=lambda stage: entry.stop_after(stage, run_dir),
         begin=lambda: write_text(run_dir / RECIPE_FILE, resolved),
     )
     if arguments.write_script is not None:
@@ -110,52 +104,48 @@ def run(words: list[str]) -> int:
 
 
 def read_pipeline(name: str | None, settings: list[Setting]) -> tuple[PipelineArguments, Any, str]:
-    """The settings of a pipeline's recipe: what every loop has, the loop's own keys, and all of them as YAML.
+    """Read a pipeline's recipe; return the keys of every loop, the loop's own, and all of them as YAML.
 
     Raises:
         ValueError: a mistake in the recipe.
     """
-    settings = [replace(setting, key=ALIASES.get(setting.key, setting.key)) for setting in folded(settings)]
-    kinds = [setting for setting in settings if setting.key == "pipeline"]
+    settings = [replace(item, key=ALIASES.get(item.key, item.key)) for item in folded(settings)]
+    kinds = [item for item in settings if item.key == "pipeline"]
     if not kinds:
         raise ValueError(f"{name or 'the command line'}: pipeline is missing: {', '.join(LOOPS)}.")
     if kinds[-1].value not in LOOPS:
         raise ValueError(f"{kinds[-1].place}: {unknown_key(kinds[-1].value, list(LOOPS)).replace('key', 'pipeline')}.")
-    launching = [setting for setting in settings if setting.key in LAUNCH_KEYS]
-    if launching:
-        raise ValueError(
-            f"{launching[0].place}: {launching[0].key} belongs to one kind of stage: write "
-            f"training.{launching[0].key}."
-        )
-    entry = LOOPS[str(kinds[-1].value)]
-    keys = getattr(importlib.import_module(entry.module), entry.keys)
-    recipe = parse_settings(name, settings, (PipelineArguments, keys))
-    arguments, loop = build(recipe, (PipelineArguments, keys))
-    values = {k: plain(v) for k, v in recipe.values.items() if k not in ("dry_run", "write_script", "first", "last")}
+    if launching := [item for item in settings if item.key in LAUNCH_KEYS]:
+        place, key = launching[0].place, launching[0].key
+        raise ValueError(f"{place}: {key} belongs to one kind of stage: write training.{key}.")
+    classes = (PipelineArguments, LOOPS[str(kinds[-1].value)].keys)
+    recipe = parse_settings(name, settings, classes)
+    arguments, loop = build(recipe, classes)
+    values = {key: plain(value) for key, value in recipe.values.items() if key not in OF_ONE_CALL}
     return arguments, loop, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def folded(settings: list[Setting]) -> list[Setting]:
-    """The settings with every `training.beta: 0.01` put into the mapping `training` of the sources before it.
+    """Put every `training.beta: 0.01` into the mapping `training` of the sources before it.
 
     Raises:
         ValueError: the key before the dot holds something else.
     """
-    outers = dict.fromkeys(setting.key.partition(".")[0] for setting in settings if "." in setting.key)
-    result = [setting for setting in settings if setting.key.partition(".")[0] not in outers]
+    outers = dict.fromkeys(item.key.partition(".")[0] for item in settings if "." in item.key)
+    result = [item for item in settings if item.key.partition(".")[0] not in outers]
     for outer in outers:
-        parts = [setting for setting in settings if setting.key.partition(".")[0] == outer]
-        parts.sort(key=lambda setting: (setting.level, "." in setting.key))
+        parts = [item for item in settings if item.key.partition(".")[0] == outer]
+        parts.sort(key=lambda item: (item.level, "." in item.key))
         value: Any = {}
         for part in parts:
             path = part.key.split(".")[1:]
-            value = _put(value, path, _value(part.value), f"{part.place}: {part.key}")
+            value = _put(value, path, _parsed(part.value), f"{part.place}: {part.key}")
         result.append(Setting(outer, value, parts[-1].place, parts[-1].level))
     return result
 
 
 def _put(mapping: Any, path: list[str], value: Any, where: str) -> Any:
-    """`mapping` with `value` at the end of `path`."""
+    """Return `mapping` with `value` at the end of `path`."""
     if not path:
         return value
     if not isinstance(mapping, dict):
@@ -163,14 +153,14 @@ def _put(mapping: Any, path: list[str], value: Any, where: str) -> Any:
     return {**mapping, path[0]: _put(mapping.get(path[0], {}), path[1:], value, where)}
 
 
-def _value(value: Any) -> Any:
+def _parsed(value: Any) -> Any:
     if isinstance(value, list):
-        return [_value(item) for item in value]
-    return yaml.safe_load(value) if isinstance(value, Text) else value
+        return [_parsed(item) for item in value]
+    return parsed(value)
 
 
 def check_launchers(launchers: dict[str, str], stages: list[Stage]) -> None:
-    """Refuse a launcher for a kind of stage that the run does not have."""
+    """Raise a ValueError where a launcher is named for a kind of stage that the run does not have."""
     kinds = list(dict.fromkeys(stage.name.rsplit("/", 1)[-1] for stage in stages))
     for kind in launchers:
         if kind not in kinds:

@@ -1,4 +1,4 @@
-"""A resumable run of stages: each a command of its own, done once, done again exactly where what decides its result has changed.
+"""A resumable run of stages: each a command, done once, and again only where what decides its result has changed.
 
 A loop (`prefopt.pipelines.self_play`, ...) is a list of `Stage`; `Runner` plans and runs any such list. Nothing here
 knows what a stage computes.
@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from prefopt.arguments import changed_keys, setting_changes
 from prefopt.pipelines.state import (
     DONE,
     FAILED,
@@ -44,11 +45,10 @@ class Stage:
         name: unique, such as "iteration-1/rank".
         command: the words that are run, as a person could type them.
         settings: everything in it that decides the result (JSON values; paths within the run relative to it). A stage
-            whose settings have
-            changed is done again; what is only in `command` (numbers of processes, ports) may change freely.
-        folder: where it writes, relative to the run's folder; its own alone. It is emptied before the stage is done
-            again, and kept where the
-            same stage continues, which its command must be able to do.
+            whose settings have changed is done again; what is only in `command` (numbers of processes, ports) may
+            change freely.
+        folder: where it alone writes, relative to the run's folder. It is emptied before the stage is done again, and
+            kept where the same stage continues, which its command must be able to do.
         outputs: patterns relative to the run's folder, of the files that other stages read; each must match when the
             stage has ended.
         needs: names of the earlier stages whose outputs it reads.
@@ -66,18 +66,18 @@ class Stage:
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        # as they come back from the state file
+        # JSON turns tuples into lists and keys into strings: compared with the state file, both must look alike
         object.__setattr__(self, "settings", json.loads(json.dumps(dict(self.settings))))
 
     @property
     def line(self) -> str:
-        """The command as one line for a shell."""
+        """Return the command as one line for a shell."""
         return shlex.join(self.command)
 
 
 @dataclass
 class Planned:
-    """What is to be done about a stage: nothing ("done"), "run", "continue", "again", or "maybe" (if what it reads turns out otherwise)."""
+    """Planned action of a stage: done, run, continue, again, or maybe (depends on the outputs of earlier stages)."""
 
     stage: Stage
     action: str
@@ -118,11 +118,10 @@ class Runner:
         folders = [stage.folder for stage in self.stages if stage.folder is not None]
         assert len(folders) == len(set(folders)), "two stages share a folder"
 
-    # ---- what there is to do
-    # ---------------------------------------------------------------------------------------------------
+    # ---- planning
 
     def plan(self, first: str | None = None, last: str | None = None) -> list[Planned]:
-        """What a run would do now; writes nothing.
+        """Plan what a run would do now; nothing is written.
 
         Args:
             first: stages from this one on are done again; those before must be done. A name, or its beginning
@@ -147,7 +146,7 @@ class Runner:
         return planned
 
     def selected(self, first: str | None, last: str | None) -> Sequence[Stage]:
-        """The stages from `first` to `last`, named as for `plan`."""
+        """Return the stages from `first` to `last`, named as for `plan`."""
         begin, end = self._range(first, last)
         return self.stages[begin:end]
 
@@ -159,7 +158,7 @@ class Runner:
         return begin, end
 
     def _place(self, name: str, flag: str) -> tuple[int, int]:
-        """Where the stages called `name`, or beginning with it, start and end."""
+        """Find where the stages called `name`, or beginning with it, start and end."""
         places = [n for n, stage in enumerate(self.stages) if stage.name == name or stage.name.startswith(f"{name}/")]
         if not places:
             raise ValueError(
@@ -176,36 +175,33 @@ class Runner:
                     "give another run_dir."
                 )
             return Planned(stage, "run", "not done yet")
-        changed = _differences(record.settings, stage.settings)
-        if changed:
+        if changed := setting_changes(record.settings, stage.settings):
             return Planned(stage, "again", f"changed: {'; '.join(changed)}")
         inputs = {str(path): hashes.of(path) for path in stage.inputs}
         if inputs != record.inputs:
-            return Planned(stage, "again", f"changed input: {', '.join(_differing(record.inputs, inputs))}")
+            return Planned(stage, "again", f"changed input: {', '.join(changed_keys(record.inputs, inputs))}")
         waiting = [name for name in stage.needs if name in pending]
         if not waiting:
             consumed = {name: state.stages[name].digest for name in stage.needs}
             if consumed != record.consumed:
-                return Planned(stage, "again", f"new outcome of {', '.join(_differing(record.consumed, consumed))}")
+                return Planned(stage, "again", f"new outcome of {', '.join(changed_keys(record.consumed, consumed))}")
         if record.status != DONE:
-            return Planned(
-                stage, "continue", "it failed" if record.status == FAILED else "it was stopped before its end"
-            )
+            why = "it failed" if record.status == FAILED else "it was stopped before its end"
+            return Planned(stage, "continue", why)
         try:
             files = describe_files(self.run_dir, stage.outputs, record.files)
         except FileNotFoundError as missing:
             return Planned(stage, "again", f"nothing matches {missing} any more")
         if digest_of(files) != record.digest:
-            return Planned(stage, "again", f"changed since: {', '.join(_differing(record.files, files))}")
+            return Planned(stage, "again", f"changed since: {', '.join(changed_keys(record.files, files))}")
         if waiting:
             return Planned(stage, "maybe", f"if the outcome of {', '.join(waiting)} changes")
         return Planned(stage, "done")
 
-    # ---- doing it
-    # --------------------------------------------------------------------------------------------------------------
+    # ---- running
 
     def run(self, first: str | None = None, last: str | None = None) -> str | None:
-        """Do what is to be done, stage after stage.
+        """Run what is planned, stage after stage.
 
         Returns:
             Why it ended early by `stop_after`, or None.
@@ -261,7 +257,7 @@ class Runner:
         log = self.log_path(stage)
         status, seconds = self._execute(stage, log, lock)
         record.seconds += seconds
-        fault = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}" if status else ""
+        fault = _fault(status)
         if not fault:
             try:
                 record.files = describe_files(self.run_dir, stage.outputs, {})
@@ -275,8 +271,7 @@ class Runner:
             last = next(iter(last_lines(log, 1)), "its log is empty")
             raise ValueError(
                 f"the stage {stage.name} {fault} after {seconds:.0f} s: {last} (the whole log is {log}; once the "
-                "cause is mended, the same command, "
-                "without any --from, continues here.)"
+                "cause is removed, the same command, without any --from, continues here.)"
             )
 
     def _execute(self, stage: Stage, log: Path, lock: RunLock) -> tuple[int, float]:
@@ -294,7 +289,7 @@ class Runner:
         return status, time.monotonic() - started
 
     def log_path(self, stage: Stage) -> Path:
-        """Where the output of a stage is kept."""
+        """Return the file that keeps the output of a stage."""
         return self.run_dir / "logs" / f"{stage.name.replace('/', '-')}.log"
 
     def _say(self, text: str) -> None:
@@ -302,7 +297,7 @@ class Runner:
 
 
 def table(planned: Sequence[Planned]) -> str:
-    """A plan as text: a line for each stage, with why it will be done."""
+    """Format a plan: a line for each stage, with why it will be done."""
     width = max((len(item.stage.name) for item in planned), default=0)
     lines = [
         f"  {item.stage.name:<{width}}  {item.action}{f' ({item.reason})' if item.reason else ''}" for item in planned
@@ -310,14 +305,11 @@ def table(planned: Sequence[Planned]) -> str:
     return "\n".join([f"pipeline: {len(planned)} stages", *lines])
 
 
+def _fault(status: int) -> str:
+    if status < 0:
+        return f"was ended by signal {-status}"
+    return f"ended with status {status}" if status else ""
+
+
 def _holds_anything(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two sets of settings, each as a few words."""
-    return [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in _differing(before, now)]

@@ -1,10 +1,9 @@
-"""What a run remembers on disk: which stages are done, with which settings, and what they made; and its lock."""
+"""What a run has on a machine: its memory on disk (stages that are done, and what they made), lock and processes."""
 
 from __future__ import annotations
 
 import codecs
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,151 +20,20 @@ from typing import Any, TextIO
 
 import psutil
 
-from prefopt.files import content_hash, read_json, write_json
-
-GRACE = 20.0  # seconds between the request to end and the end
-PATIENCE = 0.5  # seconds without output after which a process is looked at
-MARK = "PREFOPT_STAGE_OF"  # environment variable of every process of a stage: the lock file of its run
-
-
-def run_logged(
-    words: Sequence[str],
-    log: Path,
-    *,
-    mark: str,
-    keep_open: int,
-    console: TextIO | None = None,
-) -> int:
-    """Run a command; what it prints goes to the console as it comes and is appended to `log`.
-
-    The process is the leader of a session of its own, so that it can be ended with everything that it has started; it
-    is, however this
-    function is left.
-
-    Args:
-        words: the command.
-        log: a text file; its folder is made.
-        mark: what `marked_sessions` finds it by, from any process and after the end of this one.
-        keep_open: a file descriptor that the process inherits: the run's lock, which holds as long as any part of the
-            process lives.
-        console: where to show the output; default: standard output.
-
-    Returns:
-        The exit status; negative: the signal that ended it.
-    """
-    console = console or sys.stdout
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            list(words),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                MARK: mark,
-                "PYTHONUNBUFFERED": "1",
-            },  # lines as they come, not when the pipe's buffer is full
-            start_new_session=True,
-            pass_fds=(keep_open,),
-        )
-        try:
-            for text in _decoded(process):
-                file.write(text)
-                file.flush()
-                console.write(text)
-                console.flush()
-            return process.wait()
-        finally:
-            end_session(process.pid)
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-
-
-def _decoded(process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """What the process prints, until it has ended: what it has left running may hold the pipe open for ever."""
-    assert process.stdout is not None
-    pipe = process.stdout.fileno()
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    last_look = float("inf")
-    while time.monotonic() < last_look:
-        if select.select([pipe], [], [], PATIENCE)[0]:
-            if not (block := os.read(pipe, 1 << 16)):
-                break
-            yield decoder.decode(block)
-        elif process.poll() is not None:
-            break
-        if process.poll() is not None:
-            last_look = min(last_look, time.monotonic() + GRACE)
-    yield decoder.decode(b"", final=True)
-
-
-def session_members(session: int) -> list[psutil.Process]:
-    """The living processes of a session."""
-    members = []
-    for process in psutil.process_iter():
-        with suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process)
-    return members
-
-
-def marked_sessions(mark: str) -> set[int]:
-    """The sessions of all living processes on this machine that were started as a stage with `mark`, or by one."""
-    sessions = set()
-    for process in psutil.process_iter():
-        with suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
-                sessions.add(os.getsid(process.pid))
-    return sessions
-
-
-def end_session(session: int) -> int:
-    """End every process of a session that a stage was started in: asked first, killed after a grace; returns how many there were."""
-    members = session_members(session)
-    for process in members:
-        with suppress(psutil.Error):
-            process.terminate()
-    deadline = time.monotonic() + GRACE
-    while session_members(session) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in session_members(session):
-        with suppress(psutil.Error):
-            process.kill()
-    return len(members)
-
-
-def last_lines(log: Path, count: int) -> list[str]:
-    """The last `count` lines of a log that hold anything; of a line that was overwritten (a progress bar) its last state."""
-    with suppress(FileNotFoundError):
-        text = log.read_text(encoding="utf-8", errors="replace")
-        lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
-        return [line for line in lines if line.strip()][-count:]
-    return []
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that stages are ended with their runner."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
+from prefopt.files import content_hash, file_hash, read_json, write_json
 
 VERSION = 1
 STATE_FILE = "state.json"
 PREVIOUS_FILE = "state.previous.json"
 LOCK_FILE = ".lock"
 RUNNING, DONE, FAILED = "running", "done", "failed"
+GRACE = 20.0  # seconds between asking a process to end and killing it
 TAKE_OVER = GRACE + 10.0  # seconds that the stages of a killed runner get to end
+PATIENCE = 0.5  # seconds without output after which it is checked whether the process has ended
+MARK = "PREFOPT_STAGE_OF"  # environment variable of every process of a stage: the lock file of its run
+
+
+# ---- memory
 
 
 @dataclass
@@ -202,11 +70,8 @@ class RunState:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
         self.path = run_dir / STATE_FILE
-        self.stages: dict[str, StageRecord] = {}
-        if self.path.exists():
-            self.stages = self._read()
+        self.stages: dict[str, StageRecord] = self._read() if self.path.exists() else {}
 
     def _read(self) -> dict[str, StageRecord]:
         remedy = (
@@ -226,18 +91,16 @@ class RunState:
         return records
 
     def save(self, name: str, record: StageRecord) -> None:
-        """Put a stage's record on disk."""
+        """Write a stage's record to disk, and the state before it beside it."""
         self.stages[name] = record
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             write_json(self.path.with_name(PREVIOUS_FILE), read_json(self.path))
-        write_json(
-            self.path, {"version": VERSION, "stages": {name: asdict(record) for name, record in self.stages.items()}}
-        )
+        stages = {name: asdict(record) for name, record in self.stages.items()}
+        write_json(self.path, {"version": VERSION, "stages": stages})
 
 
 def describe_files(run_dir: Path, patterns: Sequence[str], known: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Size, time and SHA-256 of the files that match; a file whose size and time are as in `known` is not read again.
+    """Return size, time and SHA-256 of the files that match.
 
     Raises:
         FileNotFoundError: a pattern that matches nothing.
@@ -249,25 +112,20 @@ def describe_files(run_dir: Path, patterns: Sequence[str], known: dict[str, list
             raise FileNotFoundError(pattern)
         for path in paths:
             name = path.relative_to(run_dir).as_posix()
-            stat = path.stat()
-            seen = [stat.st_size, stat.st_mtime_ns]
-            before = known.get(name)
-            found[name] = before if before is not None and before[:2] == seen else [*seen, sha256(path)]
+            found[name] = _described(path, known.get(name))
     return found
 
 
 def digest_of(files: dict[str, list[Any]]) -> str:
-    """One hash of the contents of described files."""
+    """Compute one hash of the contents of described files."""
     return content_hash({name: entry[2] for name, entry in files.items()})
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+def _described(path: Path, before: list[Any] | None) -> list[Any]:
+    """Return [size, mtime in ns, SHA-256] of a file, which is not read again if size and time are as before."""
+    stat = path.stat()
+    seen = [stat.st_size, stat.st_mtime_ns]
+    return before if before is not None and before[:2] == seen else [*seen, file_hash(path)]
 
 
 class InputHashes:
@@ -281,7 +139,7 @@ class InputHashes:
             self._known = read_json(self.path)  # only saves time: a damaged one is made again
 
     def of(self, path: Path) -> str:
-        """Hash of a file, or of every file in a folder with its name; checkpoints within a model's folder are left out.
+        """Hash a file, or every file in a folder with its name; checkpoints within a model's folder are left out.
 
         Raises:
             ValueError: there is nothing.
@@ -291,27 +149,22 @@ class InputHashes:
         place = path.resolve()
         files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
         files = [p for p in files if not any(part.startswith("checkpoint-") for part in p.relative_to(place).parts)]
-        before = dict(self._known)
-        value = content_hash([[file.relative_to(place).as_posix(), self._file(file)] for file in files])
-        if self.keep and self._known != before:
-            write_json(self.path, self._known)
-        return value
+        found = {str(file): _described(file, self._known.get(str(file))) for file in files}
+        if self.keep and not found.items() <= self._known.items():
+            write_json(self.path, self._known | found)
+        self._known |= found
+        return content_hash([[file.relative_to(place).as_posix(), str(found[str(file)][2])] for file in files])
 
-    def _file(self, path: Path) -> str:
-        stat = path.stat()
-        seen = [stat.st_size, stat.st_mtime_ns]
-        entry = self._known.get(str(path))
-        if entry is None or entry[:2] != seen:
-            entry = self._known[str(path)] = [*seen, sha256(path)]
-        return str(entry[2])
+
+# ---- lock
 
 
 class RunLock:
     """One runner at a time in a run's folder.
 
     The lock is the kernel's: it goes when the last process that holds it ends. Stages inherit it, so that a stage that
-    outlives a killed
-    runner is noticed; the next runner on that machine ends it and takes over.
+    outlives a killed runner is noticed; the next runner on that machine ends it and takes over. filelock, which other
+    commands use, closes its descriptor in child processes and does not say who holds a lock.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -328,8 +181,8 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+", encoding="utf-8") as file:
             deadline = time.monotonic() + TAKE_OVER
-            while not _try(file):
-                self._refuse_living(file)
+            while not _try_lock(file):
+                self._check_holder(file)
                 if time.monotonic() > deadline:
                     raise ValueError(f"{self.path}: still locked although its runner has ended; try again.")
                 self._end_leftovers()
@@ -349,19 +202,19 @@ class RunLock:
 
     @property
     def mark(self) -> str:
-        """What the processes of this run's stages are found by."""
+        """The value of `MARK` in the environment of this run's stages."""
         return str(self.path.resolve())
 
     def _sign(self) -> None:
-        """Write down who holds the lock."""
         me = {"pid": os.getpid(), "born": _born(os.getpid()), "host": platform.node()}
         self._file.seek(0)
         self._file.truncate()
         self._file.write(json.dumps(me))
         self._file.flush()
 
-    def _refuse_living(self, file: Any) -> None:
-        holder = _holder(file)
+    def _check_holder(self, file: Any) -> None:
+        """Raise a ValueError if the runner that signed the lock file lives, or is on another machine."""
+        holder = _signed(file)
         here = holder.get("host") == platform.node()
         if not here or (holder.get("born") is not None and _born(holder.get("pid", -1)) == holder["born"]):
             who = f"process {holder.get('pid', '?')} on {holder.get('host', 'some machine')}"
@@ -373,7 +226,7 @@ class RunLock:
             end_session(session)
 
 
-def _try(file: Any) -> bool:
+def _try_lock(file: Any) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -381,7 +234,7 @@ def _try(file: Any) -> bool:
     return True
 
 
-def _holder(file: Any) -> dict[str, Any]:
+def _signed(file: Any) -> dict[str, Any]:
     file.seek(0)
     with suppress(json.JSONDecodeError):
         value = json.loads(file.read() or "{}")
@@ -390,8 +243,132 @@ def _holder(file: Any) -> dict[str, Any]:
 
 
 def _born(pid: int) -> float | None:
-    """When a living process was started; None for one that has ended, waited for or not."""
+    """Return when a living process was started (its id may be given again); None for one that has ended."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
         return process.create_time() if process.status() != psutil.STATUS_ZOMBIE else None
     return None
+
+
+# ---- processes
+
+
+def run_logged(words: Sequence[str], log: Path, *, mark: str, keep_open: int, console: TextIO | None = None) -> int:
+    """Run a command; what it prints goes to the console as it comes and is appended to `log`.
+
+    The process leads a session, so that it can be ended with everything that it has started; it is, however this
+    function is left.
+
+    Args:
+        words: the command.
+        log: a text file; its folder is made.
+        mark: what `marked_sessions` finds it by, from any process and after the end of this one.
+        keep_open: a file descriptor that the process inherits: the run's lock, which holds as long as any part of the
+            process lives.
+        console: where to show the output; default: standard output.
+
+    Returns:
+        The exit status; negative: the signal that ended it.
+    """
+    console = console or sys.stdout
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            list(words),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Python writes lines to a pipe only when its buffer is full, unless told otherwise
+            env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+            pass_fds=(keep_open,),
+        )
+        try:
+            for text in _output(process):
+                for stream in (file, console):
+                    stream.write(text)
+                    stream.flush()
+            return process.wait()
+        finally:
+            end_session(process.pid)
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def _output(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Yield what the process prints, until it has ended: what it has left running may hold the pipe open for ever."""
+    assert process.stdout is not None
+    pipe = process.stdout.fileno()
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    deadline = float("inf")
+    while time.monotonic() < deadline:
+        if select.select([pipe], [], [], PATIENCE)[0]:
+            if not (block := os.read(pipe, 1 << 16)):
+                break
+            yield decoder.decode(block)
+        elif process.poll() is not None:
+            break
+        if process.poll() is not None:
+            deadline = min(deadline, time.monotonic() + GRACE)
+    yield decoder.decode(b"", final=True)
+
+
+def marked_sessions(mark: str) -> set[int]:
+    """Return the sessions of all living processes here that were started as a stage with `mark`, or by one."""
+    sessions = set()
+    for process in _living(lambda process: process.environ().get(MARK) == mark):
+        with suppress(ProcessLookupError):
+            sessions.add(os.getsid(process.pid))
+    return sessions
+
+
+def end_session(session: int) -> None:
+    """End every process of a session that a stage was started in: SIGTERM first, SIGKILL after a grace."""
+
+    def members() -> list[psutil.Process]:
+        return _living(lambda process: os.getsid(process.pid) == session)
+
+    for process in members():
+        with suppress(psutil.Error):
+            process.terminate()
+    deadline = time.monotonic() + GRACE
+    while members() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in members():
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def _living(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        # those of other users, and those that end meanwhile, are none of a stage
+        with suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and belongs(process):
+                found.append(process)
+    return found
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """Return the last `count` non-blank lines of a log; of an overwritten line (a progress bar) its last state."""
+    with suppress(FileNotFoundError):
+        text = log.read_text(encoding="utf-8", errors="replace")
+        lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
+        return [line for line in lines if line.strip()][-count:]
+    return []
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that stages are ended with their runner."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

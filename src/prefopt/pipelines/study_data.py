@@ -1,10 +1,9 @@
-"""The data of a study: one pool of rows that every tokenizer can take, split anew for each seed into train, validation and test.
+"""The data of a study: one pool of rows that every tokenizer can take, split anew for each seed.
 
 All seeds share the pool, so it is scored once, and they are not independent: compare runs within a seed.
 
 Reference: the released notebooks of arXiv 2512.10040 (length filter, 7,000 rows drawn with seed 858, 5,000/1,000/1,000
-by a permutation per
-seed). There rows are permuted; here prompts are, so that no prompt is in two parts.
+by a permutation per seed). There rows are permuted; here prompts are, so that no prompt is in two parts.
 """
 
 from __future__ import annotations
@@ -18,13 +17,17 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import DataArguments, DataSource, load_datasets
-from prefopt.data.loading import normalise_rows, prompt_key
+from prefopt.data import DataArguments, DataSource, load_datasets, tokenize_pairs
+from prefopt.data.encoding import load_tokenizer
+from prefopt.data.holdout import fill_with_prompts, prompt_name
+from prefopt.data.loading import normalise_rows
 from prefopt.data.rows import CONTEXT_COLUMNS
-from prefopt.data.tokenization import tokenize_pairs
 from prefopt.files import content_hash, read_json, read_jsonl, write_json, write_jsonl
 from prefopt.pipelines.state import InputHashes
-from prefopt.references.filling import load_tokenizer
+from prefopt.references.filling import pair_lengths
+
+POOL_FILE, REPORT_FILE = "pool.jsonl", "pool.json"
+PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,11 @@ def filter_by_length(
     percentile: float = 2.5,
     num_proc: int | None = None,
 ) -> tuple[Dataset, LengthFilterReport]:
-    """Rows that pass three filters, one after the other.
+    """Keep the rows that pass three filters, one after the other.
 
     With p, c, r the largest counts over the tokenizers of prompt, prompt + chosen and prompt + rejected: first p above
-    its
-    `percentile`; then c - p and r - p, each above its own percentile among the rows that are left; then c and r at
-    most
-    `max_length`. A row that some tokenizer cannot take counts as infinitely long.
+    its `percentile`; then c - p and r - p, each above its own percentile among the rows that are left; then c and r at
+    most `max_length`. A row that some tokenizer cannot take counts as infinitely long.
 
     Args:
         rows: preference rows in any form.
@@ -81,50 +82,35 @@ def filter_by_length(
     lengths = _longest(rows, tokenizers, num_proc)
     prompt, chosen, rejected = lengths
     keep = np.isfinite(lengths).all(axis=0)
-    counts = [int((~keep).sum())]
-    thresholds = [_percentile(prompt[keep], percentile)]
-    keep, dropped = _narrow(keep, prompt > thresholds[0])
-    counts.append(dropped)
+    thresholds: list[float] = []
+
+    def long_enough(values: np.ndarray) -> np.ndarray:
+        thresholds.append(float(np.percentile(values[keep], percentile)) if keep.any() else float("nan"))
+        return values > thresholds[-1]
+
     with np.errstate(invalid="ignore"):  # infinite rows are out already
         replies = chosen - prompt, rejected - prompt
-    thresholds += [_percentile(reply[keep], percentile) for reply in replies]
-    keep, dropped = _narrow(keep, (replies[0] > thresholds[1]) & (replies[1] > thresholds[2]))
-    counts.append(dropped)
-    keep, dropped = _narrow(keep, np.maximum(chosen, rejected) <= max_length)
-    counts.append(dropped)
-    report = LengthFilterReport(len(rows), *counts, *thresholds)
+    left = [len(rows), keep.sum()]
+    keep &= long_enough(prompt)
+    left.append(keep.sum())
+    keep &= long_enough(replies[0]) & long_enough(replies[1])
+    left.append(keep.sum())
+    keep &= np.maximum(chosen, rejected) <= max_length
+    left.append(keep.sum())
+    report = LengthFilterReport(len(rows), *(-np.diff(left)).tolist(), *thresholds)
     if not keep.any():
         raise ValueError(f"No row passes the length filter ({report}): raise `max_length` or lower the percentile.")
     return rows.select(np.flatnonzero(keep)), report
 
 
 def _longest(rows: Dataset, tokenizers: Sequence[PreTrainedTokenizerBase], num_proc: int | None) -> np.ndarray:
-    """(3, N) largest counts over the tokenizers: prompt, prompt + chosen, prompt + rejected."""
+    """Return (3, N) largest counts over the tokenizers: prompt, prompt + chosen, prompt + rejected."""
     longest = np.zeros((3, len(rows)))
     for tokenizer in tokenizers:
         tokenised, _ = tokenize_pairs(rows, tokenizer, max_length=None, num_proc=num_proc, name="rows")
-        found = {
-            row_id: (len(prompt), len(prompt) + len(chosen), len(prompt) + len(rejected))
-            for row_id, prompt, chosen, rejected in zip(
-                tokenised["row_id"], tokenised["prompt_ids"], tokenised["chosen_ids"], tokenised["rejected_ids"]
-            )
-        }
-        counts = [found.get(row_id, (np.inf,) * 3) for row_id in rows["row_id"]]
-        longest = np.maximum(longest, np.array(counts).T)
+        found = dict(zip(tokenised["row_id"], pair_lengths(tokenised).T))
+        longest = np.maximum(longest, np.array([found.get(row_id, (np.inf,) * 3) for row_id in rows["row_id"]]).T)
     return longest
-
-
-def _percentile(values: np.ndarray, percentile: float) -> float:
-    return float(np.percentile(values, percentile)) if len(values) else float("nan")
-
-
-def _narrow(keep: np.ndarray, condition: np.ndarray) -> tuple[np.ndarray, int]:
-    narrowed = keep & condition
-    return narrowed, int(keep.sum() - narrowed.sum())
-
-
-POOL_FILE, REPORT_FILE = "pool.jsonl", "pool.json"
-PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -149,10 +135,10 @@ class Pool:
 
 
 def make_pool(pool: Pool, folder: Path) -> dict[str, Any]:
-    """Write the pool's rows to `folder`, unless they are there, from the same settings and local files.
+    """Write the pool's rows to `folder`, unless it holds them, made from the same settings and local files.
 
     Returns:
-        What was left out, and the hash of the pool's settings and of the files that it comes from.
+        Counts of the rows left out, and the hash of the pool's settings and of the files that it comes from.
 
     Raises:
         ValueError: fewer rows pass than are wanted.
@@ -171,8 +157,8 @@ def make_pool(pool: Pool, folder: Path) -> dict[str, Any]:
     rows, left_out = filter_by_length(rows, tokenizers, max_length=int(limit), percentile=pool.percentile)
     if len(rows) < pool.rows:
         raise ValueError(
-            f"pool_rows is {pool.rows}, but only {len(rows)} of the {rows_in} rows of {pool.source} can be used: ask "
-            "for fewer."
+            f"pool_rows is {pool.rows}, but only {len(rows)} of the {rows_in} rows of {pool.source} can be used: "
+            "ask for fewer."
         )
     drawn = np.sort(np.random.default_rng(pool.seed).permutation(len(rows))[: pool.rows])
     report_path.unlink(missing_ok=True)  # the rows of another pool
@@ -188,7 +174,7 @@ def _texts(rows: Dataset) -> list[dict[str, Any]]:
 
 
 def split_pool(folder: Path, seed: int, sizes: Sequence[int]) -> Path:
-    """Write train.jsonl, validation.jsonl and test.jsonl of one seed, unless they are there.
+    """Write train.jsonl, validation.jsonl and test.jsonl of one seed, unless they exist.
 
     Args:
         folder: where `make_pool` has written.
@@ -207,7 +193,7 @@ def split_pool(folder: Path, seed: int, sizes: Sequence[int]) -> Path:
     if note.is_file() and read_json(note) == done:
         return place
     rows = read_jsonl(folder / POOL_FILE)
-    parts = split_rows([prompt_key(row) for row in rows], sizes, seed)
+    parts = split_rows([prompt_name(row).same for row in rows], sizes, seed)
     note.unlink(missing_ok=True)
     for name, indices in zip(PARTS, parts):
         write_jsonl(place / f"{name}.jsonl", [rows[index] for index in indices])
@@ -216,7 +202,7 @@ def split_pool(folder: Path, seed: int, sizes: Sequence[int]) -> Path:
 
 
 def split_rows(prompts: Sequence[str], sizes: Sequence[int], seed: int) -> list[list[int]]:
-    """Places of the rows of each part, in the order of a permutation of the prompts; rows of one prompt stay together.
+    """Return the places of each part's rows, by a permutation of the prompts; rows of one prompt stay together.
 
     A part is filled until it has its size, to within one prompt's rows; the last part takes no more than its size.
 
@@ -230,18 +216,9 @@ def split_rows(prompts: Sequence[str], sizes: Sequence[int], seed: int) -> list[
     """
     if sum(sizes) > len(prompts):
         raise ValueError(f"{' + '.join(map(str, sizes))} rows are wanted of a pool of {len(prompts)}.")
-    groups: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(row)
-    members = list(groups.values())
-    parts: list[list[int]] = [[] for _ in sizes]
-    part = 0
-    for number in np.random.default_rng(seed).permutation(len(members)):
-        while part < len(sizes) and len(parts[part]) >= sizes[part]:
-            part += 1
-        if part == len(sizes):
-            break
-        parts[part] += members[number]
+    different = list(dict.fromkeys(prompts))
+    order = [different[number] for number in np.random.default_rng(seed).permutation(len(different))]
+    parts = fill_with_prompts(prompts, sizes, order)
     if not all(parts):
-        raise ValueError(f"{len(members)} prompts are too few for parts of {', '.join(map(str, sizes))} rows.")
+        raise ValueError(f"{len(different)} prompts are too few for parts of {', '.join(map(str, sizes))} rows.")
     return parts

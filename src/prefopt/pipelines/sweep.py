@@ -1,21 +1,21 @@
-"""`prefopt sweep RECIPE`: multi-reference DPO over a grid of settings and seeds, and DPO against each reference alone, from one score cache.
+"""`prefopt sweep RECIPE`: multi-reference DPO over a grid of settings and seeds, beside DPO against each reference.
 
-Data, scores and health come first; then every run is a stage of its own, the normal training command in a process of
-its own (so that its GPU
-memory is free for the next one), done once and skipped while its settings stay the same. `prefopt evaluate --study
-RUN_DIR` compares the runs.
+Data, scores and health come first, from one score cache; then every run is a stage, the normal training command in its
+own process (so that its GPU memory is free for the next one), done once and skipped while its settings stay the same.
+`prefopt evaluate --study RUN_DIR` compares the runs.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from prefopt.arguments import check_settings, setting
 from prefopt.data import DataArguments, DataSource, load_datasets
 from prefopt.evaluation.study import HEALTH_FILE, RESULT_FILE, STUDY_FILE, report_study
 from prefopt.files import content_hash, write_json
@@ -30,57 +30,57 @@ from prefopt.references.text import cards_of, found_scores
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 from prefopt.trainers.reference_data import short_names
 
-# what the sweep itself decides
-OWN = frozenset(
-    {"seed", "output_dir", "dataset_name", "eval_datasets", "validation_set", "do_eval", "anchor", "accept_outliers"}
-)
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+METHOD = "multi-reference-dpo"
+SCORING = "score-references"
+# settings of the scoring stage that decide its result
+SCORED = ("references", "reference_dtype", "max_length", "dataset_name", "ref_logps_dir")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+# what the sweep itself decides; two of them may be given for all runs under `training`
+FOR_ALL_RUNS = frozenset({"anchor", "accept_outliers"})
+OWN = FOR_ALL_RUNS | {"seed", "output_dir", "dataset_name", "eval_datasets", "validation_set", "do_eval"}
+# settings of how references are combined; a single reference has none of it, so it is swept over the other keys only
+COMBINING = frozenset(
+    {
+        "references", "mode", "weighting", "reference_weights", "clip_to_anchor", "max_exponent",
+        "accuracy_temperature", "window", "window_reduce", "sampling_prior", "sampling_subset", "sampling_metric",
+        "sampling_ties", "sampling_discount",
+    }
+)  # fmt: skip
 
 
 @dataclass
 class SweepArguments:
     """What is run: a recipe, a grid and a list of settings over it, seeds; and on which rows."""
 
-    run_dir: str = _setting("", "Folder of the study: data, scores, runs, state, table.")
-    recipe: str | None = _setting(None, "Recipe of multi-reference-dpo that every run starts from.")
-    training: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Settings over the recipe, for all runs; num_processes and accelerate_config too."},
+    run_dir: str = setting("", "Folder of the study: data, scores, runs, state, table.", required=True)
+    recipe: str | None = setting(None, "Recipe of multi-reference-dpo that every run starts from.")
+    training: dict[str, Any] = setting(
+        factory=dict, help="Settings over the recipe, for all runs; num_processes and accelerate_config too."
     )
-    grid: dict[str, list[Any]] = field(
-        default_factory=dict,
-        metadata={"help": "Key -> values; every combination is run: {mode: [multi_dpo, harmonic], beta: [0.1, 1]}."},
+    grid: dict[str, list[Any]] = setting(
+        factory=dict, help="Key -> values; every combination is run: {mode: [multi_dpo, harmonic], beta: [0.1, 1]}."
     )
-    runs: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata={"help": "Further runs by name, each a mapping of settings."}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Each run is done with each seed."}
-    )
-    baselines: bool = _setting(
+    runs: dict[str, dict[str, Any]] = setting(factory=dict, help="Further runs by name, each a mapping of settings.")
+    seeds: list[int] = setting(factory=lambda: [0, 1, 2, 3, 4], help="Each run is done with each seed.")
+    baselines: bool = setting(
         True, "DPO against each reference alone too, with what grid and runs say that is not about combining them."
     )
 
-    dataset_name: str = _setting("", "Where the rows come from: hub name, file or folder.")
-    dataset_config: str | None = _setting(None, "Configuration of a hub data set.")
-    dataset_split: str = _setting("train", "Split of it.")
-    pool_rows: int = _setting(7000, "Rows drawn from those that pass the length filter.")
-    pool_seed: int = _setting(858, "Seed of the draw.")
-    length_percentile: float = _setting(2.5, "Prompts and replies at or below this percentile of length are left out.")
-    train_rows: int = _setting(5000, "Rows of the pool that a seed trains on.")
-    validation_rows: int = _setting(1000, "Rows for validation weights and for the choice of the best run.")
-    test_rows: int = _setting(1000, "Rows that the verdict is about.")
+    dataset_name: str = setting("", "Where the rows come from: hub name, file or folder.", required=True)
+    dataset_config: str | None = setting(None, "Configuration of a hub data set.")
+    dataset_split: str = setting("train", "Split of it.")
+    pool_rows: int = setting(7000, "Rows drawn from those that pass the length filter.")
+    pool_seed: int = setting(858, "Seed of the draw.")
+    length_percentile: float = setting(2.5, "Prompts and replies at or below this percentile of length are left out.")
+    train_rows: int = setting(5000, "Rows of the pool that a seed trains on.")
+    validation_rows: int = setting(1000, "Rows for validation weights and for the choice of the best run.")
+    test_rows: int = setting(1000, "Rows that the verdict is about.")
 
-    keep_models: bool = _setting(False, "Keep the weights of every run; without, its figures and logs only.")
-    dry_run: bool = _setting(False, "Show the runs and which of them would be done; nothing is written.")
+    keep_models: bool = setting(False, "Keep the weights of every run; without, its figures and logs only.")
+    dry_run: bool = setting(False, "Show the runs and which of them would be done; nothing is written.")
 
     def __post_init__(self) -> None:
-        for name in ("run_dir", "dataset_name"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
+        check_settings(self)
         if not self.grid and not self.runs:
             raise ValueError("nothing to compare with single references: give a `grid` or `runs`.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -91,15 +91,11 @@ class SweepArguments:
                 f"train, validation and test rows are {sizes}: each at least 1, together at most pool_rows "
                 f"{self.pool_rows}."
             )
-        for place, settings in (
-            ("training", self.training),
-            ("grid", self.grid),
-            *(("runs", run) for run in self.runs.values()),
-        ):
-            if clash := sorted(
-                OWN & set(settings) - ({"anchor", "accept_outliers"} if place == "training" else set())
-            ):
-                raise ValueError(f"`{place}`: {clash[0]} is the sweep's own to set; remove it.")
+        own = {"training": OWN - FOR_ALL_RUNS, "grid": OWN, "runs": OWN}
+        given = [("training", self.training), ("grid", self.grid), *(("runs", run) for run in self.runs.values())]
+        for place, settings in given:
+            if clash := sorted(own[place] & set(settings)):
+                raise ValueError(f"`{place}`: {clash[0]} is set by the sweep; remove it.")
         for name in self.runs:
             if name != slug(name):
                 raise ValueError(f"`runs`: {name!r} names a folder: use letters, digits and . _ + - only.")
@@ -109,19 +105,10 @@ class SweepArguments:
 
 
 def slug(value: Any) -> str:
-    """A value as a part of a file's name."""
+    """Return a value as a part of a file's name."""
     if isinstance(value, (list, dict)):
         return f"{len(value)}-{content_hash(value)[:6]}"
     return "".join(c if c.isalnum() or c in "._+-" else "-" for c in str(value))
-
-
-# what says how references are combined; a single reference has none of it, so it is swept over the other keys only
-COMBINING = frozenset(
-    {
-        "references", "mode", "weighting", "reference_weights", "clip_to_anchor", "max_exponent", "accuracy_temperature", "window",
-        "window_reduce", "sampling_prior", "sampling_subset", "sampling_metric", "sampling_ties", "sampling_discount",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +129,7 @@ class Run:
 
 
 def every_run(args: SweepArguments, usable: list[str]) -> list[Run]:
-    """Singles first (the baselines), then the grid, then the list; of the references only the usable ones.
+    """List all runs: singles (the baselines), then the grid, then the named ones; with the usable references only.
 
     Raises:
         ValueError: two runs of one name, or one with fewer than two references.
@@ -162,11 +149,10 @@ def every_run(args: SweepArguments, usable: list[str]) -> list[Run]:
 
 
 def _singles(args: SweepArguments, usable: list[str]) -> Iterator[Run]:
-    """DPO against each reference: all weight on it, so that rows and metrics are those of the other runs.
+    """Yield DPO against each reference: all weight on it, so that rows and metrics are those of the other runs.
 
     With every setting of the grid and of the list that a single reference has too: a run whose beta only it has would
-    be compared with
-    another beta, not with another number of references.
+    be compared with another beta, not with another number of references.
     """
     others = _combinations({key: values for key, values in args.grid.items() if key not in COMBINING})
     for run in args.runs.values():
@@ -175,21 +161,20 @@ def _singles(args: SweepArguments, usable: list[str]) -> Iterator[Run]:
             others.append(own)
     for settings in others:
         for k, (reference, short) in enumerate(zip(usable, short_names(usable))):
-            one_hot = [1.0 if place == k else 0.0 for place in range(len(usable))]
-            fixed = {"mode": "multi_dpo", "weighting": "fixed", "reference_weights": one_hot, "references": usable}
-            fixed["clip_to_anchor"] = None  # which would change what the reference says
+            fixed = {
+                "mode": "multi_dpo",
+                "weighting": "fixed",
+                "reference_weights": [float(place == k) for place in range(len(usable))],
+                "references": usable,
+                "clip_to_anchor": None,  # clipping would change the reference's scores
+            }
             name = ",".join([f"single={slug(short)}", *([_name(settings)] if settings else [])])
             yield Run(name, "single", {**settings, **fixed}, reference)
 
 
-def named_references(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Every reference that a grid or a list of runs names."""
-    lists = (
-        settings.get("references", [])
-        if "references" in settings
-        else [run.get("references", []) for run in settings.values() if isinstance(run, dict)]
-    )
-    for names in lists:
+def named_references(grid: Mapping[str, list[Any]], runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield every reference that the grid or a named run lists."""
+    for names in [*grid.get("references", []), *(run.get("references", []) for run in runs.values())]:
         if not isinstance(names, list):
             raise ValueError(f"references must be lists of names, found {names!r}.")
         yield from map(str, names)
@@ -203,15 +188,8 @@ def _name(settings: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={slug(value)}" for key, value in settings.items())
 
 
-METHOD = "multi-reference-dpo"
-SCORING = "score-references"
-# of the scoring stage: what decides its result
-SCORED = ("references", "reference_dtype", "max_length", "dataset_name", "ref_logps_dir")
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
-
-
 def run(args: SweepArguments) -> int:
-    """Do what is left to do, and write the table.
+    """Do the runs that are not done yet, and write the table.
 
     Raises:
         ValueError: a mistake in the recipe, no reference that can be used, or runs that failed (after all others are
@@ -238,8 +216,7 @@ class Sweep:
         values = parse_command(SCORING, args.recipe, _settings(args.recipe, base)).values
         self.policy = str(values.get("model_name_or_path") or "")
         self.references = [str(name) for name in values.get("references") or []]
-        for key in ("grid", "runs"):
-            self.references += [name for name in named_references(getattr(args, key)) if name not in self.references]
+        self.references = list(dict.fromkeys([*self.references, *named_references(args.grid, args.runs)]))
         if not self.policy or len(self.references) < 2:
             raise ValueError("the recipe must name model_name_or_path and at least two `references`.")
         self.anchor = values.get("anchor") or (self.policy if self.policy in self.references else None)
@@ -254,7 +231,7 @@ class Sweep:
         self.scores = values.get("ref_logps_dir")
 
     def run(self) -> None:
-        """See `run`."""
+        """Prepare data, scores and health, do every run, and report."""
         planned = every_run(self.args, self.references)
         for item in planned:
             self.check_run(item)
@@ -278,8 +255,7 @@ class Sweep:
                 f"{len(failed)} of {len(stages)} runs failed, the others are done; the first: {failed[0]}"
             )
 
-    # ---- what comes first
-    # ------------------------------------------------------------------------------------------------------
+    # ---- what comes first ----
 
     @property
     def data(self) -> Path:
@@ -293,15 +269,13 @@ class Sweep:
         names = tuple(dict.fromkeys([self.policy, *self.references]))
         pool = Pool(source, names, args.pool_rows, args.pool_seed, self.max_length, args.length_percentile)
         report = make_pool(pool, self.data)
-        print(
-            f"sweep: a pool of {report['rows']} rows from {report['rows_kept']} of {report['rows_in']} that pass the "
-            "length filter."
-        )
+        passed = f"{report['rows_kept']} of {report['rows_in']} that pass the length filter"
+        print(f"sweep: a pool of {report['rows']} rows from {passed}.")
         for seed in args.seeds:
             split_pool(self.data, seed, (args.train_rows, args.validation_rows, args.test_rows))
 
     def scoring(self) -> Stage:
-        """The stage that scores the pool under every reference; what the cache holds is not scored again."""
+        """Make the stage that scores the pool under every reference; what the cache holds is not scored again."""
         own = {
             "method": METHOD,
             **self.args.training,
@@ -325,17 +299,17 @@ class Sweep:
         return Path(self.scores) if self.scores else self.run_dir / "scores"
 
     def pool(self) -> Dataset:
-        """The pool's rows."""
+        """Load the pool's rows."""
         rows, _ = load_datasets(DataArguments(train=[DataSource(str(self.data / POOL_FILE))]))
         return rows
 
     def all_scored(self) -> bool:
-        """Whether the cache holds every row of the pool under every reference."""
+        """Check whether the cache holds every row of the pool under every reference."""
         found = found_scores(self.pool(), self.references, self.root, dtype=self.dtype)
         return all(side.found.all() for _, sides in found for side in sides)
 
     def check_health(self) -> list[str]:
-        """Print and keep the references' health cards; returns the references that are not quarantined.
+        """Print and keep the references' health cards; return the references that are not quarantined.
 
         Raises:
             ValueError: too few are left, or the policy's own initial model is quarantined.
@@ -352,9 +326,7 @@ class Sweep:
         usable = [name for name in self.references if name not in bad]
         if self.anchor in bad or len(usable) < 2:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
-            raise ValueError(
-                f"quarantined: {reasons}. The policy's own initial model and another reference are needed."
-            )
+            raise ValueError(f"quarantined: {reasons}. The policy's initial model and another reference are needed.")
         for name, reason in bad.items():
             print(
                 f"sweep: {name} is left out of all runs ({reason}); `training: {{accept_outliers: true}}` keeps it.",
@@ -362,22 +334,21 @@ class Sweep:
             )
         return usable
 
-    # ---- the runs
-    # --------------------------------------------------------------------------------------------------------------
+    # ---- the runs ----
 
     def check_run(self, item: Run) -> None:
-        """Refuse settings that training would refuse, before anything is scored."""
+        """Raise on settings that training would not accept, before anything is scored."""
         settings = {"method": METHOD, **self.args.training, **item.settings}
         try:
             values = parse_command(METHOD, self.args.recipe, _settings(self.args.recipe, settings)).values
-            known = {field.name for field in fields(MultiReferenceDPOConfig) if field.init}
+            known = {declared.name for declared in fields(MultiReferenceDPOConfig) if declared.init}
             given = {key: value for key, value in values.items() if key in known}
             build(Recipe(None, {**given, "use_cpu": True, "output_dir": "unused"}), (MultiReferenceDPOConfig,))
         except ValueError as error:
             raise ValueError(f"{item.name}: {error}") from error
 
     def still_fits(self, item: Run) -> bool:
-        """Whether a run makes sense with the references that are left; says so where it does not."""
+        """Check whether a run makes sense with the references that are left; print why where it does not."""
         count = len(item.settings["references"])
         weights = {**self.args.training, **item.settings}.get("reference_weights")
         reason = ""
@@ -390,7 +361,7 @@ class Sweep:
         return not reason
 
     def common(self, references: list[str]) -> dict[str, Any]:
-        """What every stage is told."""
+        """Return the settings that every stage gets."""
         return {
             "references": references,
             "ref_logps_dir": self.scores or Place("scores"),
@@ -400,15 +371,15 @@ class Sweep:
         }
 
     def inputs(self, data: Path, references: Sequence[str]) -> list[str]:
-        """What a stage reads from outside; names that are no paths are left to themselves."""
+        """Return what a stage reads from outside; hub names among it are ignored later."""
         return [str(data), *dict.fromkeys([self.policy, *references])]
 
     def stages(self, runs: list[Run]) -> list[Stage]:
-        """Every run with every seed, the first seed first."""
+        """Make the stages of all runs with all seeds, the first seed first."""
         return [self.stage(item, seed) for seed in self.args.seeds for item in runs]
 
     def stage(self, item: Run, seed: int) -> Stage:
-        """The training of one run with one seed."""
+        """Make the stage that trains one run with one seed."""
         parts = f"data/seed-{seed}"
         place = f"runs/{item.name}/seed-{seed}"
         own = {
@@ -436,7 +407,7 @@ class Sweep:
         )
 
     def do(self, scoring: Stage, stage: Stage) -> str | None:
-        """Do one run unless it is done; returns why it failed, if it did."""
+        """Do one run unless it is done; return why it failed, or None."""
         runner = self.runner([scoring, stage], self.run_dir)
         try:
             runner.run()
@@ -446,13 +417,12 @@ class Sweep:
                 raise
             return str(error)
         if not self.args.keep_models:
-            for pattern in WEIGHTS:
-                for file in (self.run_dir / stage.name).glob(pattern):
-                    file.unlink()
+            for file in [file for pattern in WEIGHTS for file in (self.run_dir / stage.name).glob(pattern)]:
+                file.unlink()
         return None
 
     def write_study(self, runs: list[Run], usable: list[str]) -> None:
-        """What `prefopt evaluate` needs to know of the runs."""
+        """Write the file from which `prefopt evaluate` reads the runs."""
         study = {
             "policy": self.policy,
             "anchor": self.anchor,
@@ -466,7 +436,7 @@ class Sweep:
 
 
 def _settings(recipe: str | None, values: Mapping[str, Any]) -> list[Any]:
-    """The recipe's settings with these above them."""
-    read = [setting for setting in read_settings(recipe, []) if setting.key != "env"]
-    top = max((setting.level for setting in read), default=-1) + 1
+    """Return the recipe's settings with these above them."""
+    read = [each for each in read_settings(recipe, []) if each.key != "env"]
+    top = max((each.level for each in read), default=-1) + 1
     return [*read, *(Setting(key, value, "the sweep", top) for key, value in values.items())]

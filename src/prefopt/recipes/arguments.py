@@ -172,7 +172,11 @@ class RunArguments:
     """How a run is kept apart from others, and what its batches add up to."""
 
     method: str | None = field(
-        default=None, metadata={"help": "The method that the recipe is written for; `prefopt check` reads it."}
+        default=None,
+        metadata={
+            "help": "The method that the recipe is written for; `prefopt check` reads it.",
+            "decides_result": False,
+        },
     )
     global_batch_size: int | None = field(
         default=None,
@@ -181,7 +185,9 @@ class RunArguments:
             "number."
         },
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that output_dir holds.", "decides_result": False}
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "A chat template instead of the tokenizer's own."}
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from enum import Enum
 from inspect import isclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
+from prefopt.arguments import default_of
+from prefopt.files import parse_yaml
 
 TRUE = ("true", "yes", "on", "t", "y", "1")
 FALSE = ("false", "no", "off", "f", "n", "0")
@@ -21,11 +24,11 @@ class Text(str):
     """A value as typed on the command line, not parsed yet: `8` may become a number or stay a string."""
 
 
-def convert(value: Any, kind: Any, choices: list[Any] | None = None) -> Any:
-    """`value` as an instance of the annotation `kind`.
+def convert(value: Any, kind: Any, choices: Sequence[Any] | None = None) -> Any:
+    """Convert `value` to the annotation `kind`.
 
-    YAML's own surprises are mended where only one reading is possible (`1e-6` is a string to PyYAML, `no` a bool);
-    everything else that does not fit is refused.
+    YAML's own surprises are corrected where only one reading is possible (`1e-6` is a string to PyYAML, `no` a bool);
+    everything else that does not fit raises.
 
     Args:
         value: a YAML value, a `Text`, or a list of `Text` (several words after one flag).
@@ -42,30 +45,34 @@ def convert(value: Any, kind: Any, choices: list[Any] | None = None) -> Any:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    origin = get_origin(kind)
+    origin, members = get_origin(kind) or kind, get_args(kind)
     if kind is Any:
-        return yaml.safe_load(value) if isinstance(value, Text) else value
+        return parsed(value)
     if origin in (Union, UnionType):
-        return _union(value, get_args(kind))
+        return _union(value, members)
     if origin is Literal:
-        return _literal(value, get_args(kind))
-    if origin is list or kind is list:
-        return _list(value, (get_args(kind) or (Any,))[0])
-    if origin is dict or kind is dict:
-        return _dict(value, get_args(kind) or (Any, Any))
-    if origin is tuple or kind is tuple:
-        return tuple(_list(value, (get_args(kind) or (Any,))[0]))
+        return _literal(value, members)
+    if origin in (list, tuple):
+        return origin(_list(value, (members or (Any,))[0]))
+    if origin is dict:
+        return _dict(value, members or (Any, Any))
     if isclass(kind) and issubclass(kind, Enum):
-        return _literal(value, tuple(member.value for member in kind))
+        return _literal(value, [member.value for member in kind])
     if dataclasses.is_dataclass(kind):
         return _dataclass(value, kind)
     if kind in _SCALARS:
         return _SCALARS[kind](value)
-    if kind is NoneType:
-        if value is None or (isinstance(value, Text) and value.lower() in NONE):
-            return None
-        raise ValueError(f"expected nothing (null), found {_show(value)}")
     raise ValueError(f"a value of type {getattr(kind, '__name__', kind)} cannot be given in a recipe")
+
+
+def parsed(value: Any) -> Any:
+    """Return a value as YAML has it, where it is a word of the command line."""
+    return parse_yaml(value, "the value")[0] if isinstance(value, Text) else value
+
+
+def _none(value: Any) -> None:
+    if value is not None and not (isinstance(value, Text) and value.lower() in NONE):
+        raise ValueError(f"expected nothing (null), found {_show(value)}")
 
 
 def _bool(value: Any) -> bool:
@@ -77,77 +84,65 @@ def _bool(value: Any) -> bool:
 
 
 def _float(value: Any) -> float:
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        number = math.nan
-    if math.isnan(number):  # no setting means anything when it is not a number
-        raise ValueError(f"expected a number, found {_show(value)}")
-    return number
+    with suppress(ValueError, OverflowError):
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool) and not math.isnan(float(value)):
+            return float(value)
+    raise ValueError(f"expected a number, found {_show(value)}")
 
 
 def _int(value: Any) -> int:
-    try:
-        number = _float(value)
-        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else _fail()
-    except (ValueError, OverflowError):
-        raise ValueError(f"expected a whole number, found {_show(value)}") from None
+    with suppress(ValueError):
+        if (number := _float(value)).is_integer():
+            return value if isinstance(value, int) else int(number)  # a large whole number has no exact float
+    raise ValueError(f"expected a whole number, found {_show(value)}")
 
 
 def _str(value: Any) -> str:
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     raise ValueError(f"expected text, found {_show(value)}")
 
 
-_SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
+_SCALARS: dict[Any, Callable[[Any], Any]] = {NoneType: _none, bool: _bool, int: _int, float: _float, str: _str}
 
 
-def _fail() -> Any:
-    raise ValueError
-
-
-def _literal(value: Any, choices: tuple[Any, ...]) -> Any:
+def _literal(value: Any, choices: Sequence[Any]) -> Any:
     if value in choices and not isinstance(value, bool):
         return str(value) if isinstance(value, Text) else value
     if isinstance(value, Text) and value.lower() in ("true", "false"):
         value = value.lower() == "true"
     if isinstance(value, bool):  # YAML reads an unquoted `no` as false
+        words = [word for word in (TRUE if value else FALSE) if word in choices]
         if any(choice is value for choice in choices):
             return value
-        words = [word for word in (TRUE if value else FALSE) if word in choices]
         if len(words) == 1:
             return words[0]
     for choice in choices:
         if not isinstance(choice, str) and str(choice).lower() == str(value).lower():
             return choice
-    raise ValueError(_not_among(value, list(choices)))
+    raise ValueError(_not_among(value, choices))
 
 
-def _union(value: Any, members: tuple[Any, ...]) -> Any:
+def _union(value: Any, members: Sequence[Any]) -> Any:
     if NoneType in members:
-        if value is None or (isinstance(value, Text) and value.lower() in NONE):
-            return None
-        members = tuple(member for member in members if member is not NoneType)
-    if any(isclass(member) and issubclass(member, Enum) for member in members):
-        members = tuple(
-            member for member in members if member is not str
-        )  # `SchedulerType | str` means the former's values
+        with suppress(ValueError):
+            return _none(value)
+    enums = any(isclass(member) and issubclass(member, Enum) for member in members)
+    # `SchedulerType | str` means the values of the former
+    members = [member for member in members if member is not NoneType and not (enums and member is str)]
     errors = []
     for member in sorted(members, key=lambda member: _rank(value, member)):
         try:
             return _convert(value, member)
         except ValueError as error:
-            errors.append(str(error))
-    raise ValueError(errors[0])
+            errors.append(error)
+    raise errors[0]
 
 
 def _rank(value: Any, member: Any) -> int:
-    """Which member of a union is tried first: the value's own type, then the strictest."""
+    """Order the members of a union: the value's own type first, then the strictest, text last."""
     plain = get_origin(member) or member
-    if not isinstance(value, Text) and isclass(plain) and type(value) is plain:
+    if not isinstance(value, Text) and type(value) is plain:
         return 0
     order = [bool, int, float, dict, list]
     return order.index(plain) + 1 if plain in order else 20 if plain is str else 10
@@ -155,28 +150,23 @@ def _rank(value: Any, member: Any) -> int:
 
 def _list(value: Any, kind: Any) -> list[Any]:
     if isinstance(value, Text):
-        value = (
-            yaml.safe_load(value)
-            if value.lstrip().startswith("[")
-            else [Text(part.strip()) for part in value.split(",")]
-        )
+        is_yaml = value.lstrip().startswith("[")
+        value = parsed(value) if is_yaml else [Text(part.strip()) for part in value.split(",")]
     if isinstance(value, dict) or value is None:
         raise ValueError(f"expected a list, found {_show(value)}")
-    items = value if isinstance(value, list) else [value]
-    return [_convert(item, kind) for item in items]
+    return [_convert(item, kind) for item in (value if isinstance(value, list) else [value])]
 
 
-def _dict(value: Any, kinds: tuple[Any, Any]) -> dict[Any, Any]:
-    if isinstance(value, Text) and value.lstrip().startswith("{"):
-        value = yaml.safe_load(value)
-    if not isinstance(value, dict):
+def _dict(value: Any, kinds: Sequence[Any]) -> dict[Any, Any]:
+    # a word that is no mapping may be the name of a file, which other members of a union take
+    given = value if isinstance(value, Text) and not value.lstrip().startswith("{") else parsed(value)
+    if not isinstance(given, dict):
         raise ValueError(f"expected a mapping, found {_show(value)}")
-    return {_convert(key, kinds[0]): _convert(item, kinds[1]) for key, item in value.items()}
+    return {_convert(key, kinds[0]): _convert(item, kinds[1]) for key, item in given.items()}
 
 
 def _dataclass(value: Any, kind: Any) -> Any:
-    if isinstance(value, Text):
-        value = yaml.safe_load(value)
+    value = parsed(value)
     if not isinstance(value, dict):
         raise ValueError(f"expected a mapping, found {_show(value)}")
     hints = get_type_hints(kind)
@@ -189,28 +179,28 @@ def _dataclass(value: Any, kind: Any) -> Any:
             converted[key] = convert(item, hints[key], known[key].metadata.get("choices"))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-    missing = [name for name, field in known.items() if name not in converted and is_required(field)]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
+    for name, field in known.items():
+        if name not in converted and is_required(field):
+            raise ValueError(f"{name} is missing")
     return kind(**converted)
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Whether a dataclass cannot be built without a value for `field`."""
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    """Return whether a dataclass cannot be built without a value for `field`."""
+    return default_of(field) is dataclasses.MISSING
 
 
-def unknown_key(key: Any, known: list[str]) -> str:
-    """The message about a key that nobody reads, with the nearest key that somebody does."""
+def unknown_key(key: Any, known: Sequence[str]) -> str:
+    """Return the message about a key that nothing reads, with the nearest known one."""
     near = get_close_matches(str(key), known, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _not_among(value: Any, choices: list[Any]) -> str:
+def _not_among(value: Any, choices: Sequence[Any]) -> str:
     near = get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
     if len(choices) > 12 and near:
         return f"found {_show(value)}; did you mean {near[0]!r}?"
-    return f"expected one of {', '.join(str(choice) for choice in choices)}; found {_show(value)}"
+    return f"expected one of {', '.join(map(str, choices))}; found {_show(value)}"
 
 
 def _show(value: Any) -> str:

@@ -1,16 +1,18 @@
-"""From settings to dataclasses: every key is known, every value has the right type, or the user reads one line."""
+"""From settings to dataclasses: every key is known and every value has the right type, or one line says why not."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from prefopt.arguments import default_of, masked, missing, remember_secrets, without_secrets
 from prefopt.recipes.convert import convert, is_required, unknown_key
 from prefopt.recipes.legacy import LEGACY_KEYS, translate
 from prefopt.recipes.source import BASE_KEY, Setting, read_settings, split_recipe
@@ -33,7 +35,7 @@ WIDENED: dict[str, Any] = {
     "resume_from_checkpoint": bool | str | None,
     "report_to": str | list[str],
 }  # "none" is a name there
-SECRETS = frozenset({"hub_token", "api_key"})
+BEFORE_TRAINING = "nothing has been trained yet"
 
 
 @dataclass
@@ -52,10 +54,15 @@ class Recipe:
     places: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
-    def drop(self, key: str) -> Any:
-        """Take `key` out and return its value (`None` when it was not given)."""
-        self.places.pop(key, None)
-        return self.values.pop(key, None)
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """Note on errors that nothing has been trained yet, so that what else is wrong can be looked for in peace."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        error.add_note(BEFORE_TRAINING)
+        raise
 
 
 def apply_environment(settings: list[Setting]) -> list[Setting]:
@@ -65,16 +72,19 @@ def apply_environment(settings: list[Setting]) -> list[Setting]:
         ValueError: `env` is not a mapping of names to single values.
     """
     for setting in settings:
-        if setting.key == "env":
-            if not isinstance(setting.value, dict) or any(isinstance(v, (dict, list)) for v in setting.value.values()):
-                raise ValueError(f"{setting.place}: env must map names of environment variables to values.")
-            for name, value in setting.value.items():
-                os.environ[str(name)] = str(value)
+        if setting.key != "env":
+            continue
+        if not isinstance(setting.value, dict) or any(isinstance(v, (dict, list)) for v in setting.value.values()):
+            raise ValueError(f"{setting.place}: env must map names of environment variables to values.")
+        for name, value in ((str(name), str(value)) for name, value in setting.value.items()):
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"{setting.place}: env: {name!r} cannot be an environment variable with this value.")
+            os.environ[name] = value
     return [setting for setting in settings if setting.key != "env"]
 
 
 def load_settings(words: list[str]) -> tuple[str | None, list[Setting]]:
-    """The name of the recipe among `words`, and all settings, with `env:` applied."""
+    """Return the name of the recipe among `words`, and all settings, with `env:` applied."""
     name, rest = split_recipe(words)
     return name, apply_environment(read_settings(name, rest))
 
@@ -85,7 +95,7 @@ def read_recipe(words: list[str], classes: Sequence[type]) -> Recipe:
 
 
 def parse_settings(name: str | None, settings: list[Setting], classes: Sequence[type]) -> Recipe:
-    """The recipe of a command whose arguments are the fields of `classes`.
+    """Make the recipe of a command whose arguments are the fields of `classes`.
 
     Args:
         name: what the user called the recipe, or `None`.
@@ -106,9 +116,10 @@ def parse_settings(name: str | None, settings: list[Setting], classes: Sequence[
 
 
 def collect(name: str | None, settings: list[Setting], classes: Sequence[type], problems: list[str]) -> Recipe:
-    """As `parse_settings`, with every problem appended to `problems` instead of raising at the first."""
+    """Make a recipe as `parse_settings` does, but append every problem to `problems` instead of raising."""
     fields, hints = _fields(classes), _hints(classes)
     recipe = Recipe(name)
+    remember_secrets({setting.key: setting.value for setting in settings})
     settings = translate(settings, set(fields), recipe.notices, problems)
     levels: dict[str, int] = {}
     for setting in settings:
@@ -119,11 +130,12 @@ def collect(name: str | None, settings: list[Setting], classes: Sequence[type], 
                     f"{setting.place}: {setting.key} is given twice (also by {recipe.places[setting.key]})."
                 )
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(masked(str(error)))
             continue
         recipe.values[setting.key], recipe.places[setting.key] = value, setting.place
         levels[setting.key] = setting.level
     _choose_alternatives(recipe, levels, problems)
+    remember_secrets(recipe.values)  # what was one word on the command line is a mapping by now
     return recipe
 
 
@@ -140,38 +152,34 @@ def _read(setting: Setting, fields: dict[str, dataclasses.Field[Any]], hints: di
 
 
 def _choose_alternatives(recipe: Recipe, levels: dict[str, int], problems: list[str]) -> None:
-    """Where several ways of saying one thing are given, keep the one from the latest source."""
+    """Keep the way from the latest source where several ways of saying one thing are given."""
     for ways in ALTERNATIVES:
         given = {way: max(levels[key] for key in way if key in levels) for way in ways if way[0] in levels}
-        if len(given) < 2:
-            continue
-        latest = max(given.values())
-        kept = [way for way, level in given.items() if level == latest]
-        if len(kept) > 1:
-            problems.append(
-                f"{recipe.places[kept[1][0]]}: {kept[1][0]} and {kept[0][0]} are two ways to say one thing; give one."
-            )
-        for way in given:
-            if way not in kept:
-                notice = f"{recipe.places[kept[0][0]]}: {kept[0][0]} replaces {way[0]} of {recipe.places[way[0]]}."
-                recipe.notices.append(notice)
-                for key in way:
-                    recipe.drop(key)
+        latest_first = sorted(given, key=lambda way: -given[way])
+        for way in latest_first[1:]:
+            kept, other = latest_first[0][0], way[0]
+            if given[way] == given[latest_first[0]]:
+                problems.append(f"{recipe.places[other]}: {other} and {kept} are two ways to say one thing; give one.")
+                continue
+            recipe.notices.append(f"{recipe.places[kept]}: {kept} replaces {other} of {recipe.places[other]}.")
+            for key in way:
+                recipe.values.pop(key, None)
+                recipe.places.pop(key, None)
 
 
 def build(recipe: Recipe, classes: Sequence[type]) -> tuple[Any, ...]:
-    """One instance of each class of `classes` from the recipe's values.
+    """Make an instance of each class of `classes` from the recipe's values.
 
     Raises:
-        ValueError: a value that the class itself refuses, or a required key that is missing; with the place.
+        ValueError: a value that the class itself rejects, or a required key that is missing; with the recipe's name.
     """
     instances = []
     for cls in classes:
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+        fields = _fields([cls])
         given = {key: value for key, value in recipe.values.items() if key in fields}
         for name, declared in fields.items():
             if name not in given and is_required(declared):
-                raise ValueError(f"{name} is missing: set it in the recipe or with --{name}.")
+                raise ValueError(missing(name))
         try:
             instances.append(cls(**given))
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -181,19 +189,17 @@ def build(recipe: Recipe, classes: Sequence[type]) -> tuple[Any, ...]:
 
 
 def resolved_yaml(recipe: Recipe, classes: Sequence[type], *, without_defaults: frozenset[str] = frozenset()) -> str:
-    """The recipe as YAML that can be run again: what was set, then the defaults of everything else.
+    """Write the recipe as YAML that can be run again: what was set, then the defaults of everything else.
 
-    Secrets are left out, and so are fields whose default is nothing or that are named in `without_defaults`.
+    Secrets are left out at any depth, and so are fields whose default is nothing or that `without_defaults` names.
     """
-    given = {key: plain(value) for key, value in recipe.values.items() if key not in SECRETS}
-    defaults = {}
-    for key, declared in _fields(classes).items():
-        if key in recipe.values or key in SECRETS or key in without_defaults or is_required(declared):
-            continue
-        factory = declared.default_factory
-        value = declared.default if factory is dataclasses.MISSING else factory()
-        if value is not None:
-            defaults[key] = plain(value)
+    given = without_secrets(plain(recipe.values))
+    defaults = {
+        key: plain(default_of(declared))
+        for key, declared in _fields(classes).items()
+        if key not in {*recipe.values, *without_defaults} and not is_required(declared)
+    }
+    defaults = {key: value for key, value in without_secrets(defaults).items() if value is not None}
     parts = ["# Set by the recipe or on the command line.", _dump(given)]
     if defaults:
         parts += ["\n# Defaults of the versions in package_versions.json.", _dump(defaults)]
@@ -205,15 +211,12 @@ def _dump(values: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A converted value as YAML and JSON have it."""
+    """Return a converted value as YAML and JSON have it."""
     if isinstance(value, Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if getattr(value, f.name) is not None
-        }
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = {name: part for name, part in parts.items() if part is not None}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

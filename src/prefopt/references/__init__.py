@@ -1,0 +1,1 @@
+"""Scores of frozen reference models: computed once, cached on disk, joined to pairs, weighted."""

@@ -1,11 +1,11 @@
-"""The score store: log-probs of completions under a frozen model, on disk, found again by content.
+"""The score cache: log-probs of completions under a frozen model, on disk, found again by content.
 
     <root>/<scorer key>/manifest.json     who scored: weights, tokenizer and template, dtype, quantisation, version
     <root>/<scorer key>/<name>.npz        records, written once, whole or absent, never changed
 
 A scorer's key hashes everything that alters a score and nothing else, so a run with another learning rate, beta or
 output folder finds the scores of the last one, and a run with other weights or another template cannot. Every process
-writes chunk files of its own with names that no other process can choose, so any number of writers may share a folder,
+writes its own chunk files under names that no other process can choose, so any number of writers may share a folder,
 and a killed one loses at most the records that it had not yet flushed.
 """
 
@@ -28,18 +28,22 @@ FORMAT = 1
 SCORER_VERSION = 1  # of the scoring code: raise it whenever the same model would give other scores
 FLUSH_RECORDS = 2048
 UNSCORABLE = 2**31 - 1  # length of a text that the scorer cannot take under any limit
-_COLUMNS: dict[str, Any] = {
-    "logps": np.float32,
-    "tokens": np.int32,
-    "bytes": np.int32,
-    "length": np.int32,
-    "truncated": np.bool_,
-    "ids": np.uint64,
-}
+SIDES = ("chosen", "rejected")
+_RECORD = np.dtype(
+    [
+        ("logps", np.float32),
+        ("tokens", np.int32),
+        ("bytes", np.int32),
+        ("length", np.int32),
+        ("truncated", np.bool_),
+        ("ids", np.uint64),
+    ]
+)
+_COLUMNS = tuple(_RECORD.names or ())
 
 
 def default_folder() -> Path:
-    """Where scores are kept unless a recipe says otherwise: under PREFOPT_CACHE, or ~/.cache/prefopt."""
+    """Return where scores are kept unless a recipe names a folder: under PREFOPT_CACHE, or ~/.cache/prefopt."""
     return Path(os.environ.get("PREFOPT_CACHE", "~/.cache/prefopt")).expanduser() / "reference_scores"
 
 
@@ -64,11 +68,11 @@ class Scorer:
     dtype: str
     quantization: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-    version: int = 1
+    version: int = SCORER_VERSION
 
     @property
     def key(self) -> str:
-        """The folder of this scorer's records."""
+        """Name of the folder that holds this scorer's records."""
         return content_hash({k: v for k, v in asdict(self).items() if k != "name"})[:32]
 
 
@@ -94,20 +98,19 @@ class Scores:
     ids: np.ndarray
     found: np.ndarray
 
-    @staticmethod
-    def empty(count: int) -> Scores:
-        """`count` rows, none of them found."""
-        columns = {name: np.zeros(count, dtype) for name, dtype in _COLUMNS.items()}
-        return Scores(**columns, found=np.zeros(count, np.bool_))
-
 
 def text_key(row_id: str, side: str) -> bytes:
-    """Key of a completion that is scored as text: the row's identity, a hash of all its text, and "chosen" or "rejected"."""
+    """Return the key of a completion scored as text: of the row's id (a hash of all its text) and its side."""
     return hashlib.sha256(f"{row_id} {side}".encode()).digest()[:16]
 
 
+def text_keys(row_ids: Sequence[str]) -> list[list[bytes]]:
+    """Return the keys of the chosen and of the rejected completions of rows."""
+    return [[text_key(row_id, side) for row_id in row_ids] for side in SIDES]
+
+
 def ids_key(prompt_ids: Sequence[int], completion_ids: Sequence[int], num_bytes: int) -> bytes:
-    """Key of a completion that is scored as token ids: the ids after truncation, and the bytes that the record holds."""
+    """Return the key of a completion scored as token ids: of the truncated ids and the bytes that the record holds."""
     digest = hashlib.sha256(num_bytes.to_bytes(8, "little"))
     for ids in (prompt_ids, completion_ids):
         digest.update(len(ids).to_bytes(8, "little"))
@@ -116,7 +119,7 @@ def ids_key(prompt_ids: Sequence[int], completion_ids: Sequence[int], num_bytes:
 
 
 def ids_digest(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> int:
-    """64 bits of the token ids, kept in a record so that a tokenizer that splits otherwise is noticed."""
+    """Return 64 bits of the token ids, kept in a record so that a tokenizer that splits otherwise is noticed."""
     return int.from_bytes(ids_key(prompt_ids, completion_ids, 0)[:8], "little")
 
 
@@ -134,12 +137,11 @@ class ScoreCache:
     def __init__(self, root: str | Path, scorer: Scorer) -> None:
         self.scorer = scorer
         self.folder = Path(root) / scorer.key
-        self._chunks: set[str] = set()
-        self._index: dict[bytes, int] = {}
+        self._chunks: set[str] = set()  # names of the files that have been read
+        self._parts = [np.zeros(0, _RECORD)]  # their records, joined at the next lookup
+        self._index: dict[bytes, int] = {}  # key -> place among all records
         self._scored: set[bytes] = set()
-        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-        self._count = 0
-        self._pending: list[tuple[bytes, dict[str, Any]]] = []
+        self._pending: list[tuple[bytes, tuple[Any, ...]]] = []
         if self.folder.exists() and any(self.folder.glob("*.npz")):
             self._check_manifest()
         self.refresh()
@@ -158,9 +160,8 @@ class ScoreCache:
             raise ValueError(f"{path} describes another scorer than its folder's name: delete the folder.")
 
     def refresh(self) -> None:
-        """Read the chunks that other processes have written since the last look."""
-        # sorted, and the first record of a row wins: where two writers scored it, every fresh reader takes the same
-        # one
+        """Read the chunks that other processes have written since the last call."""
+        # sorted, and a key's first record wins: where two writers scored it, every fresh reader takes the same one
         for name in sorted(path.name for path in self.folder.glob("*.npz")):
             if name not in self._chunks:
                 self._read_chunk(self.folder / name)
@@ -169,38 +170,34 @@ class ScoreCache:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 owner, keys = str(stored["scorer"]), stored["keys"]
-                columns = {name: stored[name] for name in _COLUMNS}
+                records = np.zeros(len(keys), _RECORD)
+                for name in _COLUMNS:
+                    if len(stored[name]) != len(keys):
+                        raise ValueError("columns differ in length")
+                    records[name] = stored[name]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged ({error}): delete this file to score its rows again.") from error
-        if any(len(column) != len(keys) for column in columns.values()):
-            raise ValueError(
-                f"{path} is damaged (columns differ in length): delete this file to score its rows again."
-            )
         if owner != self.scorer.key:
             raise ValueError(f"{path} was written by another scorer ({owner}): move this file out of the folder.")
-        for name, column in columns.items():
-            self._rows[name].append(column)
-        for position, (key, truncated) in enumerate(zip(keys, columns["truncated"])):
+        start = sum(map(len, self._parts))
+        for place, (key, truncated) in enumerate(zip(map(bytes, keys), records["truncated"]), start):
             # a score replaces the note that the text was too long for a smaller limit
             if truncated:
-                self._index.setdefault(key.tobytes(), self._count + position)
-            elif key.tobytes() not in self._scored:
-                self._index[key.tobytes()] = self._count + position
-                self._scored.add(key.tobytes())
-        self._count += len(keys)
+                self._index.setdefault(key, place)
+            elif key not in self._scored:
+                self._index[key] = place
+                self._scored.add(key)
+        self._parts.append(records)
         self._chunks.add(path.name)
 
     def lookup(self, keys: Sequence[bytes]) -> Scores:
-        """The records of `keys`; see `Scores.found` for those that there are none of."""
-        scores = Scores.empty(len(keys))
-        rows = np.array([self._index.get(key, -1) for key in keys], dtype=np.int64)
-        scores.found[:] = rows >= 0
-        if scores.found.any():
-            for name, parts in self._rows.items():
-                if len(parts) > 1:
-                    self._rows[name] = [np.concatenate(parts)]
-                getattr(scores, name)[scores.found] = self._rows[name][0][rows[scores.found]]
-        return scores
+        """Return the records of `keys`; see `Scores.found` for the keys without one."""
+        self._parts = [np.concatenate(self._parts)]
+        places = np.array([self._index.get(key, -1) for key in keys], dtype=np.int64)
+        found = places >= 0
+        records = np.zeros(len(keys), _RECORD)
+        records[found] = self._parts[0][places[found]]
+        return Scores(**{name: records[name].copy() for name in _COLUMNS}, found=found)
 
     def add(
         self,
@@ -213,38 +210,36 @@ class ScoreCache:
         truncated: bool = False,
         ids: int = 0,
     ) -> None:
-        """Take one record; it reaches the disk with the next `flush`, which every 2,048 records happens by itself."""
-        values = (logps, tokens, num_bytes, length, truncated, ids)
-        self._pending.append((key, dict(zip(_COLUMNS, values))))
+        """Add one record; it reaches the disk with the next `flush`, at the latest after 2,048 records."""
+        self._pending.append((key, (logps, tokens, num_bytes, length, truncated, ids)))
         if len(self._pending) >= FLUSH_RECORDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as one new chunk file, whole or not at all."""
+        """Write the pending records as one new chunk file, whole or not at all."""
         if not self._pending:
             return
         manifest = self.folder / "manifest.json"
         if not manifest.exists():
             write_json(manifest, {"format": FORMAT, "scorer": asdict(self.scorer)})
-        keys = np.frombuffer(b"".join(key for key, _ in self._pending), dtype=np.uint8).reshape(-1, 16)
-        columns: dict[str, Any] = {}
-        for name, dtype in _COLUMNS.items():
-            columns[name] = np.array([record[name] for _, record in self._pending], dtype)
+        keys, values = zip(*self._pending)
+        records = np.array(list(values), _RECORD)
+        columns: dict[str, Any] = {name: records[name] for name in _COLUMNS}
+        columns["keys"] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16)
         path = self.folder / f"{uuid.uuid4().hex}.npz"
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, scorer=np.array(self.scorer.key), keys=keys, **columns)
+            np.savez(file, allow_pickle=False, scorer=np.array(self.scorer.key), **columns)
         self._pending.clear()
         self._read_chunk(path)
 
 
 def describe_scorers(root: str | Path) -> list[Scorer]:
-    """The scorers whose records are under `root`, for messages about what is there instead."""
-    manifests = sorted(Path(root).glob("*/manifest.json"))
-    return [Scorer(**read_json(path)["scorer"]) for path in manifests]
+    """Return the scorers that have records under `root`."""
+    return [Scorer(**read_json(path)["scorer"]) for path in sorted(Path(root).glob("*/manifest.json"))]
 
 
 def explain_missing(root: str | Path, scorer: Scorer) -> str:
-    """Why `root` has no scores of `scorer`: what differs from the scores of a model with the same name or weights."""
+    """Say what differs between `scorer` and a scorer under `root` that has the same name or weights."""
     for other in describe_scorers(root):
         if other.name != scorer.name and other.weights != scorer.weights:
             continue

@@ -16,22 +16,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig
 
-from prefopt.references.cache import (
-    SCORER_VERSION,
-    UNSCORABLE,
-    ScoreCache,
-    Scorer,
-    Scores,
-    explain_missing,
-    ids_digest,
-    ids_key,
-    text_key,
-)
-from prefopt.references.filling import Job, ScoreGroups, fill, read_all, shared_lookup
+from prefopt.references.cache import SIDES, UNSCORABLE, ScoreCache, Scorer, Scores, explain_missing, ids_key, text_keys
+from prefopt.references.filling import ScoreGroups, fill, pair_lengths, shared_lookup, unscored_groups
 from prefopt.references.fingerprints import module_fingerprint
-from prefopt.scoring.layouts import Group
-
-SIDES = ("chosen", "rejected")
 
 
 def token_scorer(
@@ -43,7 +30,7 @@ def token_scorer(
     adapter: str | None = None,
     quantization: str = "",
 ) -> Scorer:
-    """Who scores when the policy's own initial model scores the policy's token ids; all ranks call it.
+    """Return the cache's name for the policy's initial model as the scorer of its own token ids; all ranks call it.
 
     Args:
         model: with the weights that score, wrapped or not.
@@ -54,13 +41,13 @@ def token_scorer(
         quantization: such as "bnb-nf4".
     """
     weights = module_fingerprint(model, config, adapter=adapter)
-    return Scorer(name, weights, tokenizer="", dtype=dtype, quantization=quantization, version=SCORER_VERSION)
+    return Scorer(name, weights, tokenizer="", dtype=dtype, quantization=quantization)
 
 
 def cached_reference_scores(
     dataset: Dataset, score: ScoreGroups, scorer: Scorer, root: str | Path, *, max_tokens: int, padded: bool
 ) -> tuple[Dataset, int]:
-    """Tokenised pairs with `ref_chosen_logps` and `ref_rejected_logps` of one reference that shares their token ids.
+    """Attach `ref_chosen_logps` and `ref_rejected_logps` of one reference that reads the policy's token ids.
 
     All ranks call it with the same data. What the cache holds is read; the rest is scored by all ranks and kept.
 
@@ -79,40 +66,22 @@ def cached_reference_scores(
         ValueError: a damaged cache, a folder that nodes do not share, or a score that is not finite.
     """
     cache = ScoreCache(root, scorer)
-    prompts, sizes = dataset["prompt_ids"], [dataset[f"{side}_bytes"] for side in SIDES]
-    completions = [dataset[f"{side}_ids"] for side in SIDES]
-    keys = [
-        [ids_key(prompt, ids, size) for prompt, ids, size in zip(prompts, *columns)]
-        for columns in zip(completions, sizes)
-    ]
-    missing = [~shared_lookup(cache, side).found for side in keys]
-    jobs = []
-    for row in np.flatnonzero(missing[0] | missing[1]):
-        prompt = list(prompts[row])
-        sides = [side for side in (0, 1) if missing[side][row]]
-        texts = [list(completions[side][row]) for side in sides]
-        jobs.append(
-            Job(
-                Group(prompt, texts),
-                keys=tuple(keys[side][row] for side in sides),
-                num_bytes=tuple(int(sizes[side][row]) for side in sides),
-                ids=tuple(ids_digest(prompt, ids) for ids in texts),
-            )
-        )
-    if jobs:
-        fill(cache, jobs, score, max_tokens=max_tokens, padded=padded)
-    found = read_all(cache, [*keys[0], *keys[1]])
-    for number, side in enumerate(SIDES):
+    columns = [zip(dataset["prompt_ids"], dataset[f"{side}_ids"], dataset[f"{side}_bytes"]) for side in SIDES]
+    keys = [[ids_key(*row) for row in side] for side in columns]
+    unscored = [~shared_lookup(cache, side).found for side in keys]
+    if groups := unscored_groups(dataset, keys, unscored):
+        fill(cache, groups, score, max_tokens=max_tokens, padded=padded)
+    for side, side_keys in zip(SIDES, keys):
         name = f"ref_{side}_logps"
         if name in dataset.column_names:
             dataset = dataset.remove_columns(name)
-        dataset = dataset.add_column(name, found.logps[number * len(dataset) : (number + 1) * len(dataset)])
-    return dataset, sum(len(job.keys) for job in jobs)
+        dataset = dataset.add_column(name, shared_lookup(cache, side_keys, just_written=True).logps)
+    return dataset, sum(len(group.keys) for group in groups)
 
 
 @dataclass
 class JoinReport:
-    """What became of the rows when K references' scores were joined.
+    """Counts of rows kept and dropped when K references' scores were joined.
 
     Attributes:
         rows_in: rows before.
@@ -132,7 +101,7 @@ class JoinReport:
 def join_reference_scores(
     dataset: Dataset, scorers: Sequence[Scorer], root: str | Path, *, max_length: int | None, name: str = "train"
 ) -> tuple[Dataset, JoinReport]:
-    """Tokenised pairs with lists of K scores and token counts, without the rows that any model would truncate.
+    """Attach lists of K scores and token counts to tokenised pairs; drop the rows that any model would truncate.
 
     Args:
         dataset: tokenised pairs, uncut, with the `row_id` that tokenisation gave them.
@@ -149,14 +118,14 @@ def join_reference_scores(
         ValueError: a reference has no scores, or not for all rows; the message says which, how many and why.
     """
     limit = np.inf if max_length is None else max_length
-    usable = _policy_fits(dataset, limit)
+    usable = pair_lengths(dataset).max(axis=0) <= limit
     report = JoinReport(len(dataset), 0, {"the policy": int((~usable).sum())})
     columns: dict[str, list[np.ndarray]] = {}
     for scorer in scorers:
         sides = _scores_of(dataset, scorer, root, name)
         fits = np.ones(len(dataset), np.bool_)
         for side, scores in zip(SIDES, sides):
-            _refuse_stale_notes(scorer, scores, limit, name)
+            _check_notes(scorer, scores, limit, name)
             fits &= ~scores.truncated & (scores.length <= limit)
             columns.setdefault(f"ref_{side}_logps", []).append(scores.logps)
             columns.setdefault(f"ref_{side}_counts", []).append(scores.tokens.astype(np.float32))
@@ -172,39 +141,29 @@ def join_reference_scores(
     return dataset, report
 
 
-def _policy_fits(dataset: Dataset, limit: float) -> np.ndarray:
-    longest = [
-        len(prompt) + max(len(chosen), len(rejected))
-        for prompt, chosen, rejected in zip(dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"])
-    ]
-    return np.array(longest) <= limit
-
-
 def _scores_of(dataset: Dataset, scorer: Scorer, root: str | Path, name: str) -> list[Scores]:
     cache = ScoreCache(root, scorer)
     if not len(cache):
         raise ValueError(
-            f"{root} has no scores of the reference {scorer.name}: {explain_missing(root, scorer)}. Run `prefopt "
-            "score-references` with this recipe."
+            f"{root} has no scores of the reference {scorer.name}: {explain_missing(root, scorer)}. "
+            "Run `prefopt score-references` with this recipe."
         )
-    row_ids = dataset["row_id"]
-    sides = [cache.lookup([text_key(row_id, side) for row_id in row_ids]) for side in SIDES]
+    sides = [cache.lookup(keys) for keys in text_keys(dataset["row_id"])]
     missing = ~(sides[0].found & sides[1].found)
     if missing.any():
-        first = row_ids[int(missing.argmax())]
+        first = dataset["row_id"][int(missing.argmax())]
         raise ValueError(
             f"The reference {scorer.name} has no scores for {int(missing.sum())} of {len(dataset)} rows of the {name} "
-            "set "
-            f"(the first: row_id {first}). Run `prefopt score-references` with this recipe, which scores only those."
+            f"set (the first: row_id {first}). Run `prefopt score-references` with this recipe: it scores only those."
         )
     return sides
 
 
-def _refuse_stale_notes(scorer: Scorer, scores: Scores, limit: float, name: str) -> None:
+def _check_notes(scorer: Scorer, scores: Scores, limit: float, name: str) -> None:
+    """Raise where a text is noted as too long for an earlier limit and fits this one."""
     stale = scores.truncated & (scores.length <= limit) & (scores.length < UNSCORABLE)
     if stale.any():
         raise ValueError(
             f"{int(stale.sum())} completions of the {name} set were too long for the limit under which {scorer.name} "
-            "was "
-            "scored, and fit now. Run `prefopt score-references` with this recipe, which scores only those."
+            "was scored, and fit now. Run `prefopt score-references` with this recipe: it scores only those."
         )

@@ -1,7 +1,7 @@
 """Score what the cache does not hold yet, on all processes, and read all of it back.
 
 Every rank runs the same number of forwards, as ZeRO-3 and FSDP need; a rank with nothing left to score repeats a batch
-and throws the result away. Letters: C completions.
+and throws the result away. Letters: C completions, N pairs.
 """
 
 from __future__ import annotations
@@ -14,21 +14,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from datasets import Dataset
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt._trl import prepare_deepspeed
-from prefopt.data.encoding import prepare_tokenizer
-from prefopt.references.cache import ScoreCache, Scores
+from prefopt.references.cache import SIDES, ScoreCache, Scores, ids_digest
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
@@ -42,17 +37,52 @@ SHARED_FOLDER_WAIT = 60.0  # seconds until files of other nodes must be visible
 
 
 @dataclass(frozen=True)
-class Job:
-    """One group to be scored: for each completion its key, the bytes of its text and a digest of its ids."""
+class UnscoredGroup:
+    """A prompt and its completions without a score: of each its key, the bytes of its text and a digest of its ids."""
 
     group: Group
     keys: tuple[bytes, ...]
     num_bytes: tuple[int, ...]
     ids: tuple[int, ...]
 
+    @property
     def lengths(self) -> list[int]:
         """Tokens of prompt and completion together, for each completion."""
         return [len(self.group.prompt) + len(completion) for completion in self.group.completions]
+
+
+def unscored_groups(
+    pairs: Dataset, keys: Sequence[Sequence[bytes]], unscored: Sequence[np.ndarray]
+) -> list[UnscoredGroup]:
+    """Collect the completions to score, one group a pair.
+
+    Args:
+        pairs: N tokenised pairs.
+        keys: for chosen and for rejected, the N keys of their records.
+        unscored: for chosen and for rejected, (N,) bool.
+    """
+    prompts = pairs["prompt_ids"]
+    completions, sizes = ([pairs[f"{side}_{part}"] for side in SIDES] for part in ("ids", "bytes"))
+    groups = []
+    for row in np.flatnonzero(unscored[0] | unscored[1]).tolist():
+        prompt = list(prompts[row])
+        sides = [side for side in (0, 1) if unscored[side][row]]
+        texts = [list(completions[side][row]) for side in sides]
+        groups.append(
+            UnscoredGroup(
+                Group(prompt, texts),
+                keys=tuple(keys[side][row] for side in sides),
+                num_bytes=tuple(int(sizes[side][row]) for side in sides),
+                ids=tuple(ids_digest(prompt, ids) for ids in texts),
+            )
+        )
+    return groups
+
+
+def pair_lengths(pairs: Dataset) -> np.ndarray:
+    """Count the tokens of tokenised pairs: (3, N) of prompt, prompt + chosen and prompt + rejected."""
+    prompt, *sides = (np.array([len(ids) for ids in pairs[f"{part}_ids"]]) for part in ("prompt", *SIDES))
+    return np.stack([prompt, *(prompt + side for side in sides)])
 
 
 def group_scorer(
@@ -62,7 +92,7 @@ def group_scorer(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> ScoreGroups:
-    """A function that scores groups with one forward of `model`, without gradient.
+    """Return a function that scores groups with one forward of `model`, without gradient.
 
     Args:
         model: prepared by `install_scoring`, wrapped or not; its mode (dropout) is set to eval for the forward.
@@ -85,7 +115,7 @@ def group_scorer(
 
 
 def plan_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the groups of each batch, longest first, at most `max_tokens` (or one group) a batch."""
+    """Return the indices of each batch's groups, longest first, at most `max_tokens` (or one group) a batch."""
     batches: list[list[int]] = []
     tokens = math.inf
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -97,40 +127,38 @@ def plan_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def fill(cache: ScoreCache, jobs: Sequence[Job], score: ScoreGroups, *, max_tokens: int, padded: bool) -> int:
-    """Score the jobs and write their records; all ranks call it with the same jobs.
+def fill(
+    cache: ScoreCache, groups: Sequence[UnscoredGroup], score: ScoreGroups, *, max_tokens: int, padded: bool
+) -> None:
+    """Score the groups and write their records; all ranks call it with the same groups.
 
     Args:
-        cache: where the records go, each rank's into files of its own.
-        jobs: what to score.
+        cache: where the records go, each rank's into its own files.
+        groups: what to score.
         score: one forward.
         max_tokens: tokens of one forward, prompt counted once (packed) or once per completion (padded).
         padded: how tokens count.
-
-    Returns:
-        The number of forwards that each rank ran.
 
     Raises:
         ValueError: a score is not finite (on every rank, after the finite ones are written).
     """
     state = PartialState()
-    sizes = [len(job.keys) * max(job.lengths()) if padded else job.group.shared_length for job in jobs]
+    sizes = [len(each.keys) * max(each.lengths) if padded else each.group.shared_length for each in groups]
     batches = plan_batches(sizes, max_tokens)
     rounds = math.ceil(len(batches) / state.num_processes)
-    started = told = time.monotonic()
+    started = reported = time.monotonic()
     bad: list[str] = []
     try:
         for number in range(rounds):
             place = number * state.num_processes + state.process_index
-            members = [jobs[i] for i in batches[min(place, len(batches) - 1)]]
-            logps = score([job.group for job in members])
+            members = [groups[i] for i in batches[min(place, len(batches) - 1)]]
+            logps = score([each.group for each in members])
             if place < len(batches):
                 bad += _record(cache, members, logps)
-            if state.is_main_process and time.monotonic() - told > 30:
-                told = time.monotonic()
-                logger.info(
-                    "%s: %d of %d batches scored in %.0f s", cache.scorer.name, number + 1, rounds, told - started
-                )
+            if state.is_main_process and time.monotonic() - reported > 30:
+                reported = time.monotonic()
+                seconds = reported - started
+                logger.info("%s: %d of %d batches scored in %.0f s", cache.scorer.name, number + 1, rounds, seconds)
     finally:
         cache.flush()
     if state.num_processes > 1:
@@ -138,54 +166,43 @@ def fill(cache: ScoreCache, jobs: Sequence[Job], score: ScoreGroups, *, max_toke
     if bad:
         raise ValueError(
             f"{cache.scorer.name} gives {len(bad)} completions a log-prob that is not finite (the first: {bad[0]}): "
-            "its "
-            "weights are damaged, or the dtype is too narrow."
+            "its weights are damaged, or the dtype is too narrow."
         )
-    return rounds
 
 
-def _record(cache: ScoreCache, members: Sequence[Job], logps: torch.Tensor) -> list[str]:
-    """Give the cache the finite scores; returns a description of each other one."""
+def _record(cache: ScoreCache, members: Sequence[UnscoredGroup], logps: torch.Tensor) -> list[str]:
+    """Add the finite scores to the cache; return a description of each other one."""
     values, bad = iter(logps.tolist()), []
-    for job in members:
-        for key, completion, length, size, ids in zip(
-            job.keys, job.group.completions, job.lengths(), job.num_bytes, job.ids
-        ):
+    for each in members:
+        columns = zip(each.keys, each.group.completions, each.lengths, each.num_bytes, each.ids)
+        for key, completion, length, size, ids in columns:
             value = next(values)
             if math.isfinite(value):
                 cache.add(key, logps=value, tokens=len(completion), num_bytes=size, length=length, ids=ids)
             else:
-                bad.append(f"{value} for {len(completion)} tokens after a prompt of {len(job.group.prompt)}")
+                bad.append(f"{value} for {len(completion)} tokens after a prompt of {len(each.group.prompt)}")
     return bad
 
 
-def shared_lookup(cache: ScoreCache, keys: Sequence[bytes]) -> Scores:
-    """What the main process finds of `keys`, the same on every rank even while other runs write.
+def shared_lookup(cache: ScoreCache, keys: Sequence[bytes], *, just_written: bool = False) -> Scores:
+    """Look keys up on the main process and return the same records on every rank, even while other runs write.
+
+    Args:
+        cache: of one scorer.
+        keys: of the records.
+        just_written: all of them were written by `fill`; wait for those that other ranks wrote.
 
     Raises:
-        ValueError: a file of the cache is damaged.
+        ValueError: a file is damaged, or just written records do not appear in the main process's folder; raised on
+            every rank.
     """
-    return _from_main(lambda: _look(cache, keys))
-
-
-def read_all(cache: ScoreCache, keys: Sequence[bytes]) -> Scores:
-    """The records of `keys` after `fill`, as the main process reads them, the same arrays on every rank.
-
-    Raises:
-        ValueError: a file is damaged, or records that other ranks wrote do not appear in the main process's folder.
-    """
-    patience = SHARED_FOLDER_WAIT if PartialState().num_processes > 1 else 0.0
-    return _from_main(lambda: _wait_for(cache, keys, patience=patience))
-
-
-def _from_main(read: Callable[[], Scores]) -> Scores:
-    """What `read` gives on the main process, once all ranks are here; an error of it is raised on all of them."""
     state = PartialState()
     state.wait_for_everyone()
     answer: list[Scores | str] = [""]
     if state.is_main_process:
         try:
-            answer = [read()]
+            patience = SHARED_FOLDER_WAIT if just_written and state.num_processes > 1 else 0.0
+            answer = [_look_up(cache, keys, complete=just_written, patience=patience)]
         except ValueError as error:  # the other ranks wait for an answer
             answer = [str(error)]
     if state.num_processes > 1:
@@ -195,24 +212,19 @@ def _from_main(read: Callable[[], Scores]) -> Scores:
     return answer[0]
 
 
-def _look(cache: ScoreCache, keys: Sequence[bytes]) -> Scores:
-    cache.refresh()
-    return cache.lookup(keys)
-
-
-def _wait_for(cache: ScoreCache, keys: Sequence[bytes], *, patience: float) -> Scores:
-    """All records of `keys`; a network file system may show other nodes' files late."""
+def _look_up(cache: ScoreCache, keys: Sequence[bytes], *, complete: bool, patience: float) -> Scores:
+    """Look keys up on disk; a network file system may show other nodes' files late."""
     deadline = time.monotonic() + patience
     while True:
-        scores = _look(cache, keys)
+        cache.refresh()
+        scores = cache.lookup(keys)
         missing = int((~scores.found).sum())
-        if not missing:
+        if not complete or not missing:
             return scores
         if time.monotonic() >= deadline:
             raise ValueError(
                 f"{missing} of {len(keys)} scores that were just written are not in {cache.folder}: with several "
-                "nodes "
-                "the folder must be on a disk that all of them share."
+                "nodes the folder must be on a disk that all of them share."
             )
         time.sleep(1)
 
@@ -226,16 +238,10 @@ class ReferenceModel:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a reference that is given by name."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    return prepare_tokenizer(tokenizer)
-
-
 def prepare_model(
     reference: str | ReferenceModel, *, dtype: str, accelerator: Accelerator | None
 ) -> tuple[nn.Module, PretrainedConfig]:
-    """The model with its scoring path, frozen, on the device; and its config as loaded.
+    """Return the model with its scoring path, frozen, on the device; and its config as loaded.
 
     Args:
         reference: a name, a folder, or a model in memory.

@@ -1,10 +1,11 @@
-"""A model's weights as a hash, from its files or from what a module holds now."""
+"""Hashes of a model's config and weights, from its files or from what a module holds now."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,30 @@ from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt._transformers import CONFIG_BOOKKEEPING
-from prefopt.files import content_hash, read_json, write_json
+from prefopt.files import content_hash, file_hash, read_json, write_json
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
-# settings of a model that alter no score: where it came from, what trainers change in passing
+# settings of a model that alter no score: where it came from, and what trainers change
 _IRRELEVANT = frozenset(
     {
         *CONFIG_BOOKKEEPING, "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
         "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
-# read while loading or tokenising; everything else in a repository is left where it is
+# read while loading or tokenising; nothing else of a repository is downloaded
 _NEEDED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
 # the weights once more in Mistral's own format, which transformers neither loads nor downloads
 _NEVER_LOADED = "consolidated*"
 
 
 def model_folder(name: str, revision: str | None = None, *, download: bool) -> Path:
-    """The local folder of a model given as a path or a hub name.
+    """Return the local folder of a model given as a path or a hub name.
 
     Args:
         name: local folder or hub name.
         revision: of the hub repository.
-        download: fetch what is not here yet; otherwise only look.
+        download: fetch missing files; otherwise only the local hub cache is searched.
 
     Raises:
         FileNotFoundError: not a local folder and not in the local hub cache (with `download`: not on the hub either).
@@ -66,13 +67,13 @@ def model_folder(name: str, revision: str | None = None, *, download: bool) -> P
 
 
 def adapted_model(folder: Path) -> str | None:
-    """The base model of an adapter's folder; None where the folder is a whole model."""
+    """Return the base model of an adapter's folder; None where the folder is a whole model."""
     adapter = folder / "adapter_config.json"
     return str(read_json(adapter)["base_model_name_or_path"]) if adapter.exists() else None
 
 
 def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
-    """Hash of a model's config and weight files, by content: the same model in two places has one fingerprint.
+    """Hash a model's config and weight files by content: the same model in two places has one fingerprint.
 
     Args:
         folder: holds config.json (or adapter_config.json) and the weights.
@@ -87,7 +88,7 @@ def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
     if not configs or not weights:
         raise ValueError(f"{folder} is not a model: it needs a config.json and weights (*.safetensors or *.bin).")
     known = read_json(remembered) if remembered is not None and remembered.exists() else {}
-    hashes = [(path.name, _file_hash(path, known)) for path in weights]
+    hashes = [(path.name, _remembered_hash(path, known)) for path in weights]
     if remembered is not None:
         write_json(remembered, known)
     settings: list[Any] = [_relevant(read_json(path)) for path in configs]
@@ -104,7 +105,7 @@ def _relevant(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _IRRELEVANT}
 
 
-def _file_hash(path: Path, known: dict[str, Any]) -> str:
+def _remembered_hash(path: Path, known: dict[str, Any]) -> str:
     blob = path.resolve()
     if len(blob.name) == 64 and set(blob.name) <= set("0123456789abcdef"):
         return blob.name  # the hub client names large files by their SHA-256
@@ -112,22 +113,19 @@ def _file_hash(path: Path, known: dict[str, Any]) -> str:
     seen = [stat.st_size, stat.st_mtime_ns]
     entry = known.get(str(blob))
     if entry is None or entry[:2] != seen:
-        digest = hashlib.sha256()
-        with open(blob, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        entry = known[str(blob)] = [*seen, digest.hexdigest()]
+        entry = known[str(blob)] = [*seen, file_hash(blob)]
     return str(entry[2])
 
 
 def module_fingerprint(model: nn.Module, config: PretrainedConfig, *, adapter: str | None = None) -> str:
-    """Hash of the config and of the weights that a module has now, the same whether or not it is wrapped or sharded.
+    """Hash the config and the weights that a module has now, the same whether or not it is wrapped or sharded.
 
     All ranks must call it; each hashes a share of the parameters.
 
     Args:
         model: plain, or wrapped by PEFT, DDP, DeepSpeed or FSDP2. Adapters do not count (the reference is the model
-            with its adapters off), except for:
+            with its adapters off), except for `adapter`.
+        config: of the base model.
         adapter: the name of an adapter that is on when the reference is scored.
 
     Returns:
@@ -137,7 +135,7 @@ def module_fingerprint(model: nn.Module, config: PretrainedConfig, *, adapter: s
     mine = []
     entries = sorted(_named_tensors(model, adapter), key=lambda entry: entry[0])
     for number, (name, tensor) in enumerate(entries):
-        with _whole(tensor) as whole:
+        with _unsharded(tensor) as whole:
             if number % state.num_processes == state.process_index:
                 mine.append((name, _tensor_hash(whole)))
     everyone = gather_object(mine) if state.num_processes > 1 else mine
@@ -147,14 +145,12 @@ def module_fingerprint(model: nn.Module, config: PretrainedConfig, *, adapter: s
 
 
 def _adapter_scales(model: nn.Module, adapter: str) -> list[float]:
-    """What each layer multiplies its adapter's product with (alpha / r): no weight, but part of the score."""
+    """Return the factor alpha / r of each layer's adapter: no weight, but part of the score."""
     from peft.tuners.lora import LoraLayer  # environments of engines fingerprint models and have no peft
 
-    layers = sorted(model.named_modules(), key=lambda entry: entry[0])
+    layers = [layer for _, layer in sorted(model.named_modules(), key=lambda entry: entry[0])]
     return [
-        float(layer.scaling[adapter])
-        for _, layer in layers
-        if isinstance(layer, LoraLayer) and adapter in layer.scaling
+        float(layer.scaling[adapter]) for layer in layers if isinstance(layer, LoraLayer) and adapter in layer.scaling
     ]
 
 
@@ -163,36 +159,27 @@ def _named_tensors(model: nn.Module, adapter: str | None) -> list[tuple[str, tor
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        if adapter is None or f".{adapter}." not in f"{name}.":
-            if any(part in name for part in ("lora_", ".modules_to_save.", "prompt_encoder.")):
-                continue
+        counts = adapter is not None and f".{adapter}." in f"{name}."
+        if not counts and any(part in name for part in ("lora_", ".modules_to_save.", "prompt_encoder.")):
+            continue
         for wrapper in ("module.", "base_model.model.", "_orig_mod."):
             name = name.removeprefix(wrapper)
         found.append((name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor))
     return found
 
 
-def _whole(tensor: torch.Tensor) -> Any:
-    """A context that gives the unsharded tensor; collective where the tensor is sharded."""
+@contextmanager
+def _unsharded(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Give the whole tensor while the context is open; collective where the tensor is sharded."""
     if isinstance(tensor, DTensor):
-        return nullcontext(tensor.full_tensor())
-    if is_deepspeed_zero3_enabled() and isinstance(tensor, nn.Parameter):
+        yield tensor.full_tensor()
+    elif is_deepspeed_zero3_enabled() and isinstance(tensor, nn.Parameter):
         import deepspeed
 
-        return _Gathered(deepspeed.zero.GatheredParameters([tensor]), tensor)
-    return nullcontext(tensor)
-
-
-class _Gathered:
-    def __init__(self, context: Any, tensor: torch.Tensor) -> None:
-        self.context, self.tensor = context, tensor
-
-    def __enter__(self) -> torch.Tensor:
-        self.context.__enter__()
-        return self.tensor
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor
+    else:
+        yield tensor
 
 
 def _tensor_hash(tensor: torch.Tensor) -> str:

@@ -1,13 +1,11 @@
-"""A health card for each reference, before anything is trained against it: is it any good, and were its scores made right?
+"""A health card for each reference, computed from its scores before anything is trained against it.
 
 K references, N pairs. Accuracy at chance is reported and no more: such a reference is useless, not broken. A reference
-is
-*quarantined* where its scores cannot be right:
+is *quarantined* where its scores cannot be right:
 
 - its median nats per byte is at least twice its peers' and more than five robust standard deviations (1.4826 MAD of
-log
-  nats per byte) above their median, with three references or more: text that fluent models find likely is not that
-  surprising to another fluent model, so weights, tokenizer, template or dtype are wrong;
+  log nats per byte) above their median, with three references or more: text that fluent models find likely is not
+  that surprising to another fluent model, so weights, tokenizer, template or dtype are wrong;
 - half of its pairs or more tie: different answers do not get equal scores;
 - the scores of a batch differ from those of single texts by more than 5 % (bfloat16 stays below 2 %): padding or masks
   are wrong.
@@ -34,14 +32,13 @@ HEAVY_TAIL = 50.0
 
 @dataclass(frozen=True)
 class HealthCard:
-    """What is known of one reference from its scores on N pairs.
+    """Figures of one reference on N pairs.
 
     Attributes:
         name: the reference.
         rows: N.
         accuracy, accuracy_low, accuracy_high: share of pairs whose chosen completion has the higher log-prob per
-            token, with
-            its 95 % Wilson interval; a tie is wrong.
+            token, with its 95 % Wilson interval; a tie counts as wrong.
         ties: share of pairs with equal log-probs per token.
         confidence_mean, confidence_median, confidence_p99: of |m(chosen) - m(rejected)|, nats per token.
         nats_per_token, nats_per_byte: medians over completions.
@@ -76,57 +73,50 @@ def health_cards(
     num_bytes: tuple[np.ndarray, np.ndarray],
     checks: Sequence[dict[str, Any]] | None = None,
 ) -> list[HealthCard]:
-    """The cards of K references on N pairs, each compared with its peers.
+    """Make the cards of K references on N pairs, each compared with its peers.
 
     Args:
         names: K names.
         logps: chosen and rejected, (K, N) summed log-probs in nats.
         tokens: chosen and rejected, (K, N) scored tokens.
         num_bytes: chosen and rejected, (K, N) or (N,) UTF-8 bytes of the completions.
-        checks: for each reference what scoring noted (`not_prefix`, `batched_vs_single`).
+        checks: for each reference the notes of scoring (`not_prefix`, `batched_vs_single`).
 
     Raises:
         ValueError: no pairs, or shapes that do not agree.
     """
     shape = (len(names), np.asarray(logps[0]).shape[-1])
-    arrays = [np.asarray(side, dtype=np.float64) for pair in (logps, tokens) for side in pair]
-    if shape[1] == 0 or any(array.shape != shape for array in arrays):
-        raise ValueError(
-            f"scores of {len(names)} references must have shape {shape}, got {[a.shape for a in arrays]}."
-        )
-    sizes = [np.broadcast_to(np.maximum(side, 1), shape) for side in num_bytes]
-    surprise = [
-        float(np.median(np.concatenate([-arrays[0][k] / sizes[0][k], -arrays[1][k] / sizes[1][k]])))
-        for k in range(len(names))
-    ]
-    notes = list(checks) if checks is not None else [{} for _ in names]
+    sums, counts = (np.asarray(pair, dtype=np.float64) for pair in (logps, tokens))
+    if shape[1] == 0 or sums.shape != (2, *shape) or counts.shape != (2, *shape):
+        raise ValueError(f"scores of {len(names)} references must have shape {shape}, got {sums.shape[1:]}.")
+    sizes = np.stack([np.broadcast_to(np.maximum(side, 1), shape) for side in num_bytes])
+    surprise = np.median(np.concatenate(-sums / sizes, axis=1), axis=1).tolist()
+    notes = checks if checks is not None else [{}] * len(names)
     return [
-        _card(name, [array[k] for array in arrays], surprise[k], surprise[:k] + surprise[k + 1 :], notes[k])
+        _card(name, sums[:, k] / counts[:, k], surprise[k], surprise[:k] + surprise[k + 1 :], notes[k])
         for k, name in enumerate(names)
     ]
 
 
 def _card(
-    name: str, arrays: Sequence[np.ndarray], nats_per_byte: float, peers: Sequence[float], check: dict[str, Any]
+    name: str, means: np.ndarray, nats_per_byte: float, peers: Sequence[float], check: dict[str, Any]
 ) -> HealthCard:
-    chosen, rejected, chosen_tokens, rejected_tokens = arrays
-    means = chosen / chosen_tokens, rejected / rejected_tokens
-    right, rows = int((means[0] > means[1]).sum()), len(chosen)
-    confidence = np.abs(means[0] - means[1])
-    low, high = wilson_interval(right, rows)
-    ties = float((means[0] == means[1]).mean())
+    """Make a card from the (2, N) log-probs per token of chosen and rejected completions."""
+    chosen, rejected = means
+    confidence = np.abs(chosen - rejected)
     median, p99 = (float(np.quantile(confidence, q)) for q in (0.5, 0.99))
-    remarks = []
-    if low <= 0.5:
-        remarks.append("accuracy is below chance" if high < 0.5 else "accuracy is not above chance")
-    if ties > MANY_TIES:
-        remarks.append(f"{ties:.0%} ties")
-    if p99 > HEAVY_TAIL * max(median, 1e-12):
-        remarks.append("a few pairs dominate its confidence")
-    if check.get("not_prefix"):
-        remarks.append(f"{check['not_prefix']} prompts are no token prefix")
-    if len(peers) >= MIN_PEERS and nats_per_byte * OUTLIER_RATIO <= float(np.median(peers)):
-        remarks.append("far less surprised than its peers: it may have been trained on these texts")
+    right, rows, ties = int((chosen > rejected).sum()), len(chosen), float((chosen == rejected).mean())
+    low, high = wilson_interval(right, rows)
+    not_prefix, batched_vs_single = check.get("not_prefix"), check.get("batched_vs_single")
+    few_nats = len(peers) >= MIN_PEERS and nats_per_byte * OUTLIER_RATIO <= float(np.median(peers))
+    remarks = {
+        "accuracy is below chance": high < 0.5,
+        "accuracy is not above chance": low <= 0.5 <= high,
+        f"{ties:.0%} ties": ties > MANY_TIES,
+        "a few pairs dominate its confidence": p99 > HEAVY_TAIL * max(median, 1e-12),
+        f"{not_prefix} prompts are no token prefix": bool(not_prefix),
+        "far less surprised than its peers: it may have been trained on these texts": few_nats,
+    }
     return HealthCard(
         name=name,
         rows=rows,
@@ -137,12 +127,12 @@ def _card(
         confidence_mean=float(confidence.mean()),
         confidence_median=median,
         confidence_p99=p99,
-        nats_per_token=float(np.median(-np.concatenate(means))),
+        nats_per_token=float(np.median(-means)),
         nats_per_byte=nats_per_byte,
-        not_prefix=check.get("not_prefix"),
-        batched_vs_single=check.get("batched_vs_single"),
-        remarks=tuple(remarks),
-        quarantine=_why_quarantined(nats_per_byte, peers, ties, check.get("batched_vs_single")),
+        not_prefix=not_prefix,
+        batched_vs_single=batched_vs_single,
+        remarks=tuple(words for words, holds in remarks.items() if holds),
+        quarantine=_why_quarantined(nats_per_byte, peers, ties, batched_vs_single),
     )
 
 
@@ -165,7 +155,7 @@ def _why_quarantined(
 
 
 def cards_table(cards: Sequence[HealthCard]) -> str:
-    """The cards as lines of text, one reference a line, with remarks and quarantines below."""
+    """Format the cards as text, one reference a line, with remarks and quarantines below."""
     width = max(9, *(len(card.name) for card in cards))
     head = (
         f"{'reference':<{width}}  {'rows':>6}  {'accuracy (95 %)':>20}  {'ties':>5}  {'confidence mean/p50/p99':>24}"

@@ -1,8 +1,7 @@
 """Score the *text* of preference rows under any model, with that model's own tokenizer and chat template.
 
-The text is tokenised jointly and the completion starts where prompt and whole part (`prefopt.data`), so nothing is
-sliced
-by counting, and a row that the model would have to cut is noted and not scored.
+Prompt and completion are tokenised together and the completion starts where they part (`prefopt.data`), so nothing is
+sliced by counting, and a row that the model would have to cut is noted and not scored.
 """
 
 from __future__ import annotations
@@ -17,36 +16,32 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from prefopt.data.encoding import prepare_tokenizer, tokenizer_fingerprint
+from prefopt.data.encoding import load_tokenizer, prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.files import read_json, write_json
 from prefopt.references.cache import (
-    SCORER_VERSION,
+    SIDES,
     UNSCORABLE,
     ScoreCache,
     Scorer,
     Scores,
     describe_scorers,
     ids_digest,
-    text_key,
+    text_keys,
 )
 from prefopt.references.filling import (
-    Job,
     ReferenceModel,
     ScoreGroups,
+    UnscoredGroup,
     fill,
     group_scorer,
-    load_tokenizer,
+    pair_lengths,
     prepare_model,
-    read_all,
     shared_lookup,
+    unscored_groups,
 )
 from prefopt.references.fingerprints import adapted_model, files_fingerprint, model_folder, module_fingerprint
 from prefopt.references.health import HealthCard, health_cards
@@ -58,12 +53,11 @@ logger = logging.getLogger(__name__)
 CHECKED_ROWS = 8  # rows that are scored again one by one, to compare with their batched scores
 HASHES_FILE = "file_hashes.json"
 CHECKS_FILE = "checks.json"
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How references are scored.
+    """Settings of scoring references.
 
     Attributes:
         root: folder of the score cache.
@@ -84,13 +78,13 @@ class ScoringSettings:
 
 @dataclass
 class ScoringReport:
-    """What scoring one reference did.
+    """Counts of what scoring one reference did.
 
     Attributes:
         name: the reference.
         rows: rows that were given.
         scored: completions scored now.
-        found: completions whose scores were there.
+        found: completions that the cache held already.
         too_long: rows that the model would have to cut.
         refused: rows that its chat template or tokenizer cannot take.
         not_prefix: rows whose prompt alone is not a token prefix of prompt + completion.
@@ -110,22 +104,19 @@ class ScoringReport:
 def text_scorer(
     reference: str | ReferenceModel, root: Path, *, dtype: str
 ) -> tuple[Scorer, PreTrainedTokenizerBase | None]:
-    """Who scores when `reference` scores text, without loading the weights of one that is given by name.
+    """Return the cache's name for `reference` as a scorer of text, and its tokenizer, without loading its weights.
 
-    Where the model's files are not on this machine, the cache may still know one model of that name: then it is
-    taken, which is said, and the tokenizer is None.
+    Where the model's files are not on this machine, the scores that the cache holds under its name are used, with a
+    warning, and the tokenizer is None.
 
     Raises:
-        ValueError: nothing is known of the model here.
+        ValueError: the model is not here, and the cache holds no scores under that name, or several models'.
     """
     if isinstance(reference, ReferenceModel):
-        weights, tokenizer, name = (
-            module_fingerprint(reference.model, reference.model.config),
-            reference.tokenizer,
-            reference.name,
-        )
+        weights = module_fingerprint(reference.model, reference.model.config)
         dtype = str(reference.model.dtype).removeprefix("torch.")
-        return Scorer(name, weights, tokenizer_fingerprint(tokenizer), dtype, version=SCORER_VERSION), tokenizer
+        tokenizer = reference.tokenizer
+        return Scorer(reference.name, weights, tokenizer_fingerprint(tokenizer), dtype), tokenizer
     try:
         folder = model_folder(reference, download=False)
     except FileNotFoundError as error:
@@ -133,14 +124,13 @@ def text_scorer(
         if len(known) != 1:
             raise ValueError(
                 f"The reference {reference} is not on this machine, and {root} has the scores of {len(known)} models "
-                "of that "
-                f"name in {dtype} (one is needed): {error}"
+                f"of that name in {dtype} (one is needed): {error}"
             ) from error
         logger.warning("The files of %s are not on this machine: its scores are taken by name, unchecked.", reference)
         return known[0], None
     weights = files_fingerprint(folder, remembered=root / HASHES_FILE)
     tokenizer = load_tokenizer(reference)
-    return Scorer(reference, weights, tokenizer_fingerprint(tokenizer), dtype, version=SCORER_VERSION), tokenizer
+    return Scorer(reference, weights, tokenizer_fingerprint(tokenizer), dtype), tokenizer
 
 
 def score_reference(
@@ -150,7 +140,7 @@ def score_reference(
     *,
     accelerator: Accelerator | None = None,
 ) -> ScoringReport:
-    """Score the text of all rows under one reference into the cache; what is there already is left as it is.
+    """Score the text of all rows under one reference into the cache; what it holds already is not scored again.
 
     All ranks call it with the same rows. The model is loaded only if something is missing, and freed at the end.
 
@@ -170,121 +160,108 @@ def score_reference(
         if base is not None:
             model_folder(base, download=True)
     scorer, tokenizer = text_scorer(reference, settings.root, dtype=settings.dtype)
-    assert tokenizer is not None
+    assert tokenizer is not None and isinstance(tokenizer.pad_token_id, int)
     rows = normalise_rows(rows, "pairs", num_proc=settings.num_proc)
-    tokenised, told = tokenize_pairs(rows, tokenizer, max_length=None, num_proc=settings.num_proc, name=scorer.name)
+    tokenised, counts = tokenize_pairs(rows, tokenizer, max_length=None, num_proc=settings.num_proc, name=scorer.name)
     config = AutoConfig.from_pretrained(base or reference) if isinstance(reference, str) else reference.model.config
     cache = ScoreCache(settings.root, scorer)
-    report = ScoringReport(scorer.name, len(rows), not_prefix=told.not_prefix)
-    jobs = _plan(cache, rows, tokenised, _limit(config, settings.max_length), report)
-    # the main process has written its notes, and everyone looks at the same records from here on
+    report = ScoringReport(scorer.name, len(rows), not_prefix=counts.not_prefix)
+    groups = _plan(cache, rows, tokenised, _limits(config, settings.max_length), report)
+    # the main process has written its notes, and all ranks read the same records from here on
     PartialState().wait_for_everyone()
-    if jobs:
-        model, config = prepare_model(reference, dtype=scorer.dtype, accelerator=accelerator)
-        longest = max(max(job.lengths()) for job in jobs)
-        pad = tokenizer.pad_token_id
-        assert isinstance(pad, int)
-        device = PartialState().device
-        tried = jobs[nearest_to_probe([job.group.shared_length for job in jobs])].group
-        layout, reason = choose_layout(
-            settings.batch_layout,
-            config,
-            pad_token_id=pad,
-            longest_sequence=longest,
-            probe=lambda packed: probe_group(model, tried, packed, device=device),
-        )
-        if reason is not None:
-            logger.info("References are scored padded, not packed: %s.", reason)
-        score = group_scorer(model, layout, device=device)
-        fill(cache, jobs, score, max_tokens=settings.max_tokens, padded=layout.name == "padded")
-        report.batched_vs_single = _compare_single(cache, jobs, score)
+    if groups:
+        _score(cache, groups, reference, tokenizer.pad_token_id, settings, report, accelerator)
         _write_checks(cache, report)
-        del model, score
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return report
 
 
-def _limit(config: PretrainedConfig, max_length: int | None) -> tuple[float, float]:
-    """The limit of this run and the model's own, in tokens."""
+def _score(
+    cache: ScoreCache,
+    groups: Sequence[UnscoredGroup],
+    reference: str | ReferenceModel,
+    pad_token_id: int,
+    settings: ScoringSettings,
+    report: ScoringReport,
+    accelerator: Accelerator | None,
+) -> None:
+    """Load the reference, score the groups, and compare a few scores with those of single texts."""
+    model, config = prepare_model(reference, dtype=cache.scorer.dtype, accelerator=accelerator)
+    device = PartialState().device
+    tried = groups[nearest_to_probe([each.group.shared_length for each in groups])].group
+    layout, reason = choose_layout(
+        settings.batch_layout,
+        config,
+        pad_token_id=pad_token_id,
+        longest_sequence=max(max(each.lengths) for each in groups),
+        probe=lambda packed: probe_group(model, tried, packed, device=device),
+    )
+    if reason is not None:
+        logger.info("References are scored padded, not packed: %s.", reason)
+    score = group_scorer(model, layout, device=device)
+    fill(cache, groups, score, max_tokens=settings.max_tokens, padded=layout.name == "padded")
+    report.batched_vs_single = _compare_single(cache, groups, score)
+
+
+def _limits(config: PretrainedConfig, max_length: int | None) -> tuple[float, float]:
+    """Return the limit of this run and the model's own, in tokens."""
     context = config.get_text_config().to_dict().get("max_position_embeddings") or np.inf
-    return (min(context, np.inf if max_length is None else max_length), context)
+    return min(context, np.inf if max_length is None else max_length), context
 
 
 def _plan(
     cache: ScoreCache, rows: Dataset, tokenised: Dataset, limits: tuple[float, float], report: ScoringReport
-) -> list[Job]:
-    """The groups to score; rows that cannot be scored whole are noted in the cache (by the main process)."""
+) -> list[UnscoredGroup]:
+    """Return the groups to score; note in the cache the rows that cannot be scored whole (main process)."""
     limit, context = limits
-    notes: list[tuple[str, int]] = []
-    jobs: list[Job] = []
-    columns = [
-        tokenised[name]
-        for name in ("row_id", "prompt_ids", "chosen_ids", "rejected_ids", "chosen_bytes", "rejected_bytes")
-    ]
-    keys = [[text_key(row_id, side) for row_id in columns[0]] for side in SIDES]
-    known = [shared_lookup(cache, side) for side in keys]
-    for row, (row_id, prompt, chosen, rejected, *sizes) in enumerate(zip(*columns)):
-        length = len(prompt) + max(len(chosen), len(rejected))
-        if length > limit:
-            report.too_long += 1
-            notes.append((row_id, length if length <= context else UNSCORABLE))
-            continue
-        digests = [ids_digest(prompt, ids) for ids in (chosen, rejected)]
-        wanted = []
-        for side in (0, 1):
-            if not known[side].found[row] or known[side].truncated[row]:
-                wanted.append(side)
-            elif int(known[side].ids[row]) != digests[side]:
-                raise ValueError(
-                    f"{cache.scorer.name} splits row {row_id} into other tokens than when it was scored, although its "
-                    "tokenizer "
-                    f"looks the same (does its template write today's date?). Delete {cache.folder} to score it again."
-                )
-        report.found += 2 - len(wanted)
-        report.scored += len(wanted)
-        if wanted:
-            texts = [list((chosen, rejected)[side]) for side in wanted]
-            jobs.append(
-                Job(
-                    Group(list(prompt), texts),
-                    keys=tuple(keys[side][row] for side in wanted),
-                    num_bytes=tuple(int(sizes[side]) for side in wanted),
-                    ids=tuple(digests[side] for side in wanted),
-                )
-            )
-    refused = sorted(set(_usable_ids(rows)) - set(columns[0]))
+    row_ids, lengths = tokenised["row_id"], pair_lengths(tokenised).max(axis=0)
+    keys = text_keys(row_ids)
+    known = [shared_lookup(cache, side_keys) for side_keys in keys]
+    fits = lengths <= limit
+    unscored = [fits & (~side.found | side.truncated) for side in known]
+    _check_ids(cache, tokenised, known, [fits & ~side for side in unscored])
+    report.too_long = int((~fits).sum())
+    report.scored = int(sum(side.sum() for side in unscored))
+    report.found = 2 * int(fits.sum()) - report.scored
+    too_long = np.where(lengths > context, UNSCORABLE, lengths)
+    notes = {row_ids[row]: int(too_long[row]) for row in np.flatnonzero(~fits)}
+    faults = rows["fault"] if "fault" in rows.column_names else [None] * len(rows)
+    refused = {row_id for row_id, fault in zip(rows["row_id"], faults) if not fault} - set(row_ids)
     report.refused = len(refused)
-    _note(cache, [*notes, *((row_id, UNSCORABLE) for row_id in refused)])
-    return jobs
+    _note(cache, notes | dict.fromkeys(sorted(refused), UNSCORABLE))
+    return unscored_groups(tokenised, keys, unscored)
 
 
-def _usable_ids(rows: Dataset) -> list[str]:
-    """Ids of the rows that hold a pair at all."""
-    if "fault" not in rows.column_names:
-        return list(rows["row_id"])
-    return [row_id for row_id, fault in zip(rows["row_id"], rows["fault"]) if not fault]
+def _check_ids(cache: ScoreCache, tokenised: Dataset, known: Sequence[Scores], scored: Sequence[np.ndarray]) -> None:
+    """Raise where a text has other token ids than when it was scored."""
+    prompts = tokenised["prompt_ids"]
+    for side, scores, wanted in zip(SIDES, known, scored):
+        completions = tokenised[f"{side}_ids"]
+        for row in np.flatnonzero(wanted):
+            if int(scores.ids[row]) != ids_digest(prompts[row], completions[row]):
+                raise ValueError(
+                    f"{cache.scorer.name} splits row {tokenised['row_id'][row]} into other tokens than when it was "
+                    "scored, although its tokenizer looks the same (does its template write today's date?). "
+                    f"Delete {cache.folder} to score it again."
+                )
 
 
-def _note(cache: ScoreCache, notes: Sequence[tuple[str, int]]) -> None:
-    if not PartialState().is_main_process:
-        return
-    for side in SIDES:
-        keys = [text_key(row_id, side) for row_id, _ in notes]
-        there = cache.lookup(keys)
-        for number, (key, (_, length)) in enumerate(zip(keys, notes)):
-            # a score that was made under a larger limit stays
-            if not there.found[number]:
-                cache.add(key, logps=float("nan"), tokens=0, num_bytes=0, length=length, truncated=True)
-    cache.flush()
+def _note(cache: ScoreCache, notes: dict[str, int]) -> None:
+    """Record the length of rows that were not scored; a score that was made under a larger limit stays."""
+    if PartialState().is_main_process:
+        for keys in text_keys(list(notes)):
+            for key, length, there in zip(keys, notes.values(), cache.lookup(keys).found):
+                if not there:
+                    cache.add(key, logps=float("nan"), tokens=0, num_bytes=0, length=length, truncated=True)
+        cache.flush()
 
 
-def _compare_single(cache: ScoreCache, jobs: Sequence[Job], score: ScoreGroups) -> float:
+def _compare_single(cache: ScoreCache, groups: Sequence[UnscoredGroup], score: ScoreGroups) -> float:
     """Score a few completions one by one on every rank alike, and compare with what their batches gave."""
-    step = max(1, len(jobs) // CHECKED_ROWS)
-    sample = list(jobs[::step])[:CHECKED_ROWS]
-    single = [score([Group(job.group.prompt, [ids])]).item() for job in sample for ids in job.group.completions]
-    batched = read_all(cache, [key for job in sample for key in job.keys]).logps
+    sample = groups[:: max(1, len(groups) // CHECKED_ROWS)][:CHECKED_ROWS]
+    single = [score([Group(each.group.prompt, [ids])]).item() for each in sample for ids in each.group.completions]
+    batched = shared_lookup(cache, [key for each in sample for key in each.keys], just_written=True).logps
     return float(np.max(np.abs(batched - np.array(single)) / (1 + np.abs(single))))
 
 
@@ -295,24 +272,21 @@ def _write_checks(cache: ScoreCache, report: ScoringReport) -> None:
 
 
 def read_checks(root: Path, scorer: Scorer) -> dict[str, Any]:
-    """What scoring noted beside the scores: `rows`, `not_prefix`, `batched_vs_single`; empty where there is nothing."""
+    """Return the notes beside the scores: `rows`, `not_prefix`, `batched_vs_single`; empty without any."""
     path = root / scorer.key / CHECKS_FILE
     return dict(read_json(path)) if path.exists() else {}
 
 
 def found_scores(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[tuple[Scorer, list[Scores]]]:
-    """For each reference, who scores and what the cache holds of the rows' chosen and rejected completions."""
-    row_ids = normalise_rows(rows, "pairs")["row_id"]
-    found = []
-    for reference in references:
-        scorer = text_scorer(reference, root, dtype=dtype)[0]
-        cache = ScoreCache(root, scorer)
-        found.append((scorer, [cache.lookup([text_key(row_id, side) for row_id in row_ids]) for side in SIDES]))
-    return found
+    """Return for each reference its scorer and what the cache holds of the rows' chosen and rejected completions."""
+    keys = text_keys(normalise_rows(rows, "pairs")["row_id"])
+    scorers = [text_scorer(reference, root, dtype=dtype)[0] for reference in references]
+    caches = [ScoreCache(root, scorer) for scorer in scorers]
+    return [(cache.scorer, [cache.lookup(side) for side in keys]) for cache in caches]
 
 
 def cards_of(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[HealthCard]:
-    """Health cards of references from the cache, over the rows that all of them have scored.
+    """Make the health cards of references from the cache, over the rows that all of them have scored.
 
     Raises:
         ValueError: there is no such row.
@@ -326,11 +300,10 @@ def cards_of(rows: Dataset, references: list[str], root: Path, *, dtype: str) ->
         chosen, rejected = (np.stack([getattr(sides[i], column)[usable] for sides in found]) for i in (0, 1))
         return chosen, rejected
 
-    checks = [read_checks(root, scorer) for scorer in scorers]
     return health_cards(
         [scorer.name for scorer in scorers],
         logps=table("logps"),
         tokens=table("tokens"),
         num_bytes=table("bytes"),
-        checks=checks,
+        checks=[read_checks(root, scorer) for scorer in scorers],
     )

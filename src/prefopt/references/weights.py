@@ -1,7 +1,7 @@
-"""How much each reference counts: fixed, from validation data, from the example itself, or learned online.
+"""Weights of references: fixed, from validation data, from the example itself, or learned online.
 
 K references, B pairs, N validation pairs. References come first: (K, B) per example, (K,) for a whole set. Weights are
-non-negative, sum to one over the references, carry no gradient, and are uniform where there is nothing to tell the
+non-negative, sum to one over the references, carry no gradient, and are uniform where nothing tells the
 references apart. A *confidence* is |m_k(y+) - m_k(y-)|, unsigned: a confidently wrong reference has as much of it as a
 confidently right one.
 """
@@ -11,21 +11,23 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 MIN_CONFIDENCE = 1e-6  # nats; a smaller sum over the references is rounding, not confidence
+Reduction = Literal["ratio_of_means", "mean_of_ratios"]
+Ties = Literal["failure", "skip"]
 
 
-def check_count(num_references: int) -> None:
+def _check_count(num_references: int) -> None:
     if num_references < 1:
         raise ValueError(f"num_references must be at least 1, got {num_references}.")
 
 
-def check_confidence(confidence: Tensor) -> None:
+def _check_confidence(confidence: Tensor) -> None:
     if confidence.dim() != 2 or confidence.shape[0] == 0:
         raise ValueError(f"confidence must have shape (references, pairs), got {tuple(confidence.shape)}.")
     bad = ~(torch.isfinite(confidence) & (confidence >= 0))
@@ -35,25 +37,30 @@ def check_confidence(confidence: Tensor) -> None:
         raise ValueError(f"confidence of reference {reference} at row {row} is {value}: it must be finite and >= 0.")
 
 
-def check_pair(chosen: Tensor, rejected: Tensor) -> None:
+def _check_some(pairs: Tensor) -> None:
+    if pairs.shape[1] == 0:
+        raise ValueError("validation weights need at least one validation pair, got none.")
+
+
+def _check_pair(chosen: Tensor, rejected: Tensor) -> None:
     if chosen.dim() != 2 or chosen.shape != rejected.shape:
         shapes = f"{tuple(chosen.shape)} and {tuple(rejected.shape)}"
         raise ValueError(f"chosen and rejected must have one shape (references, pairs), got {shapes}.")
 
 
 def normalise(confidence: Tensor) -> Tensor:
-    """C / sum over the first dimension; uniform where the sum is below MIN_CONFIDENCE."""
+    """Divide by the sum over the first dimension; uniform where the sum is below MIN_CONFIDENCE."""
     total = confidence.sum(dim=0, keepdim=True)
     uniform = torch.full_like(confidence, 1.0 / confidence.shape[0])
     return torch.where(total < MIN_CONFIDENCE, uniform, confidence / total.clamp_min(MIN_CONFIDENCE))
 
 
-def at_least_float32(tensor: Tensor) -> torch.dtype:
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def uniform_weights(num_references: int) -> Tensor:
-    """1 / K for each reference.
+    """Return 1 / K for each reference.
 
     Returns:
         (K,) float32.
@@ -61,12 +68,17 @@ def uniform_weights(num_references: int) -> Tensor:
     Raises:
         ValueError: fewer than one reference.
     """
-    check_count(num_references)
+    _check_count(num_references)
     return torch.full((num_references,), 1.0 / num_references)
 
 
+def one_hot_weights(reference: int, num_references: int) -> Tensor:
+    """Return (K,) float32 with all weight on one reference."""
+    return torch.nn.functional.one_hot(torch.tensor(reference), num_references).float()
+
+
 def fixed_weights(values: Sequence[float], num_references: int) -> Tensor:
-    """The user's own weights, checked.
+    """Check weights that the user gives and return them as a tensor.
 
     Args:
         values: K numbers >= 0 that sum to one (to 1e-4); zeros are allowed and switch a reference off exactly.
@@ -78,7 +90,7 @@ def fixed_weights(values: Sequence[float], num_references: int) -> Tensor:
     Raises:
         ValueError: the wrong number of weights, a negative or non-finite one, or a sum other than one.
     """
-    check_count(num_references)
+    _check_count(num_references)
     if len(values) != num_references:
         raise ValueError(f"reference_weights has {len(values)} values for {num_references} references: give one each.")
     weights = torch.tensor([float(v) for v in values], dtype=torch.float64)
@@ -90,7 +102,102 @@ def fixed_weights(values: Sequence[float], num_references: int) -> Tensor:
     return (weights / total).float()
 
 
-Reduction = Literal["ratio_of_means", "mean_of_ratios"]
+def discriminative_confidence(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Tensor:
+    """Measure how clearly each reference tells the two completions apart, whichever it prefers.
+
+    c_kb = |m_kb(chosen) - m_kb(rejected)|
+
+    Args:
+        chosen_mean_logps: (K, B) nats per unit of length (token or byte); sums give the confidence of MRPO's code.
+        rejected_mean_logps: (K, B) in the same unit.
+
+    Returns:
+        (K, B), float32 or float64, without gradient.
+
+    Raises:
+        ValueError: the shapes differ or are not (K, B).
+
+    Reference: arXiv 2512.10040 (released notebooks: per-token means, each model's own tokens).
+    """
+    _check_pair(chosen_mean_logps, rejected_mean_logps)
+    dtype = _at_least_float32(chosen_mean_logps)
+    return (chosen_mean_logps.detach().to(dtype) - rejected_mean_logps.detach().to(dtype)).abs()
+
+
+def adaptive_weights(confidence: Tensor) -> Tensor:
+    """Compute weights of each example from its own confidences (ARWC); uniform where the example has none.
+
+    alpha_kb = c_kb / sum_j c_jb
+
+    Args:
+        confidence: (K, B), from per-token means (`arwc_normalized`) or from sums (`arwc`, MRPO's code).
+
+    Returns:
+        (K, B), each column sums to one. MRPO's code adds 1e-6 to the denominator, so its weights sum to a little less.
+
+    Raises:
+        ValueError: not (K, B), or an entry is negative or not finite; the message names reference and row.
+
+    Reference: arXiv 2405.16388 (MRPO; ARWC). In harmonic mode MRPO's code gives reference 1 the weight meant for
+    reference 2; here a weight belongs to the reference it was computed for.
+    """
+    _check_confidence(confidence)
+    return normalise(confidence.detach().to(_at_least_float32(confidence)))
+
+
+def validation_discrimination_weights(confidence: Tensor) -> Tensor:
+    """Compute one set of weights from the confidences on a validation set (VDW, `offline_1`).
+
+    alpha_k = sum_i c_ki / sum_j sum_i c_ji, a ratio of sums, accumulated in float64
+
+    Args:
+        confidence: (K, N) over the validation pairs.
+
+    Returns:
+        (K,); uniform where no pair has any confidence.
+
+    Raises:
+        ValueError: not (K, N), no pair, or an entry is negative or not finite.
+
+    Reference: arXiv 2512.10040 (VDW).
+    """
+    _check_confidence(confidence)
+    _check_some(confidence)
+    return normalise(confidence.detach().double().sum(dim=1)).to(_at_least_float32(confidence))
+
+
+def validation_accuracy_weights(
+    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, temperature: float | None = None
+) -> Tensor:
+    """Compute one set of weights from each reference's accuracy on a validation set (VAW, `offline_2`).
+
+    acc_k = mean_i 1[m_ki(chosen) > m_ki(rejected)];  alpha_k = acc_k / sum_j acc_j,
+    or softmax_k(acc_k / temperature), because the ratio of accuracies is nearly uniform by construction.
+
+    Args:
+        chosen_mean_logps: (K, N) nats per unit of length.
+        rejected_mean_logps: (K, N); an equal pair counts as wrong.
+        temperature: in units of accuracy (0.05: five points more weigh e times as much); None for the ratio.
+
+    Returns:
+        (K,); uniform where no reference is ever right.
+
+    Raises:
+        ValueError: the shapes differ or are not (K, N), no pair, a score that is not finite, a temperature <= 0.
+
+    Reference: arXiv 2512.10040 (VAW); the temperature is ours.
+    """
+    _check_pair(chosen_mean_logps, rejected_mean_logps)
+    _check_some(chosen_mean_logps)
+    if not bool(torch.isfinite(chosen_mean_logps).all() & torch.isfinite(rejected_mean_logps).all()):
+        raise ValueError("validation weights need finite log-probs of every reference.")
+    accuracy = (chosen_mean_logps.detach() > rejected_mean_logps.detach()).double().mean(dim=1)
+    dtype = _at_least_float32(chosen_mean_logps)
+    if temperature is None:
+        return normalise(accuracy).to(dtype)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}.")
+    return torch.softmax(accuracy / temperature, dim=0).to(dtype)
 
 
 class SlidingWindowWeights:
@@ -123,10 +230,10 @@ class SlidingWindowWeights:
         one_hot: bool = False,
         initial: int | Sequence[float] | None = None,
     ) -> None:
-        check_count(num_references)
+        _check_count(num_references)
         if window < 1:
             raise ValueError(f"window must be at least 1 step, got {window}.")
-        if reduce not in ("ratio_of_means", "mean_of_ratios"):
+        if reduce not in get_args(Reduction):
             raise ValueError(f'reduce must be "ratio_of_means" or "mean_of_ratios", got {reduce!r}.')
         self.num_references = num_references
         self.reduce = reduce
@@ -136,7 +243,7 @@ class SlidingWindowWeights:
         self._window: deque[tuple[Tensor, Tensor, int]] = deque(maxlen=window)
 
     def weights(self) -> Tensor:
-        """The weights to use now: (K,) float32."""
+        """Return the weights to use now: (K,) float32."""
         pairs = sum(count for _, _, count in self._window)
         if pairs == 0:
             return self._initial.clone()
@@ -144,13 +251,13 @@ class SlidingWindowWeights:
         if float(confidence.sum()) < MIN_CONFIDENCE:
             return self._initial.clone()
         if self.one_hot:
-            return torch.nn.functional.one_hot(confidence.argmax(), self.num_references).float()
+            return one_hot_weights(int(confidence.argmax()), self.num_references)
         if self.reduce == "ratio_of_means":
             return normalise(confidence).float()
         return (torch.stack([r for _, r, _ in self._window]).sum(dim=0) / pairs).float()
 
     def update(self, confidence: Tensor) -> None:
-        """Take in the confidences of one optimizer step, all its pairs on all ranks.
+        """Add the confidences of one optimizer step, of all its pairs on all ranks.
 
         Args:
             confidence: (K, B).
@@ -158,19 +265,19 @@ class SlidingWindowWeights:
         Raises:
             ValueError: not (K, B), or an entry is negative or not finite.
         """
-        check_confidence(confidence)
+        _check_confidence(confidence)
         if confidence.shape[0] != self.num_references:
             raise ValueError(f"confidence has {confidence.shape[0]} references, expected {self.num_references}.")
         values = confidence.detach().double().cpu()
         self._window.append((values.sum(dim=1), normalise(values).sum(dim=1), values.shape[1]))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold for a resumed run to go on with the same weights (JSON)."""
+        """Return what a checkpoint must hold for a resumed run to continue with the same weights (JSON)."""
         window = [{"confidence": c.tolist(), "ratios": r.tolist(), "pairs": n} for c, r, n in self._window]
         return {"num_references": self.num_references, "window": window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
             ValueError: the state is of another number of references.
@@ -189,7 +296,7 @@ def _initial_weights(initial: int | Sequence[float] | None, num_references: int)
         return fixed_weights(initial, num_references)
     if not 0 <= initial < num_references:
         raise ValueError(f"initial: there is no reference number {initial} among {num_references}.")
-    return torch.nn.functional.one_hot(torch.tensor(initial), num_references).float()
+    return one_hot_weights(initial, num_references)
 
 
 def _check_state(state: dict[str, Any], num_references: int) -> None:
@@ -208,7 +315,7 @@ class ThompsonSampling:
         num_references: K.
         prior: p > 0, the same for successes and failures (the paper: 5 and 10).
         seed: of the draws; the same seed and updates give the same choices on every rank.
-        ties: what an unchanged metric is: a "failure" (the paper) or to "skip".
+        ties: an unchanged metric is counted as a "failure" (the paper) or not at all ("skip").
         discount: in (0, 1]; every s and f is multiplied by it before an update, so that old steps fade.
 
     Attributes:
@@ -222,18 +329,12 @@ class ThompsonSampling:
     """
 
     def __init__(
-        self,
-        num_references: int,
-        *,
-        prior: float,
-        seed: int,
-        ties: Literal["failure", "skip"] = "failure",
-        discount: float = 1.0,
+        self, num_references: int, *, prior: float, seed: int, ties: Ties = "failure", discount: float = 1.0
     ) -> None:
-        check_count(num_references)
+        _check_count(num_references)
         if not prior > 0:
             raise ValueError(f"prior must be > 0, got {prior}.")
-        if ties not in ("failure", "skip"):
+        if ties not in get_args(Ties):
             raise ValueError(f'ties must be "failure" or "skip", got {ties!r}.')
         if not 0 < discount <= 1:
             raise ValueError(f"discount must be in (0, 1], got {discount}.")
@@ -251,11 +352,11 @@ class ThompsonSampling:
         return int(draws.argmax())
 
     def update(self, reference: int, *, before: float, after: float) -> None:
-        """Take in what one step with `reference` did to the metric, of which more is better.
+        """Count one step with `reference` as a success or a failure by what it did to the metric.
 
         Args:
             reference: the number `select` gave.
-            before: the metric before the step (accuracy, or minus the loss).
+            before: the metric before the step (accuracy, or minus the loss: more is better).
             after: the metric on the same pairs after the step.
 
         Raises:
@@ -272,7 +373,7 @@ class ThompsonSampling:
         (self.successes if after > before else self.failures)[reference] += 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and generator, for a checkpoint (JSON)."""
+        """Return counts and generator, for a checkpoint (JSON)."""
         return {
             "num_references": self.num_references,
             "successes": self.successes,
@@ -281,7 +382,7 @@ class ThompsonSampling:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave: the next choice is the one the saved run would have made.
+        """Restore what `state_dict` returned: the next choice is the one the saved run would have made.
 
         Raises:
             ValueError: the state is of another number of references.
@@ -290,143 +391,3 @@ class ThompsonSampling:
         self.successes = [float(s) for s in state["successes"]]
         self.failures = [float(f) for f in state["failures"]]
         self._generator.bit_generator.state = state["generator"]
-
-
-__all__ = [
-    "SlidingWindowWeights",
-    "ThompsonSampling",
-    "adaptive_weights",
-    "discriminative_confidence",
-    "fixed_weights",
-    "uniform_weights",
-    "validation_accuracy_weights",
-    "validation_discrimination_weights",
-    "weighting_name",
-]
-
-# what a recipe may say -> our name; the second block holds the names of the original notebooks
-WEIGHTING_NAMES = {
-    "uniform": "uniform",
-    "fixed": "fixed",
-    "arwc": "arwc",
-    "arwc_normalized": "arwc_normalized",
-    "vdw": "vdw",
-    "vaw": "vaw",
-    "swcw": "swcw",
-    "swcw_one_hot": "swcw_one_hot",
-    "tsw": "tsw",
-    "offline_1": "vdw",
-    "offline_2": "vaw",
-    "online_1": "swcw",
-}
-
-
-def weighting_name(name: str) -> str:
-    """The library's name of a weighting, given that name or the original notebooks' one (`offline_1`, ...).
-
-    Raises:
-        ValueError: no weighting has this name.
-    """
-    if name not in WEIGHTING_NAMES:
-        raise ValueError(f"weighting: no weighting is called {name!r}; choose one of {', '.join(WEIGHTING_NAMES)}.")
-    return WEIGHTING_NAMES[name]
-
-
-def discriminative_confidence(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Tensor:
-    """How clearly each reference tells the two completions apart, whichever it prefers.
-
-    c_kb = |m_kb(chosen) - m_kb(rejected)|
-
-    Args:
-        chosen_mean_logps: (K, B) nats per unit of length (token or byte); sums give the confidence of MRPO's code.
-        rejected_mean_logps: (K, B) in the same unit.
-
-    Returns:
-        (K, B), float32 or float64, without gradient.
-
-    Raises:
-        ValueError: the shapes differ or are not (K, B).
-
-    Reference: arXiv 2512.10040 (released notebooks: per-token means, each model's own tokens).
-    """
-    check_pair(chosen_mean_logps, rejected_mean_logps)
-    dtype = at_least_float32(chosen_mean_logps)
-    return (chosen_mean_logps.detach().to(dtype) - rejected_mean_logps.detach().to(dtype)).abs()
-
-
-def adaptive_weights(confidence: Tensor) -> Tensor:
-    """Weights of each example from its own confidences (ARWC); uniform where the example has none.
-
-    alpha_kb = c_kb / sum_j c_jb
-
-    Args:
-        confidence: (K, B), from per-token means (`arwc_normalized`) or from sums (`arwc`, MRPO's code).
-
-    Returns:
-        (K, B), each column sums to one. MRPO's code adds 1e-6 to the denominator, so its weights sum to a little less.
-
-    Raises:
-        ValueError: not (K, B), or an entry is negative or not finite; the message names reference and row.
-
-    Reference: arXiv 2405.16388 (MRPO; ARWC). In harmonic mode MRPO's code gives reference 1 the weight meant for
-    reference 2; here a weight belongs to the reference it was computed for.
-    """
-    check_confidence(confidence)
-    return normalise(confidence.detach().to(at_least_float32(confidence)))
-
-
-def validation_discrimination_weights(confidence: Tensor) -> Tensor:
-    """One set of weights from the confidences on a validation set (VDW, `offline_1`).
-
-    alpha_k = sum_i c_ki / sum_j sum_i c_ji, a ratio of sums, accumulated in float64
-
-    Args:
-        confidence: (K, N) over the validation pairs.
-
-    Returns:
-        (K,); uniform where no pair has any confidence.
-
-    Raises:
-        ValueError: not (K, N), no pair, or an entry is negative or not finite.
-
-    Reference: arXiv 2512.10040 (VDW).
-    """
-    check_confidence(confidence)
-    if confidence.shape[1] == 0:
-        raise ValueError("validation weights need at least one validation pair, got none.")
-    return normalise(confidence.detach().double().sum(dim=1)).to(at_least_float32(confidence))
-
-
-def validation_accuracy_weights(
-    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, temperature: float | None = None
-) -> Tensor:
-    """One set of weights from each reference's accuracy on a validation set (VAW, `offline_2`).
-
-    acc_k = mean_i 1[m_ki(chosen) > m_ki(rejected)];  alpha_k = acc_k / sum_j acc_j,
-    or softmax_k(acc_k / temperature), because the ratio of accuracies is nearly uniform by construction.
-
-    Args:
-        chosen_mean_logps: (K, N) nats per unit of length.
-        rejected_mean_logps: (K, N); an equal pair counts as wrong.
-        temperature: in units of accuracy (0.05: five points more weigh e times as much); None for the ratio.
-
-    Returns:
-        (K,); uniform where no reference is ever right.
-
-    Raises:
-        ValueError: the shapes differ or are not (K, N), no pair, a score that is not finite, a temperature <= 0.
-
-    Reference: arXiv 2512.10040 (VAW); the temperature is ours.
-    """
-    check_pair(chosen_mean_logps, rejected_mean_logps)
-    if chosen_mean_logps.shape[1] == 0:
-        raise ValueError("validation weights need at least one validation pair, got none.")
-    if not bool(torch.isfinite(chosen_mean_logps).all() & torch.isfinite(rejected_mean_logps).all()):
-        raise ValueError("validation weights need finite log-probs of every reference.")
-    accuracy = (chosen_mean_logps.detach() > rejected_mean_logps.detach()).double().mean(dim=1)
-    dtype = at_least_float32(chosen_mean_logps)
-    if temperature is None:
-        return normalise(accuracy).to(dtype)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}.")
-    return torch.softmax(accuracy / temperature, dim=0).to(dtype)

@@ -95,6 +95,7 @@ class BaseTrainer(HookedTrainer):
         self._predictions: list[torch.Tensor] = []
         self._log_buffer = MetricLog()
         self._watch = FiniteWatch()
+        self._update_hook: Any = None
         self._tokens_seen = 0.0
         self._packing = ""  # what `describe_run` says about the choice of the layout
         self._clock = time.perf_counter()
@@ -316,7 +317,7 @@ class BaseTrainer(HookedTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of a micro-batch; after the last one of a step its metrics are reduced over ranks."""
-        loss, predictions = self.step_loss(model, inputs, self._train_sums)
+        loss, predictions = self._watched_loss(model, inputs, self._train_sums)
         self._count_tokens(inputs, self._train_sums)
         if self.accelerator.sync_gradients:
             values = self._train_sums.reduce()
@@ -326,6 +327,13 @@ class BaseTrainer(HookedTrainer):
             self._log_buffer.append(values)
         return (loss, predictions) if return_outputs else loss
 
+    def _watched_loss(
+        self, model: nn.Module, batch: dict[str, Any], sums: MetricSums
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, predictions = self.step_loss(model, batch, sums)
+        _add_flag(sums, self._watch.see_total(batch["row_ids"], loss))
+        return loss, predictions
+
     def reduce(self, total: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Scale a micro-batch's sum to its share of the mean over the optimizer step's examples.
 
@@ -334,13 +342,29 @@ class BaseTrainer(HookedTrainer):
         return total * (self.args.world_size / batch["step_groups"])
 
     def watch_finite(self, losses: torch.Tensor, batch: dict[str, Any], sums: MetricSums) -> None:
-        """Have the run stop, naming the rows, where one of the losses (B,) is not finite."""
-        bad = self._watch.see(batch["row_ids"], losses, batch["real"])
-        sums.add_max("not_finite", bad, torch.ones_like(bad, dtype=torch.bool))
+        """Have the run stop, naming the rows, where one of the losses (B,) is not finite.
 
-    def check_finite(self) -> None:
-        """Raise on all ranks where a loss since the last check was not finite; waits for the device."""
-        self._watch.check(step=self.state.global_step)
+        The loss of every micro-batch is watched anyway (`compute_loss`); this finds which of its rows it was.
+        """
+        _add_flag(sums, self._watch.see(batch["row_ids"], losses, batch["real"]))
+
+    def check_finite(self, *, step: int) -> None:
+        """Raise on all ranks where a loss of the optimizer step that is under way was not finite."""
+        watch, self._watch = self._watch, FiniteWatch()
+        watch.check(step=step)
+
+    def stop_before_update(self) -> None:
+        """Have the optimizer check the loss before it changes a weight.
+
+        A hook of the innermost optimizer, since DeepSpeed steps within its backward, before any callback.
+        """
+        wrapped: Any = self.model_wrapped if self.is_deepspeed_enabled else self.optimizer
+        optimizer = wrapped.basic_optimizer if self.is_deepspeed_enabled else wrapped.optimizer
+        if self._update_hook is not None:  # of an earlier call of `train`
+            self._update_hook.remove()
+        self._update_hook = optimizer.register_step_pre_hook(
+            lambda *_: self.check_finite(step=self.state.global_step + 1)
+        )
 
     @staticmethod
     def _count_tokens(batch: dict[str, Any], sums: MetricSums) -> None:
@@ -386,9 +410,12 @@ class BaseTrainer(HookedTrainer):
             dataloader, description, prediction_loss_only=True, metric_key_prefix=metric_key_prefix
         )
         self.restore_attention()
-        self._watch = FiniteWatch()  # an evaluation reports what it finds, and stops nothing
+        watch, self._watch = self._watch, FiniteWatch()
         values = self._eval_sums.reduce()
-        values.pop("not_finite")
+        if values.pop("not_finite").item() > 0:  # nothing is trained on it, so nothing stops
+            where = watch.whose()
+            if self.is_world_process_zero():
+                print(f"{description}: the loss is not finite in {where}.", flush=True)
         self.derive_metrics(values)
         metrics = {name: value.item() for name, value in values.items() if torch.isfinite(value)}
         if self.compute_metrics is not None:
@@ -408,7 +435,7 @@ class BaseTrainer(HookedTrainer):
         """Add one evaluation batch to the sums."""
         batch = self.to_device(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            _, predicted = self.step_loss(model, batch, self._eval_sums)
+            _, predicted = self._watched_loss(model, batch, self._eval_sums)
         if self.compute_metrics is not None:
             self._predictions.append(predicted[batch["real"]])
         return None, None, None
@@ -443,6 +470,10 @@ class BaseTrainer(HookedTrainer):
             write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
 
+def _add_flag(sums: MetricSums, flag: torch.Tensor) -> None:
+    sums.add_max("not_finite", flag, torch.ones_like(flag, dtype=torch.bool))
+
+
 class _RunCallback(TrainerCallback):
     """Calls the trainer at the moments of a run; it comes before trackers, see `HookedTrainer.add_early_callback`."""
 
@@ -454,6 +485,7 @@ class _RunCallback(TrainerCallback):
         self.trainer.probe_sharded(kwargs["train_dataloader"])
         if state.is_world_process_zero:
             print(self.trainer.describe_run())
+        self.trainer.stop_before_update()
         if args.gradient_checkpointing and args.selective_checkpointing:
             # Trainer has turned checkpointing on by now, with the config's options, which hold no function
             layers = base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
@@ -464,14 +496,8 @@ class _RunCallback(TrainerCallback):
         self.trainer.restart_clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop on a loss that is not finite, before the step is logged, evaluated or saved.
-
-        On a GPU only where the host waits for the device anyway: reading the flag after every step would cost the head
-        start that the host has over the device.
-        """
-        waits = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
-        if waits or args.device.type == "cpu" or state.global_step >= state.max_steps:
-            self.trainer.check_finite()
+        """Stop on a loss that is not finite where fp16's gradient scaler left the update out, and its hook with it."""
+        self.trainer.check_finite(step=state.global_step)
 
 
 class PlannedLoader(DataLoader):

@@ -9,7 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from prefopt import files
-from prefopt.launch import tell
+from prefopt.launch import print_on_main
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -21,7 +21,7 @@ def last_checkpoint(folder: Path) -> str | None:
     for checkpoint in reversed(sort_checkpoints(str(folder))):
         if is_whole(Path(checkpoint)):
             return checkpoint
-        tell(f"{checkpoint} was not written to its end, so it is left out.")
+        print_on_main(f"{checkpoint} was not written to its end, so it is left out.")
     return None
 
 

@@ -12,7 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig as TRLDPOConfig
 from trl import ModelConfig
 
-from prefopt.arguments import check_settings, setting
+from prefopt.arguments import SecretsStayOut, check_settings, setting
 from prefopt.scoring.logprobs import ALIGNMENTS
 
 BATCH_LAYOUTS = ("auto", "packed", "padded")
@@ -47,7 +47,7 @@ else:
 
 
 @dataclass
-class BatchConfig(_Mixin):
+class BatchConfig(SecretsStayOut, _Mixin):
     """How examples become batches; a mixin for trainer configs."""
 
     max_prompt_length: int | None = setting(

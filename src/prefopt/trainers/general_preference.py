@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from prefopt.arguments import setting
 from prefopt.evaluation.preference_metrics import RowPrediction, transitivity
 from prefopt.losses.reward import general_preference_loss, general_preference_score
 from prefopt.models.general_preference import GeneralPreferenceModel, preference_table
@@ -17,7 +18,7 @@ from prefopt.models.heads import HeadedModel
 from prefopt.models.reward import RewardModel
 from prefopt.scoring.layouts import Layout
 from prefopt.scoring.plan import MicroBatch
-from prefopt.trainers.comparison import ComparisonCollator, as_table
+from prefopt.trainers.comparison import ComparisonCollator, ComparisonConfig, as_table
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.reward import HeadConfig, HeadTrainer, best_and_worst
 
@@ -26,35 +27,26 @@ _HEAD_FIELDS = ("dim", "normalize", "scale_gate", "temperature")
 
 @dataclass
 class GeneralPreferenceConfig(HeadConfig):
-    """Settings of `GeneralPreferenceTrainer`. Fields of a new head left at None are those of `GeneralPreferenceModel.defaults`."""
+    """Settings of `GeneralPreferenceTrainer`. Head fields left at None: `GeneralPreferenceModel.defaults`."""
 
-    loss_type: str = field(
-        default="general_preference",
-        metadata={"help": "'general_preference', or 'bradley_terry' for a scalar model on the same data."},
+    loss_type: str = setting(
+        "general_preference",
+        "'general_preference', or 'bradley_terry' for a scalar model on the same data.",
+        choices=("general_preference", "bradley_terry"),
     )
-    dim: int | None = field(default=None, metadata={"help": "Width d of the embeddings, even (default 2)."})
-    normalize: bool | None = field(default=None, metadata={"help": "Divide embeddings by their norm (default false)."})
-    scale_gate: str | None = field(
-        default=None, metadata={"help": "Prompt head: 'softmax', 'scaled_softmax', or null for none (default)."}
+    dim: int | None = setting(None, "Width d of the embeddings, even (default 2).")
+    normalize: bool | None = setting(None, "Divide embeddings by their norm (default false).")
+    scale_gate: str | None = setting(None, "Prompt head: 'softmax', 'scaled_softmax', or null for none (default).")
+    temperature: float | None = setting(
+        None, "tau (default 0.1; 1 for bradley_terry). Saved with a general preference model."
     )
-    temperature: float | None = field(
-        default=None,
-        metadata={"help": "tau (default 0.1; 1 for bradley_terry). Saved with a general preference model."},
+    sft_coeff: float = setting(
+        0.0, "Share c of the supervised term: (1 - c) * preference + c * supervised (0.1 in the released code)."
     )
-    sft_coeff: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share c of the supervised term: (1 - c) * preference + c * supervised (0.1 in the released code)."
-        },
-    )
-    sft_beta: float = field(
-        default=2.0, metadata={"help": "Factor on the log-probability inside the supervised term's sigmoid."}
-    )
+    sft_beta: float = setting(2.0, "Factor on the log-probability inside the supervised term's sigmoid.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss_type not in ("general_preference", "bradley_terry"):
-            raise ValueError(f"`loss_type` must be 'general_preference' or 'bradley_terry', not {self.loss_type!r}.")
         if not 0 <= self.sft_coeff < 1:
             raise ValueError(f"`sft_coeff` must lie in [0, 1), not {self.sft_coeff}.")
         if self.temperature is not None and not self.temperature > 0:
@@ -69,7 +61,7 @@ class GeneralPreferenceConfig(HeadConfig):
 
 @dataclass(frozen=True)
 class _SequenceCollator(ComparisonCollator):
-    """Adds where every token of each row's best sequence, prompt and response, is predicted: `sft_index`, `sft_targets`, `sft_completions`."""
+    """Adds where every token of each row's best sequence, prompt and response, is predicted (`sft_*`)."""
 
     def __call__(
         self, examples: Sequence[Mapping[str, Any]], micro_batch: MicroBatch, layout: Layout
@@ -93,18 +85,15 @@ class _SequenceCollator(ComparisonCollator):
 
 
 class GeneralPreferenceTrainer(HeadTrainer):
-    """General preference model: -log sigmoid((s(better > worse) - m) / tau), the mean over all ranked pairs of the optimizer step.
+    """General preference model: -log sigmoid((s(better > worse) - m) / tau), the mean over the step's ranked pairs.
 
     s is a skew-symmetric product of two embeddings (`models.general_preference`), so preferences may be cyclic; m is
-    the row's `margin`
-    where the data has one. With `sft_coeff` c, the loss is (1 - c) * preference + c * supervised, where the supervised
-    term of a row is
-    -log sigmoid(sft_beta * log pi(prompt and best response)), the mean over rows; the LM head is then kept and
-    trained.
+    the row's `margin` where the data has one. With `sft_coeff` c, the loss is (1 - c) * preference + c * supervised,
+    where the supervised term of a row is -log sigmoid(sft_beta * log pi(prompt and best response)), the mean over
+    rows; the LM head is then kept and trained.
 
     Evaluation reports the accuracy by the sign of s and calibration as the reward trainers do, and, where the rows of
-    a set compare at
-    least three responses of one prompt, how far the model's preferences are from a ranking
+    a set compare at least three responses of one prompt, how far the model's preferences are from a ranking
     (`evaluation.preference_metrics.transitivity`).
 
     Example:
@@ -117,7 +106,7 @@ class GeneralPreferenceTrainer(HeadTrainer):
     Reference: arXiv 2410.02197 and its released code.
     """
 
-    config_class = GeneralPreferenceConfig
+    config_class: ClassVar[type[ComparisonConfig]] = GeneralPreferenceConfig
     _name = "general preference modelling"
     _tag_names = ("prefopt", "general-preference-trainer")
     _paper = {  # noqa: RUF012
@@ -125,7 +114,7 @@ class GeneralPreferenceTrainer(HeadTrainer):
         "id": "2410.02197",
     }
 
-    def head_settings(self, args: GeneralPreferenceConfig) -> tuple[type[HeadedModel], dict[str, Any]]:
+    def head_settings(self, args: Any) -> tuple[type[HeadedModel], dict[str, Any]]:
         """See `HeadTrainer.head_settings`."""
         if args.loss_type == "bradley_terry":
             return RewardModel, {"pooling": args.pooling}
@@ -136,49 +125,55 @@ class GeneralPreferenceTrainer(HeadTrainer):
             **kept,
         }
 
-    def make_collator(self, args: GeneralPreferenceConfig) -> ComparisonCollator:
+    def make_collator(self, args: Any) -> ComparisonCollator:
         """See `HeadTrainer.make_collator`."""
         return _SequenceCollator() if args.sft_coeff else ComparisonCollator()
 
     @property
-    def temperature(self) -> float:
-        """Tau."""
-        if self.args.loss_type == "bradley_terry":
-            return self.args.temperature or 1.0
-        return self.headed.temperature
+    def is_scalar(self) -> bool:
+        """Bradley-Terry: one reward per response instead of an embedding."""
+        return self.args.loss_type == "bradley_terry"
 
-    def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
-        """See `BaseTrainer.step_loss`; predictions are (B, 2): the logit of each row's best response over its worst, and 0."""
+    @property
+    def temperature(self) -> float:
+        """Tau of P(i beats j) = sigmoid(s / tau)."""
+        return self.args.temperature or 1.0 if self.is_scalar else self.headed.temperature
+
+    def step_loss(self, model: Any, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
+        """See `BaseTrainer.step_loss`; predictions are (B, 2): the logit of best over worst response, and 0."""
         values, scales, sequence_logps = self._forward(model, batch)
         scores = self._scores(values, scales, batch["better"], batch["worse"])  # (P,)
         margin = batch["margin"][batch["pair_rows"]] if "margin" in batch else None
         losses = general_preference_loss(scores, tau=self.temperature, margin=margin)
         real = batch["real"][batch["pair_rows"]]
-        self.watch_finite(losses.new_zeros(len(batch["real"])).index_add(0, batch["pair_rows"], losses), batch, sums)
+        of_rows = losses.new_zeros(len(batch["real"])).index_add(0, batch["pair_rows"], losses)
         total = torch.where(real, losses, 0.0).sum()
         logits = scores.detach() / self.temperature
         self.record_pairs(total.detach(), logits, batch, sums)
         self._keep(values.detach(), scales, batch)
         loss = self.reduce_pairs(total, batch)
         if sequence_logps is not None:
-            loss = self._with_supervision(loss, sequence_logps[batch["best"]], batch, sums)
+            best_logps = sequence_logps[batch["best"]]
+            of_rows = of_rows + best_logps
+            loss = self._with_supervision(loss, best_logps, batch, sums)
+        self.watch_finite(of_rows, batch, sums)
         return loss, self._best_over_worst(values.detach(), scales, batch)
 
-    def _forward(self, model, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Embeddings (C, d) or rewards (C, 1), scales, and log-probabilities of sequences (C,)."""
-        if self.args.loss_type == "bradley_terry":
+    def _forward(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return embeddings (C, d) or rewards (C, 1), scales, and log-probabilities of sequences (C,)."""
+        if self.is_scalar:
             return self.run_model(model, batch).logits, None, None
         inputs = {name: batch[name] for name in ("sft_index", "sft_targets", "sft_completions") if name in batch}
         output = self.run_model(model, batch, prompt_index=batch["prompt_index"], **inputs)
         return output.embeddings, output.scales, output.logps
 
     def _scores(self, values: Tensor, scales: Tensor | None, better: Tensor, worse: Tensor) -> Tensor:
-        if self.args.loss_type == "bradley_terry":
+        if self.is_scalar:
             return values[better, 0] - values[worse, 0]
         return general_preference_score(values[better], values[worse], None if scales is None else scales[better])
 
     def _with_supervision(self, loss: Tensor, logps: Tensor, batch: dict[str, Any], sums: MetricSums) -> Tensor:
-        """(1 - c) * loss + c * mean over the step's rows of -log sigmoid(beta * logps)."""
+        """Compute (1 - c) * loss + c * mean over the step's rows of -log sigmoid(beta * logps)."""
         coeff, real = self.args.sft_coeff, batch["real"]
         supervised = -torch.nn.functional.logsigmoid(self.args.sft_beta * logps)
         sums.add_mean("sft_loss", supervised, real)
@@ -191,7 +186,6 @@ class GeneralPreferenceTrainer(HeadTrainer):
         return torch.stack([logits, torch.zeros_like(logits)], dim=1)
 
     # ---- evaluation
-    # ------------------------------------------------------------------------------------------------------------
 
     def _keep(self, values: Tensor, scales: Tensor | None, batch: dict[str, Any]) -> None:
         """Keep each row's table of logits, and the vectors that other rows of its prompt can be compared with."""
@@ -201,16 +195,16 @@ class GeneralPreferenceTrainer(HeadTrainer):
         rows = values.split(sizes)
         gates = [None] * len(sizes) if scales is None else [gate[0] for gate in scales.detach().split(sizes)]
         tables = [self._table(row, gate) for row, gate in zip(rows, gates)]
-        rewards = as_table(values[:, 0], batch) if self.args.loss_type == "bradley_terry" else None
+        rewards = as_table(values[:, 0], batch) if self.is_scalar else None
         self.keep_predictions(tables, batch, rewards, vectors=list(zip(rows, gates)))
 
     def _table(self, values: Tensor, scales: Tensor | None) -> Tensor:
-        if self.args.loss_type == "bradley_terry":
+        if self.is_scalar:
             return (values - values.T) / self.temperature
         return preference_table(values, scales, temperature=self.temperature)
 
     def more_metrics(self, rows: list[RowPrediction], dataset: Dataset) -> dict[str, float]:
-        """How far the model's preferences among all responses of each prompt, over all rows, are from a ranking."""
+        """Measure how far the preferences among all responses of each prompt, over all rows, are from a ranking."""
         vectors = {row.row_id: row.vectors for row in rows}
         prompts: dict[tuple[int, ...], dict[tuple[int, ...], Tensor]] = {}
         gates: dict[tuple[int, ...], Tensor | None] = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -87,56 +88,78 @@ class MetricLog:
         self, *, minima: Sequence[str] = (), maxima: Sequence[str] = (), totals: Sequence[str] = ()
     ) -> dict[str, float]:
         """Fold each metric over the steps since the last call (a mean, unless named otherwise), in one transfer."""
-        named: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-            **dict.fromkeys(minima, torch.min),
-            **dict.fromkeys(maxima, torch.max),
-            **dict.fromkeys(totals, torch.sum),
-        }
         folded = {}
         for name, values in self._steps.items():
             steps = torch.stack(values)
-            steps = steps[torch.isfinite(steps)] if steps.device.type == "cpu" else steps
-            if steps.numel() == 0:
-                steps = torch.full((1,), float("nan"))
-            folded[name] = named.get(name, torch.mean)(steps)
+            # a step without a kind of row has no value (NaN or infinite); the host cannot choose the others without
+            # waiting for the device once for each metric, so they are replaced by what changes nothing
+            there = torch.isfinite(steps)
+            if name in minima:
+                folded[name] = torch.where(there, steps, float("inf")).min()
+            elif name in maxima:
+                folded[name] = torch.where(there, steps, float("-inf")).max()
+            else:
+                total = torch.where(there, steps, 0.0).sum()
+                folded[name] = total if name in totals else total / there.sum()
         self._steps.clear()
         if not folded:
             return {}
-        return {name: value for name, value in zip(folded, torch.stack([*folded.values()]).tolist()) if value == value}
+        folds = torch.stack([*folded.values()]).tolist()
+        return {name: value for name, value in zip(folded, folds) if math.isfinite(value)}
 
 
 class FiniteWatch:
-    """Remembers which examples had a loss that is not finite, without waiting for the device until `check`."""
+    """Notes whose loss is not finite in an optimizer step (or an evaluation); raises before the weights change.
+
+    Nothing here makes the device idle: flags are computed and reduced on it, and the reduced one is copied to the host
+    while the backward pass runs, so that the host need not wait for that pass to read it.
+    """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[list[str], torch.Tensor]] = []
+        self._rows: list[tuple[list[str], torch.Tensor]] = []
+        self._totals: list[tuple[list[str], torch.Tensor]] = []
         self._any_rank: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
 
     def see(self, row_ids: list[str], losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Note the losses (B,) of the rows where `mask`; return a 0-d tensor, 1 where one of them is not finite."""
         bad = ~torch.isfinite(losses.detach()) & mask
-        self._seen.append((row_ids, bad))
+        self._rows.append((row_ids, bad))
         return bad.any().float()
 
+    def see_total(self, row_ids: list[str], loss: torch.Tensor) -> torch.Tensor:
+        """Note the () loss of a micro-batch, terms that belong to no row included; return 1 where it is not finite."""
+        bad = ~torch.isfinite(loss.detach())
+        self._totals.append((row_ids, bad.expand(len(row_ids))))
+        return bad.float()
+
     def end_step(self, any_rank: torch.Tensor) -> None:
-        """Note the maximum over all ranks of what `see` returned in a step, a 0-d tensor."""
-        self._any_rank = any_rank if self._any_rank is None else torch.maximum(self._any_rank, any_rank)
+        """Start to copy the maximum over all ranks of what was returned in a step, a 0-d tensor, to the host."""
+        self._any_rank = any_rank.to("cpu", non_blocking=True)
+        if any_rank.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def check(self, *, step: int) -> None:
-        """Forget what was seen, or raise on every rank alike, naming the rows; waits for the device.
+        """Raise on every rank alike where a loss of the step was not finite, naming the rows.
 
         Raises:
             FloatingPointError: a loss was not finite.
         """
         if self._any_rank is None:
             return
-        (seen, self._seen), (any_rank, self._any_rank) = (self._seen, []), (self._any_rank, None)
-        if not any_rank.item() > 0:
-            return
-        rows = [row for ids, bad in seen for row, is_bad in zip(ids, bad.tolist()) if is_bad]
-        rows = sorted(set(gather_object(rows)))
-        raise FloatingPointError(
-            f"The loss is not finite by step {step}, in row(s) "
-            f"{', '.join(rows[:8])}{' and others' if len(rows) > 8 else ''} (row_id). "
-            "Check these rows, lower `learning_rate`, or use bf16 instead of fp16."
-        )
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._any_rank.item() > 0:
+            raise FloatingPointError(
+                f"The loss is not finite in step {step}, in {self.whose()}. The weights are those before this step. "
+                "Check these rows, lower `learning_rate`, or use bf16 instead of fp16."
+            )
+
+    def whose(self) -> str:
+        """Name the rows of all ranks with a loss that is not finite; all ranks call it."""
+        for seen, what in ((self._rows, "row(s)"), (self._totals, "a term of no row, in micro-batches of row(s)")):
+            bad = [row for ids, flags in seen for row, is_bad in zip(ids, flags.tolist()) if is_bad]
+            if rows := sorted(set(gather_object(bad))):
+                return f"{what} {', '.join(rows[:8])}{' and others' if len(rows) > 8 else ''} (row_id)"
+        return "no row that is known"

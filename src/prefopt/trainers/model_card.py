@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from prefopt._trl import get_config_model_id
+from prefopt.pages import escape
 
 _PACKAGES = ("prefopt", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 _SETTINGS = (
@@ -59,12 +60,12 @@ def _body(trainer: Any, title: str, base_model: str) -> str:
     paper, args = trainer._paper, trainer.args
     settings = {name: getattr(args, name) for name in _SETTINGS if name in args.__dataclass_fields__}
     settings["world size"] = args.world_size
-    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    table = "\n".join(f"| {name} | {escape(value)} |" for name, value in settings.items())
     versions = "\n".join(f"- {name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     source = f", [{paper['title']}](https://huggingface.co/papers/{paper['id']})" if paper else ""
-    text = f"""# {title}
+    text = f"""# {escape(title)}
 
-Trained from `{base_model}` with **{trainer._name}**{source}, by [prefopt](https://pypi.org/project/prefopt/).
+Trained from {escape(base_model)} with **{trainer._name}**{source}, by [prefopt](https://pypi.org/project/prefopt/).
 
 ## Settings
 

@@ -2,133 +2,98 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import get_args
 
-from prefopt.references.weights import SlidingWindowWeights, ThompsonSampling, fixed_weights, weighting_name
+from prefopt.arguments import check_settings, setting
+from prefopt.references.weights import Reduction, Ties, fixed_weights
 from prefopt.trainers.config import PreferenceConfig
+from prefopt.trainers.pair_losses import PAIR_LOSSES
+from prefopt.trainers.reference_weighting import NOTEBOOK_NAMES, WEIGHTINGS, weighting_name
 
 MODES = ("multi_dpo", "geometric", "harmonic", "arithmetic", "forward_kl")
 UNITS = ("none", "token", "byte")
 DTYPES = ("bfloat16", "float16", "float32")
-VALIDATED = ("vdw", "vaw", "tsw")
-"""Weightings that need validation pairs."""
-_OWN_LENGTHS = ("ipo", "sigmoid_norm", "sft")
-_NO_REFERENCE = ("simpo",)
+_OWN_LENGTHS = ("ipo", "sigmoid_norm", "sft")  # losses that divide by length themselves
+_OWN_NATS = ("sppo", "sppo_single", "sppo_hard")  # losses with targets in nats of whole answers
 
 
 @dataclass
 class MultiReferenceDPOConfig(PreferenceConfig):
-    """Settings of `MultiReferenceDPOTrainer`: those of all pair methods, the references, and how they are mixed and weighed."""
+    """Settings of `MultiReferenceDPOTrainer`: those of all pair methods, the references, their mixture and weights."""
 
-    references: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Hub names or folders of the references, in order; their scores come from `ref_logps_dir`. The "
-            "policy's own initial "
-            "model should be one of them. None: the data holds `ref_chosen_logps` and `ref_rejected_logps` already."
-        },
+    references: list[str] | None = setting(
+        None,
+        "Hub names or folders of the references, in order; their scores come from `ref_logps_dir`. The policy's own "
+        "initial model should be one of them. None: the data holds `ref_chosen_logps` and `ref_rejected_logps`.",
     )
-    reference_dtype: str = field(
-        default="bfloat16",
-        metadata={"help": "dtype in which the references were scored: bfloat16, float16 or float32."},
+    reference_dtype: str = setting(
+        "bfloat16", "dtype in which the references were scored: bfloat16, float16 or float32.", choices=DTYPES
     )
-    mode: str = field(
-        default="multi_dpo",
-        metadata={
-            "help": "'multi_dpo' (weighted mean of the losses), or one loss against a mixture: 'geometric' (exact for "
-            "reverse KL), "
-            "'harmonic' (MRPO), 'arithmetic' (heuristic), 'forward_kl' (experimental)."
-        },
+    mode: str = setting(
+        "multi_dpo",
+        "'multi_dpo' (weighted mean of the losses), or one loss against a mixture: 'geometric' (exact for reverse "
+        "KL), 'harmonic' (MRPO), 'arithmetic' (heuristic), 'forward_kl' (experimental).",
+        choices=MODES,
     )
-    weighting: str = field(
-        default="uniform",
-        metadata={
-            "help": "'uniform', 'fixed', 'arwc', 'arwc_normalized', 'vdw' (offline_1), 'vaw' (offline_2), 'swcw' "
-            "(online_1), "
-            "'swcw_one_hot' or 'tsw'."
-        },
+    weighting: str = setting(
+        "uniform", f"One of {', '.join(WEIGHTINGS)} (or {', '.join(f'{k} = {v}' for k, v in NOTEBOOK_NAMES.items())})."
     )
-    reference_weights: list[float] | None = field(
-        default=None, metadata={"help": "The weights of `weighting: fixed`, one a reference, summing to one."}
+    reference_weights: list[float] | None = setting(
+        None, "The weights of `weighting: fixed`, one a reference, summing to one."
     )
-    normalize: str = field(
-        default="none",
-        metadata={
-            "help": "Unit of log-probs in the loss, policy's and references': 'none' (sums), 'token' (each model's "
-            "own) or 'byte'. "
-            "Per token or byte, `beta` must be larger by about the length."
-        },
+    normalize: str = setting(
+        "none",
+        "Unit of log-probs in the loss, policy's and references': 'none' (sums), 'token' (each model's own) or "
+        "'byte'. Per token or byte, `beta` must be larger by about the length.",
+        choices=UNITS,
     )
-    anchor: str | None = field(
-        default=None,
-        metadata={
-            "help": "The reference that is the policy's own initial model; found by itself where their names agree."
-        },
+    anchor: str | None = setting(
+        None, "The reference that is the policy's own initial model; found by itself where their names agree."
     )
-    clip_to_anchor: float | None = field(
-        default=None,
-        metadata={
-            "help": "MRPO's trust region: keep references within this relative distance of the anchor (0.1 there)."
-        },
+    clip_to_anchor: float | None = setting(
+        None, "MRPO's trust region: keep references within this relative distance of the anchor (0.1 there)."
     )
-    accept_outliers: bool = field(
-        default=False,
-        metadata={"help": "Train with references that the health check quarantines, instead of refusing."},
+    accept_outliers: bool = setting(
+        False, "Train with references that the health check quarantines, instead of stopping."
     )
-    max_exponent: float = field(default=20.0, metadata={"help": "Cap of the exponent of `mode: forward_kl`."})
-    validation_rows: int = field(
-        default=1000,
-        metadata={
-            "help": "Training rows held out, by prompt, for weightings that need validation pairs (vdw, vaw, tsw)."
-        },
+    max_exponent: float = setting(20.0, "Cap of the exponent of `mode: forward_kl`.")
+    validation_rows: int = setting(
+        1000, "Training rows held out, by prompt, for weightings that need validation pairs (vdw, vaw, tsw)."
     )
-    validation_set: str | None = field(
-        default=None,
-        metadata={
-            "help": "One of the `eval_datasets` whose pairs serve such weightings; then no training rows are held out."
-        },
+    validation_set: str | None = setting(
+        None, "One of the `eval_datasets` whose pairs serve such weightings; then no training rows are held out."
     )
-    accuracy_temperature: float | None = field(
-        default=None, metadata={"help": "vaw: softmax of accuracies at this temperature; None: their ratio."}
+    accuracy_temperature: float | None = setting(
+        None, "vaw: softmax of accuracies at this temperature; None: their ratio.", above=0
     )
-    window: int = field(default=1, metadata={"help": "swcw: optimizer steps that count."})
-    window_reduce: str = field(
-        default="ratio_of_means", metadata={"help": "swcw: 'ratio_of_means' or 'mean_of_ratios'."}
+    window: int = setting(1, "swcw: optimizer steps that count.", at_least=1)
+    window_reduce: str = setting(
+        "ratio_of_means", "swcw: 'ratio_of_means' or 'mean_of_ratios'.", choices=get_args(Reduction)
     )
-    sampling_prior: float = field(default=5.0, metadata={"help": "tsw: parameter of the Beta prior (5 or 10 there)."})
-    sampling_subset: int = field(
-        default=250, metadata={"help": "tsw: validation pairs scored before and after each step."}
+    sampling_prior: float = setting(5.0, "tsw: parameter of the Beta prior (5 or 10 there).", above=0)
+    sampling_subset: int = setting(250, "tsw: validation pairs scored before and after each step.", at_least=1)
+    sampling_metric: str = setting("accuracy", "tsw: 'accuracy' or 'loss'.", choices=("accuracy", "loss"))
+    sampling_ties: str = setting(
+        "failure", "tsw: an unchanged metric is a 'failure' or is skipped ('skip').", choices=get_args(Ties)
     )
-    sampling_metric: str = field(default="accuracy", metadata={"help": "tsw: 'accuracy' or 'loss'."})
-    sampling_ties: str = field(
-        default="failure", metadata={"help": "tsw: an unchanged metric is a 'failure' or is skipped ('skip')."}
-    )
-    sampling_discount: float = field(default=1.0, metadata={"help": "tsw: factor on all counts before each update."})
-    truncation_mode: str = field(
-        default="drop",
-        metadata={"help": "'drop': rows longer than `max_length` under any model are left out.", "choices": ["drop"]},
+    sampling_discount: float = setting(1.0, "tsw: factor on all counts before each update.", above=0, at_most=1)
+    truncation_mode: str = setting(
+        "drop", "'drop': rows longer than `max_length` under any model are left out.", choices=("drop",)
     )
 
     def __post_init__(self) -> None:
         self.precompute_ref_log_probs = True  # no reference is ever in memory
         super().__post_init__()
         self.weighting = weighting_name(self.weighting)
-        choices = {
-            "mode": MODES,
-            "normalize": UNITS,
-            "sampling_metric": ("accuracy", "loss"),
-            "reference_dtype": DTYPES,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
         if self.truncation_mode != "drop":
             raise ValueError(
                 "`truncation_mode` must be 'drop': references score whole texts, so no model may cut one."
             )
+        check_settings(self)
         self._check_references()
         self._check_losses()
-        self._check_weighting()
 
     def _check_references(self) -> None:
         names = self.references
@@ -143,38 +108,26 @@ class MultiReferenceDPOConfig(PreferenceConfig):
             fixed_weights(self.reference_weights, len(names) if names else len(self.reference_weights))
         if self.clip_to_anchor is not None and not 0 < self.clip_to_anchor < 1:
             raise ValueError(f"`clip_to_anchor` must lie between 0 and 1, not {self.clip_to_anchor}.")
-
-    def _check_weighting(self) -> None:
-        if self.weighting in VALIDATED and self.validation_rows < 1:
+        if WEIGHTINGS[self.weighting].pairs == "validation" and self.validation_rows < 1:
             raise ValueError(f"`weighting: {self.weighting}` needs `validation_rows` of at least 1.")
-        if self.sampling_subset < 1:
-            raise ValueError(f"`sampling_subset` must be at least 1, not {self.sampling_subset}.")
-        if self.accuracy_temperature is not None and not self.accuracy_temperature > 0:
-            raise ValueError(f"`accuracy_temperature` must be above 0, not {self.accuracy_temperature}.")
-        # refused here, before anything is loaded
-        SlidingWindowWeights(1, window=self.window, reduce=self.window_reduce)
-        ThompsonSampling(
-            1, prior=self.sampling_prior, seed=0, ties=self.sampling_ties, discount=self.sampling_discount
-        )
 
     def _check_losses(self) -> None:
-        losses = self.loss_type
-        if clash := [name for name in losses if name in _NO_REFERENCE]:
-            raise ValueError(f"`loss_type: {clash[0]}` has no reference: several of them would not be used.")
-        if self.normalize != "none" and (clash := [name for name in losses if name in _OWN_LENGTHS]):
-            raise ValueError(f"`loss_type: {clash[0]}` divides by length itself: use `normalize: none` with it.")
-        if self.normalize != "none" and (clash := [name for name in losses if name.startswith("sppo")]):
+        def check(clashing: Iterable[str], why: str) -> None:
+            if clash := [name for name in self.loss_type if name in clashing]:
+                raise ValueError(f"`loss_type: {clash[0]}` {why}")
+
+        without_reference = [name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference]
+        check(without_reference, "has no reference: several of them would not be used.")
+        if self.normalize != "none":
+            check(_OWN_LENGTHS, "divides by length itself: use `normalize: none` with it.")
+            check(_OWN_NATS, "has targets in nats of whole answers: use `normalize: none` with it.")
+        if self.mode == "forward_kl" and (list(self.loss_type) != ["sigmoid"] or self.label_smoothing):
             raise ValueError(
-                f"`loss_type: {clash[0]}` has targets in nats of whole answers: use `normalize: none` with it."
+                "`mode: forward_kl` is itself the loss: leave `loss_type` at sigmoid without label smoothing."
             )
-        if self.mode == "forward_kl" and (list(losses) != ["sigmoid"] or self.label_smoothing):
-            raise ValueError(
-                "`mode: forward_kl` is a loss of its own: leave `loss_type` at sigmoid without label smoothing."
-            )
-        per_pair = self.weighting.startswith("arwc")
-        if self.mode == "multi_dpo" and per_pair and (clash := [name for name in losses if name.startswith("aot")]):
-            raise ValueError(
-                f"`loss_type: {clash[0]}` sorts the batch, so `weighting: {self.weighting}` cannot weigh its pairs in "
-                "multi_dpo; use a "
-                "mixture, or weights of the whole set."
+        if self.mode == "multi_dpo" and WEIGHTINGS[self.weighting].per_example:
+            check(
+                [name for name, loss in PAIR_LOSSES.items() if loss.sorts_batch],
+                f"sorts the batch, so `weighting: {self.weighting}` cannot weight its pairs in multi_dpo; use a "
+                "mixture, or weights of the whole set.",
             )

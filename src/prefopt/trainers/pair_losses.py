@@ -21,10 +21,16 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """Summed log-probs of chosen and rejected under K references, each (K, B) float32, in nats."""
+    """Summed log-probs of chosen and rejected under K references, each (K, B) float32, in nats.
+
+    Attributes:
+        chosen_logps, rejected_logps: (K, B).
+        weights: (K,) or (K, B), of the references; None where there is one.
+    """
 
     chosen_logps: Tensor
     rejected_logps: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -103,20 +104,36 @@ def with_adapter(
     elif isinstance(model, PeftModel):
         _copy_adapter(model)
     if isinstance(model, PeftModel):
-        if isinstance(base_model_of(model).get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
-                "An adapter on `lm_head` would be ignored: log-probs are computed from `lm_head.weight`. Remove "
-                "`lm_head` from `target_modules`, or name it in `modules_to_save`."
-            )
         _choose_checkpointing(args)
+    check_trainable(model)
+    if args.disable_dropout:
+        disable_dropout_in_model(model)
+    return model
+
+
+def check_trainable(model: PreTrainedModel | PeftModel) -> None:
+    """Check that something trains, and nothing that the scoring path would ignore.
+
+    Raises:
+        ValueError: no parameter is trainable, or an adapter wraps the LM head.
+    """
+    head = base_model_of(model).get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise ValueError(
+            "An adapter on `lm_head` would be ignored: log-probs are computed from `lm_head.weight`. Remove "
+            "`lm_head` from `target_modules`, or name it in `modules_to_save`."
+        )
+    if isinstance(head, TrainableTokensWrapper):
+        raise ValueError(
+            "`trainable_token_indices` wraps the LM head of a model with tied embeddings, and log-probs are computed "
+            "from `lm_head.weight` without it. Leave the setting out, or train both whole with "
+            "`modules_to_save: [embed_tokens, lm_head]`."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter of the model is trainable (`requires_grad`). Load a trained adapter with "
             "`is_trainable=True`."
         )
-    if args.disable_dropout:
-        disable_dropout_in_model(model)
-    return model
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: PeftConfig) -> PeftModel:

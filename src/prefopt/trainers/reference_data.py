@@ -1,4 +1,4 @@
-"""What DPO against several references asks of its data: whole scores, a held-out part, references that differ."""
+"""The data of DPO against several references: scores attached and checked, a held-out part, advice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
+from prefopt.data.holdout import fill_with_prompts, prompt_name
 from prefopt.data.rows import REFERENCE_COLUMNS
-from prefopt.references.cache import default_folder
+from prefopt.references.cache import SIDES, default_folder
 from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
 from prefopt.references.text import read_checks, text_scorer
@@ -23,25 +25,30 @@ SMALL_SPREAD = 0.05  # nats; below it sigma(beta * margin) moves by about 1 % fr
 
 
 def reference_spread(dataset: Dataset, *, beta: float, normalize: str) -> float:
-    """Mean over pairs of the standard deviation over references of beta * (chosen - rejected), in the unit of the loss."""
+    """Compute the mean over pairs of the standard deviation over references of beta times the loss's margin."""
     table = ReferenceTable.of(dataset, unit="byte" if normalize == "byte" else "token")
-    chosen, rejected = (table.chosen, table.rejected) if normalize == "none" else table.means
+    chosen, rejected = table.sums if normalize == "none" else table.means
     return float(beta * (chosen - rejected).std(dim=0, correction=0).mean())
 
 
+def reference_names(args: MultiReferenceDPOConfig, num_references: int) -> list[str]:
+    """Return the names of the references; their numbers where the data brought its scores along."""
+    return args.references or [str(k) for k in range(num_references)]
+
+
 def short_names(references: Sequence[str]) -> list[str]:
-    """Last parts of the names where they differ, else the whole names."""
+    """Return the last parts of the names where they differ, else the whole names."""
     short = [Path(name).name for name in references]
     return short if len(set(short)) == len(short) else list(references)
 
 
 def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> tuple[Dataset, JoinReport | None]:
-    """Tokenised pairs with the references' scores, from the cache unless they hold them already; checked, and said.
+    """Attach the references' scores to tokenised pairs (from the cache where `references` are named) and check them.
 
     Args:
         dataset: tokenised pairs, uncut.
         args: names the references and the cache.
-        name: of the set; of "train" the references' health is looked at.
+        name: of the set; the references' health is checked on "train".
 
     Raises:
         ValueError: scores are missing or not usable, or a reference is quarantined.
@@ -61,7 +68,7 @@ def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> t
 
 
 def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
-    """Refuse data whose scores are missing, not finite, or of another number of references."""
+    """Raise where scores are missing, not finite, or of another number of references."""
     for column in REFERENCE_COLUMNS:
         if column not in dataset.column_names:
             raise ValueError(
@@ -88,21 +95,18 @@ def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> 
         fixed_weights(args.reference_weights, count)
 
 
-def hold_out_by_prompt(dataset: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """The training rows and at least `rows` validation rows, no prompt in both."""
+def hold_out_by_prompt(
+    dataset: Dataset, rows: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Dataset, Dataset]:
+    """Split tokenised rows into training rows and at least `rows` validation rows, no prompt in both."""
     if rows >= len(dataset):
         raise ValueError(
             f"`validation_rows` is {rows}, but the train set has {len(dataset)} rows: none would be left."
         )
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(dataset["prompt_ids"]):
-        groups.setdefault(tuple(prompt), []).append(row)
-    members = list(groups.values())
-    held: list[int] = []
-    for number in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(held) >= rows:
-            break
-        held += members[number]
+    prompts = [prompt_name({"prompt_ids": ids}, tokenizer).same for ids in dataset["prompt_ids"]]
+    different = list(dict.fromkeys(prompts))
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    (held,) = fill_with_prompts(prompts, [rows], [different[number] for number in order])
     kept = sorted(set(range(len(dataset))) - set(held))
     if not kept:
         raise ValueError(f"`validation_rows: {rows}` leaves no training rows, since rows of one prompt stay together.")
@@ -110,18 +114,18 @@ def hold_out_by_prompt(dataset: Dataset, rows: int, seed: int) -> tuple[Dataset,
 
 
 def check_health(dataset: Dataset, args: MultiReferenceDPOConfig, checks: Sequence[dict[str, Any]] | None) -> None:
-    """Refuse references whose scores cannot be right, unless the recipe accepts them.
+    """Print the references' health cards and raise where a score cannot be right, unless `accept_outliers` is set.
 
     Raises:
         ValueError: names each such reference and the reason.
     """
     table = ReferenceTable.of(dataset, unit="token")
-    names = args.references or [str(k) for k in range(len(table.chosen))]
+    sizes = [np.array(dataset[f"{side}_bytes"]) for side in SIDES]
     cards = health_cards(
-        names,
-        logps=(table.chosen.numpy(), table.rejected.numpy()),
-        tokens=(table.chosen_lengths.numpy(), table.rejected_lengths.numpy()),
-        num_bytes=(np.array(dataset["chosen_bytes"]), np.array(dataset["rejected_bytes"])),
+        reference_names(args, table.sums.shape[1]),
+        logps=(table.sums[0].numpy(), table.sums[1].numpy()),
+        tokens=(table.lengths[0].numpy(), table.lengths[1].numpy()),
+        num_bytes=(sizes[0], sizes[1]),
         checks=checks,
     )
     if args.process_index == 0:
@@ -135,7 +139,7 @@ def check_health(dataset: Dataset, args: MultiReferenceDPOConfig, checks: Sequen
 
 
 def advise(dataset: Dataset, args: MultiReferenceDPOConfig, *, has_anchor: bool) -> list[str]:
-    """What will make the references matter less than the user may think."""
+    """Return warnings about settings with which the references matter less than the user may think."""
     advice = []
     if len(dataset[0]["ref_chosen_logps"]) > 1:
         spread = reference_spread(dataset, beta=args.beta, normalize=args.normalize)
@@ -143,18 +147,15 @@ def advise(dataset: Dataset, args: MultiReferenceDPOConfig, *, has_anchor: bool)
             other = " or set `normalize: none`" if args.normalize != "none" else ""
             advice.append(
                 f"The references' margins times beta differ by only {spread:.3g} nats in the mean, so which "
-                "references are used "
-                f"will hardly matter; raise `beta`{other}."
+                f"references are used will hardly matter; raise `beta`{other}."
             )
     if not has_anchor:
         advice.append(
             "The policy's own initial model is not among the references (`anchor`): its DPO is the baseline to beat."
         )
     if args.mode == "forward_kl":
-        capped = (
-            " On sums most pairs are beyond `max_exponent` and get no gradient." if args.normalize == "none" else ""
-        )
-        advice.append(f"`mode: forward_kl` is experimental.{capped}")
+        capped = " On sums most pairs are beyond `max_exponent` and get no gradient."
+        advice.append(f"`mode: forward_kl` is experimental.{capped if args.normalize == 'none' else ''}")
     if args.mode in ("harmonic", "arithmetic") and args.normalize != "byte":
         advice.append(
             f"`mode: {args.mode}` on scores that are not per byte follows one reference nearly alone (see "

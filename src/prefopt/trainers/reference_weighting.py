@@ -1,33 +1,34 @@
-"""The reference weights of a run: which (K,) or (K, B) numbers a batch is mixed with, step by step.
+"""Reference weights during training: which (K,) or (K, B) numbers a batch is mixed with, step by step.
 
-Online weights change once per optimizer step, over all its pairs on all ranks. They are computed from the cached
-scores and the plan of batches, which every rank knows whole, so they agree without communication. Letters: K
-references, B pairs of a batch, N pairs of a data set.
+A weighting is one class and its line in `WEIGHTINGS`. Online weights change once per optimizer step, over all its
+pairs on all ranks. They are computed from the cached scores and the plan of batches, which every rank knows whole, so
+they agree without communication. Letters: K references, B pairs of a batch, N pairs of a data set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from prefopt.references.cache import SIDES
 from prefopt.references.weights import (
     SlidingWindowWeights,
     ThompsonSampling,
     discriminative_confidence,
     fixed_weights,
     normalise,
+    one_hot_weights,
     uniform_weights,
     validation_accuracy_weights,
     validation_discrimination_weights,
 )
 from prefopt.scoring.plan import BatchPlan
-from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 
 
 @dataclass(frozen=True)
@@ -35,31 +36,30 @@ class ReferenceTable:
     """Scores of K references on N pairs, in host memory.
 
     Attributes:
-        chosen, rejected: (K, N) summed log-probs, float32, in nats.
-        chosen_lengths, rejected_lengths: (K, N) the units of length that weights are computed per (tokens or bytes).
+        sums: (2, K, N) log-probs of chosen and rejected completions, float32, in nats.
+        lengths: (2, K, N) the units of length that weights are computed per (tokens or bytes).
     """
 
-    chosen: Tensor
-    rejected: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
+    sums: Tensor
+    lengths: Tensor
 
     @classmethod
     def of(cls, dataset: Dataset, *, unit: str) -> ReferenceTable:
-        """The table of a data set with joined scores; `unit` is "token" or "byte"."""
-        names = ("chosen", "rejected")
-        sums = [torch.tensor(dataset[f"ref_{side}_logps"], dtype=torch.float32).T for side in names]
+        """Read the table of a data set with joined scores; `unit` is "token" or "byte"."""
+
+        def read(column: str) -> Tensor:
+            names = [column.format(side) for side in SIDES]
+            return torch.stack([torch.tensor(dataset[name], dtype=torch.float32) for name in names])
+
+        sums = read("ref_{}_logps").transpose(1, 2)
         if unit == "byte":
-            sizes = [torch.tensor(dataset[f"{side}_bytes"], dtype=torch.float32) for side in names]
-            lengths = [size.clamp_min(1).expand_as(total) for size, total in zip(sizes, sums)]
-        else:
-            lengths = [torch.tensor(dataset[f"ref_{side}_counts"], dtype=torch.float32).T for side in names]
-        return cls(*sums, *lengths)
+            return cls(sums, read("{}_bytes").clamp_min(1)[:, None].expand_as(sums))
+        return cls(sums, read("ref_{}_counts").transpose(1, 2))
 
     @property
-    def means(self) -> tuple[Tensor, Tensor]:
-        """(K, N) log-probs per unit of length, chosen and rejected."""
-        return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
+    def means(self) -> Tensor:
+        """(2, K, N) log-probs per unit of length."""
+        return self.sums / self.lengths
 
     @property
     def confidence(self) -> Tensor:
@@ -67,83 +67,145 @@ class ReferenceTable:
         return discriminative_confidence(*self.means)
 
 
-class Weighting(Protocol):
-    """How the references are weighed; `per_example` says whether weights are (K, B) or (K,)."""
+@dataclass(frozen=True)
+class WeightingInputs:
+    """What a weighting may be computed from.
 
-    per_example: bool
+    Attributes:
+        args: the trainer's settings.
+        num_references: K.
+        anchor: number of the reference that is the policy's own initial model, if there is one.
+        pairs: the data set that the weighting's `pairs` names, with the references' scores.
+        plan: returns the training set's batch plan, which exists once training starts.
+        measure: computes the policy's metric on these validation pairs, the same on every rank; more is better.
+    """
+
+    args: Any
+    num_references: int
+    anchor: int | None
+    pairs: Dataset | None
+    plan: Callable[[], BatchPlan]
+    measure: Callable[[Sequence[int]], float]
+
+    @property
+    def unit(self) -> str:
+        """Unit of length that confidences are computed per."""
+        return "byte" if self.args.normalize == "byte" else "token"
+
+    @property
+    def table(self) -> ReferenceTable:
+        """The references' scores on `pairs`."""
+        assert self.pairs is not None
+        return ReferenceTable.of(self.pairs, unit=self.unit)
+
+
+class Weighting:
+    """How the references are weighted. Subclasses override what they need.
+
+    Attributes:
+        per_example: weights are (K, B), otherwise (K,).
+        pairs: the data set that it is computed from: "train", "validation", or None.
+    """
+
+    per_example: ClassVar[bool] = False
+    pairs: ClassVar[str | None] = None
+
+    def __init__(self, inputs: WeightingInputs) -> None:
+        """Compute what does not change from step to step."""
 
     def start_step(self, step: int) -> None:
-        """Called before the first micro-batch of optimizer step `step`."""
+        """Prepare the weights of optimizer step `step`, before its first micro-batch."""
 
     def end_step(self) -> None:
-        """Called after the optimizer step."""
+        """Take in the result of the optimizer step."""
 
     def weights(self, batch: dict[str, Any], *, training: bool) -> Tensor:
-        """The weights of a batch, on its device."""
-        ...
+        """Return the weights of a batch, on its device."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold (JSON)."""
-        ...
+        """Return what a checkpoint must hold (JSON)."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
-class ConstantWeighting:
-    """The same (K,) weights throughout: uniform, fixed, or from validation pairs."""
+class ConstantWeighting(Weighting):
+    """The same (K,) weights throughout."""
 
-    per_example = False
+    def __init__(self, inputs: WeightingInputs) -> None:
+        self._weights = self.compute(inputs)
 
-    def __init__(self, weights: Tensor) -> None:
-        self._weights = weights
-
-    def start_step(self, step: int) -> None:
-        """Nothing changes."""
-
-    def end_step(self) -> None:
-        """Nothing changes."""
+    def compute(self, inputs: WeightingInputs) -> Tensor:
+        """Compute the weights (K,)."""
+        raise NotImplementedError
 
     def weights(self, batch: dict[str, Any], *, training: bool) -> Tensor:
-        """(K,)."""
+        """Return the weights (K,)."""
         return self._weights.to(batch["real"].device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, so that a resumed run can see that they are the same."""
+        """Return the weights, so that a resumed run can check that they are the same."""
         return {"weights": self._weights.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse a run whose weights were others."""
+        """Raise a ValueError where the checkpoint's weights differ from this run's."""
         if len(state["weights"]) != len(self._weights) or not np.allclose(state["weights"], self._weights, atol=1e-5):
             raise ValueError(
                 f"The checkpoint was trained with the reference weights {state['weights']}, and the settings or "
-                "scores of this "
-                f"run give {self._weights.tolist()}."
+                f"scores of this run give {self._weights.tolist()}."
             )
 
 
-class ExampleWeighting:
-    """Each pair's weights from its own confidences (ARWC), per unit of length or, as in MRPO's code, from sums.
+class UniformWeighting(ConstantWeighting):
+    """1 / K for each reference."""
 
-    Args:
-        unit: "token", "byte" or "sum".
-    """
+    def compute(self, inputs: WeightingInputs) -> Tensor:
+        """See `uniform_weights`."""
+        return uniform_weights(inputs.num_references)
+
+
+class FixedWeighting(ConstantWeighting):
+    """The weights of `reference_weights`."""
+
+    def compute(self, inputs: WeightingInputs) -> Tensor:
+        """See `fixed_weights`."""
+        return fixed_weights(inputs.args.reference_weights, inputs.num_references)
+
+
+class ValidationDiscriminationWeighting(ConstantWeighting):
+    """Weights from the confidences on validation pairs (VDW)."""
+
+    pairs = "validation"
+
+    def compute(self, inputs: WeightingInputs) -> Tensor:
+        """See `validation_discrimination_weights`."""
+        return validation_discrimination_weights(inputs.table.confidence)
+
+
+class ValidationAccuracyWeighting(ConstantWeighting):
+    """Weights from the references' accuracies on validation pairs (VAW)."""
+
+    pairs = "validation"
+
+    def compute(self, inputs: WeightingInputs) -> Tensor:
+        """See `validation_accuracy_weights`."""
+        return validation_accuracy_weights(*inputs.table.means, temperature=inputs.args.accuracy_temperature)
+
+
+class ExampleWeighting(Weighting):
+    """Each pair's weights from its own confidences, per unit of length (normalised ARWC)."""
 
     per_example = True
 
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
-
-    def start_step(self, step: int) -> None:
-        """Nothing changes."""
-
-    def end_step(self) -> None:
-        """Nothing changes."""
+    def __init__(self, inputs: WeightingInputs) -> None:
+        self.unit = inputs.unit
 
     def weights(self, batch: dict[str, Any], *, training: bool) -> Tensor:
-        """(K, B), without waiting for the device (the scores were checked to be finite when they were joined)."""
+        """Return (K, B), without waiting for the device (the scores were checked to be finite when attached)."""
         sides = []
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             logps = batch[f"ref_{side}_logps"]
             if self.unit == "token":
                 logps = logps / batch[f"ref_{side}_counts"]
@@ -152,93 +214,88 @@ class ExampleWeighting:
             sides.append(logps)
         return normalise(discriminative_confidence(*sides))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+class SummedExampleWeighting(ExampleWeighting):
+    """Each pair's weights from the confidences of summed log-probs, as in MRPO's code (ARWC)."""
+
+    def __init__(self, inputs: WeightingInputs) -> None:
+        self.unit = "sum"
 
 
-class WindowWeighting:
-    """Weights from the confidences of the last optimizer steps (SWCW).
+class WindowWeighting(Weighting):
+    """Weights from the confidences of the last optimizer steps (SWCW)."""
 
-    Args:
-        window: the state.
-        confidence: (K, N) on the training set.
-        plan: gives the training set's batch plan, which exists once training starts.
-    """
+    pairs = "train"
+    one_hot: ClassVar[bool] = False
 
-    per_example = False
-
-    def __init__(self, window: SlidingWindowWeights, confidence: Tensor, plan: Callable[[], BatchPlan]) -> None:
-        self.window = window
-        self.confidence = confidence
-        self.plan = plan
+    def __init__(self, inputs: WeightingInputs) -> None:
+        args = inputs.args
+        self.window = SlidingWindowWeights(
+            inputs.num_references,
+            window=args.window,
+            reduce=args.window_reduce,
+            one_hot=self.one_hot,
+            initial=inputs.anchor if self.one_hot else None,
+        )
+        self.confidence = inputs.table.confidence
+        self.plan = inputs.plan
         self._next_update = 0  # optimizer steps that the window has seen
 
     def start_step(self, step: int) -> None:
-        """Take in the steps before `step` that the window has not seen yet."""
+        """Add the steps before `step` that the window has not seen yet."""
         plan = self.plan()
         for seen in range(self._next_update, step):
             epoch, number = divmod(seen, plan.num_steps)
-            indices = [
-                i for rank in plan.step(epoch, number) for batch in rank if not batch.is_filler for i in batch.indices
-            ]
-            self.window.update(self.confidence[:, sorted(indices)])
+            batches = [batch for rank in plan.step(epoch, number) for batch in rank if not batch.is_filler]
+            self.window.update(self.confidence[:, sorted(i for batch in batches for i in batch.indices)])
         self._next_update = max(step, self._next_update)
 
-    def end_step(self) -> None:
-        """The finished step is taken in when the next one starts."""
-
     def weights(self, batch: dict[str, Any], *, training: bool) -> Tensor:
-        """(K,)."""
+        """Return the weights (K,) of this step."""
         return self.window.weights().to(batch["real"].device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The window and how far it has come."""
+        """Return the window and the number of steps that it has seen."""
         return {"window": self.window.state_dict(), "next_update": self._next_update}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.window.load_state_dict(state["window"])
         self._next_update = state["next_update"]
 
 
-class SamplingWeighting:
-    """One reference a step, by Thompson sampling on what its steps do to a validation metric (TSW).
+class OneHotWindowWeighting(WindowWeighting):
+    """All weight on the reference with the largest mean confidence of the last optimizer steps."""
 
-    Args:
-        sampler: the posteriors.
-        subset: validation pairs that are scored before and after each step.
-        num_validation: size of the validation set; a subset is drawn from it without replacement.
-        seed: of the subsets, which depend on it and on the step alone.
-        measure: the policy's metric on these validation pairs, more is better; the same on every rank.
-    """
+    one_hot = True
 
-    per_example = False
 
-    def __init__(
-        self,
-        sampler: ThompsonSampling,
-        *,
-        subset: int,
-        num_validation: int,
-        seed: int,
-        measure: Callable[[Sequence[int]], float],
-    ) -> None:
-        self.sampler = sampler
-        self.subset = min(subset, num_validation)
-        self.num_validation = num_validation
-        self.seed = seed
-        self.measure = measure
+class SamplingWeighting(Weighting):
+    """One reference a step, by Thompson sampling on what its steps do to a validation metric (TSW)."""
+
+    pairs = "validation"
+
+    def __init__(self, inputs: WeightingInputs) -> None:
+        args = inputs.args
+        self.sampler = ThompsonSampling(
+            inputs.num_references,
+            prior=args.sampling_prior,
+            seed=args.seed,
+            ties=args.sampling_ties,
+            discount=args.sampling_discount,
+        )
+        assert inputs.pairs is not None
+        self.num_validation = len(inputs.pairs)
+        self.subset = min(args.sampling_subset, self.num_validation)
+        self.seed = args.seed
+        self.measure = inputs.measure
         self._step: int | None = None
         self._reference = 0
         self._indices: list[int] = []
         self._before = 0.0
 
     def start_step(self, step: int) -> None:
-        """Choose a reference and measure the policy before the step."""
+        """Choose a reference and measure the policy on a subset that depends on seed and step alone."""
         if step == self._step:
             return
         self._step = step
@@ -252,71 +309,41 @@ class SamplingWeighting:
         self.sampler.update(self._reference, before=self._before, after=self.measure(self._indices))
 
     def weights(self, batch: dict[str, Any], *, training: bool) -> Tensor:
-        """One-hot (K,) in training, uniform in evaluation, where no reference has been chosen."""
-        weights = uniform_weights(self.sampler.num_references)
-        if training:
-            weights = torch.nn.functional.one_hot(torch.tensor(self._reference), len(weights)).float()
+        """Return (K,), one-hot in training, uniform in evaluation, where no reference has been chosen."""
+        count = self.sampler.num_references
+        weights = one_hot_weights(self._reference, count) if training else uniform_weights(count)
         return weights.to(batch["real"].device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The posteriors and their generator."""
+        """Return the posteriors and their generator."""
         return {"sampler": self.sampler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.sampler.load_state_dict(state["sampler"])
 
 
-def make_weighting(
-    args: MultiReferenceDPOConfig,
-    *,
-    num_references: int,
-    anchor: int | None,
-    dataset: Dataset | None,
-    plan: Callable[[], BatchPlan],
-    measure: Callable[[Sequence[int]], float],
-) -> Weighting:
-    """The weighting that the settings ask for.
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    "uniform": UniformWeighting,
+    "fixed": FixedWeighting,
+    "arwc": SummedExampleWeighting,
+    "arwc_normalized": ExampleWeighting,
+    "vdw": ValidationDiscriminationWeighting,
+    "vaw": ValidationAccuracyWeighting,
+    "swcw": WindowWeighting,
+    "swcw_one_hot": OneHotWindowWeighting,
+    "tsw": SamplingWeighting,
+}
+NOTEBOOK_NAMES = {"offline_1": "vdw", "offline_2": "vaw", "online_1": "swcw"}  # of the released notebooks
 
-    Args:
-        args: the trainer's config.
-        num_references: K.
-        anchor: number of the reference that is the policy's own initial model, if there is one.
-        dataset: the training set (swcw) or the held-out validation pairs (vdw, vaw, tsw), with their scores.
-        plan: gives the training set's batch plan.
-        measure: the policy's metric on validation pairs.
+
+def weighting_name(name: str) -> str:
+    """Return the library's name of a weighting, given that name or the released notebooks' one (`offline_1`, ...).
+
+    Raises:
+        ValueError: no weighting has this name.
     """
-    name, unit = args.weighting, "byte" if args.normalize == "byte" else "token"
-    if name == "uniform":
-        return ConstantWeighting(uniform_weights(num_references))
-    if name == "fixed":
-        assert args.reference_weights is not None
-        return ConstantWeighting(fixed_weights(args.reference_weights, num_references))
-    if name in ("arwc", "arwc_normalized"):
-        return ExampleWeighting("sum" if name == "arwc" else unit)
-    assert dataset is not None
-    if name == "tsw":
-        sampler = ThompsonSampling(
-            num_references,
-            prior=args.sampling_prior,
-            seed=args.seed,
-            ties=args.sampling_ties,
-            discount=args.sampling_discount,
-        )
-        return SamplingWeighting(
-            sampler, subset=args.sampling_subset, num_validation=len(dataset), seed=args.seed, measure=measure
-        )
-    table = ReferenceTable.of(dataset, unit=unit)
-    if name == "vdw":
-        return ConstantWeighting(validation_discrimination_weights(table.confidence))
-    if name == "vaw":
-        return ConstantWeighting(validation_accuracy_weights(*table.means, temperature=args.accuracy_temperature))
-    one_hot = name == "swcw_one_hot"
-    window = SlidingWindowWeights(
-        num_references,
-        window=args.window,
-        reduce=args.window_reduce,
-        one_hot=one_hot,
-        initial=anchor if one_hot else None,
-    )
-    return WindowWeighting(window, table.confidence, plan)
+    if name not in WEIGHTINGS and name not in NOTEBOOK_NAMES:
+        known = ", ".join([*WEIGHTINGS, *NOTEBOOK_NAMES])
+        raise ValueError(f"weighting: no weighting is called {name!r}; choose one of {known}.")
+    return NOTEBOOK_NAMES.get(name, name)

@@ -1,4 +1,8 @@
-"""A scalar reward model from scored responses: the ranking loss over all pairs of a prompt's responses."""
+"""Reward models from scored responses: the base of all trainers of models with a head, and the scalar ones.
+
+`RewardTrainer` ranks all pairs of a prompt's responses; `AdversarialRewardTrainer` weighs golden-against-sampled pairs
+beside human ones.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -16,10 +20,9 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
-from prefopt._trl import disable_dropout_in_model
-from prefopt.data.encoding import with_pad_token
+from prefopt.arguments import setting
 from prefopt.evaluation.calibration import reliability_diagram
 from prefopt.evaluation.preference_metrics import RowPrediction, preference_metrics
 from prefopt.files import write_json
@@ -27,37 +30,26 @@ from prefopt.losses.reward import adversarial_reward_loss, bradley_terry_loss, r
 from prefopt.models.heads import ADAPTER_RECORD, HeadedModel
 from prefopt.models.reward import RewardModel
 from prefopt.scoring.logprobs import attention_mask_of
-from prefopt.trainers.base import BaseTrainer
-from prefopt.trainers.comparison import (
-    ComparisonCollator,
-    ComparisonConfig,
-    ComparisonData,
-    as_table,
-    ranked,
-    with_whole_margins,
-)
+from prefopt.trainers.comparison import ComparisonConfig, ComparisonTrainer, as_table, ranked
 from prefopt.trainers.metrics import MetricSums
-from prefopt.trainers.policy import add_adapter, base_model_of, load_model, load_tokenizer
+from prefopt.trainers.policy import base_model_of, load_model
 
 
 @dataclass
 class HeadConfig(ComparisonConfig):
-    """Settings of the trainers of models with heads of ours."""
+    """Settings of the trainers of reward and preference models."""
 
-    pooling: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where a new head reads: 'eos' (last token), 'last' (the token before a closing EOS), 'mean' or "
-            "'max' over all tokens. "
-            "None: 'eos', or what a given reward model was trained with."
-        },
+    pooling: str | None = setting(
+        None,
+        "Where a new head reads: 'eos' (last token), 'last' (the token before a closing EOS), 'mean' or 'max' over "
+        "all tokens. None: 'eos', or what a given reward model was trained with.",
     )
     calibration_bins: list[int] = field(
         default_factory=lambda: [10],
         metadata={"help": "Numbers of bins to compute calibration errors for; may be empty."},
     )
-    reliability_diagram: bool = field(
-        default=False, metadata={"help": "Draw a reliability diagram of each evaluated set into the output folder."}
+    reliability_diagram: bool = setting(
+        False, "Draw a reliability diagram of each evaluated set into the output folder."
     )
 
     def __post_init__(self) -> None:
@@ -68,120 +60,100 @@ class HeadConfig(ComparisonConfig):
             raise ValueError("`reliability_diagram` needs `calibration_bins`.")
 
 
-class HeadTrainer(BaseTrainer):
+class HeadTrainer(ComparisonTrainer):
     """Base of the reward and preference model trainers.
 
-    Args:
-        model: hub name or folder (of a causal LM, which gets a new head, or of a model with a trained one), or such a
-            model in memory, or a
-            `PeftModel` around a model with a head.
-        args: the method's config; default: its defaults.
-        train_dataset, eval_dataset: comparison rows in any form that `prefopt.data` reads (R >= 2 scored responses, or
-            chosen and
-            rejected, with `margin` if wanted), or tokenised ones; `eval_dataset` may be a dict of data sets.
-        processing_class: the tokenizer; default: the one saved with the model.
-        compute_metrics: called after an evaluation; `predictions` is (rows, 2), what the model gives the best and the
-            worst response.
-        callbacks, optimizers: as for `transformers.Trainer`.
-        quantization_config: how to quantise a model that is loaded by name (QLoRA).
-        peft_config: the adapter to train; the heads are trained in full beside it.
-
-    Raises:
-        ValueError: something in the arguments cannot work; the message says what and how to mend it.
+    Arguments as for `ComparisonTrainer`, except that `model` may be a causal LM, which gets a new head, or a model
+    with a trained one; an adapter trains the heads in full beside it. `compute_metrics` gets (rows, 2), the model's
+    values of the best and the worst response.
     """
 
-    config_class: type[HeadConfig] = HeadConfig
+    config_class: ClassVar[type[ComparisonConfig]] = HeadConfig
     metric_minima = ("min_reward",)
     metric_maxima = ("max_reward",)
+    _predictions_of_rows: list[RowPrediction] | None = None  # a list during an evaluation
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        args: HeadConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics=None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config: PeftConfig | None = None,
-    ) -> None:
-        if args is None:
-            args = self.config_class("trainer_output")
-        model_class, settings = self.head_settings(args)
-        set_seed(args.seed)  # a new head's weights are drawn before Trainer sets it
-        headed = load_headed(model, model_class, settings, args, quantization_config)
-        processing_class = with_pad_token(processing_class or load_tokenizer(headed, args))
-        self.data = ComparisonData(args, processing_class, self.check_rows)
-        train_dataset = self.data.prepare(train_dataset, "train")
-        eval_dataset = self.data.prepare(eval_dataset, "eval")
-        if peft_config is not None:
-            headed = add_adapter(headed, args, _with_heads(peft_config, headed))
-        if args.disable_dropout:
-            disable_dropout_in_model(headed)
-        self._predictions_of_rows: list[RowPrediction] | None = None
-        super().__init__(
-            model=headed,
-            args=args,
-            collate=self.make_collator(args),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-
-    # ---- what a method defines
-    # -------------------------------------------------------------------------------------------------
+    # ---- the model
 
     @abstractmethod
-    def head_settings(self, args: HeadConfig) -> tuple[type[HeadedModel], dict[str, Any]]:
-        """The class of the model, and the settings of its head as `args` has them (None: the checkpoint's, else the default)."""
+    def head_settings(self, args: Any) -> tuple[type[HeadedModel], dict[str, Any]]:
+        """Return the model's class, and the head's settings in `args` (None: the checkpoint's, else the default)."""
+
+    def load(self, model: Any, args: Any, quantization_config: Any) -> Any:
+        """Load the model, or take it as it is, or put a new head on the backbone of a causal LM in memory.
+
+        Raises:
+            ValueError: settings that contradict a trained head; a `PeftModel` around another kind of model.
+        """
+        model_class, settings = self.head_settings(args)
+
+        def from_path(path: str, **init: Any) -> HeadedModel:
+            init.setdefault("dtype", "float32")  # master weights, as TRL's trainers load them
+            return model_class.from_pretrained(path, new_head=True, **settings, **init)
+
+        loaded = load_model(model, args, quantization_config, loader=from_path)
+        base = base_model_of(loaded)
+        if not isinstance(base, HeadedModel):
+            if isinstance(loaded, PeftModel):
+                raise ValueError(
+                    f"The adapter is around a {type(base).__name__}; wrap a {model_class.__name__} instead, or pass "
+                    "`peft_config`."
+                )
+            return model_class.from_module(base, **settings)
+        if not isinstance(base, model_class):
+            raise ValueError(
+                f"`model` is a {type(base).__name__}; this trainer and its settings need a {model_class.__name__}."
+            )
+        for name, value in settings.items():
+            if value is not None and (stored := base.head_record[name]) != value:
+                raise ValueError(
+                    f"`{name}={value!r}` contradicts the given model, which has {stored!r}; leave it out."
+                )
+        return loaded
+
+    def check_text(self, model: Any, tokenizer: Any) -> None:
+        """Record in the model how the training texts become ids; check every other data set against that.
+
+        Raises:
+            ValueError: strings beside messages, or either for a model that was trained on the other.
+        """
+        headed: Any = base_model_of(model)
+        for name, report in self.data.reports.items():
+            if report.form is not None:
+                headed.record_text(tokenizer, report.form, where=f"The {name} set")
+
+    def adapter_config(self, peft_config: PeftConfig, model: Any) -> PeftConfig:
+        """Have the heads trained in full, and no task, as a task's wrapper would not run the head's forward."""
+        changed: Any = copy.deepcopy(peft_config)
+        present = [name for name in model.head_names if getattr(model, name, None) is not None]
+        changed.modules_to_save = sorted({*(changed.modules_to_save or []), *present})
+        changed.task_type = None
+        return changed
 
     @classmethod
-    def check_data(cls, dataset: Dataset, args: HeadConfig, name: str) -> None:
-        """See `BaseTrainer.check_data`."""
-        cls.check_rows(with_whole_margins(dataset, name), args, name)
-
-    @classmethod
-    def check_rows(cls, dataset: Dataset, args: HeadConfig, name: str) -> None:
-        """Refuse tokenised rows that this method cannot use; here adversarial ones, which would weigh as much as human ones."""
+    def check_rows(cls, dataset: Dataset, args: Any, name: str) -> None:
+        """Raise on adversarial rows, which would weigh as much as human ones."""
         adversarial = sum(dataset["is_adversarial"])
         if adversarial:
             raise ValueError(
                 f"{adversarial} of {len(dataset)} rows of the {name} set are adversarial (`type: apo`) and would "
-                "weigh as much as human "
-                "comparisons here; use AdversarialRewardTrainer (`prefopt adversarial-reward-model`), or leave them "
-                "out."
+                "weigh as much as human comparisons here; use AdversarialRewardTrainer "
+                "(`prefopt adversarial-reward-model`), or leave them out."
             )
 
-    def make_collator(self, args: HeadConfig) -> ComparisonCollator:
-        """What makes batches of rows."""
-        return ComparisonCollator()
-
-    # ---- the model
-    # -------------------------------------------------------------------------------------------------------------
-
     @property
-    def headed(self) -> HeadedModel:
+    def headed(self) -> Any:
         """The model under any wrapper."""
         return base_model_of(self.accelerator.unwrap_model(self.model))
 
-    def run_model(self, model, batch: dict[str, Any], **inputs: Tensor):
-        """One forward over the batch's responses, through whatever wraps the model."""
+    def run_model(self, model: Any, batch: dict[str, Any], **inputs: Tensor) -> Any:
+        """Run one forward over the batch's responses, through whatever wraps the model."""
         mask = attention_mask_of(model, batch)
-        return model(
-            input_ids=batch["input_ids"],
-            attention_mask=mask,
-            position_ids=batch["position_ids"],
-            last_index=batch["last_index"],
-            **inputs,
-        )
+        shared = {name: batch[name] for name in ("input_ids", "position_ids", "last_index")}
+        return model(attention_mask=mask, **shared, **inputs)
 
     def why_not_packed(self) -> str | None:
-        """Heads that read every token of a sequence need it in a row of its own."""
+        """Give each sequence a separate row for heads that read every token of it."""
         pooling = self.headed.head_record["pooling"]
         return f"pooling {pooling!r} reads whole rows" if pooling in ("mean", "max") else None
 
@@ -192,10 +164,9 @@ class HeadTrainer(BaseTrainer):
             write_json(folder / ADAPTER_RECORD, self.headed.head_record)
 
     # ---- losses and metrics
-    # ----------------------------------------------------------------------------------------------------
 
     def reduce_pairs(self, total: Tensor, batch: dict[str, Any]) -> Tensor:
-        """A sum over this micro-batch's ranked pairs as its share of the mean over those of the whole optimizer step."""
+        """Scale a micro-batch sum over ranked pairs to the mean over the ranked pairs of the optimizer step."""
         return total * (self.args.world_size / batch["step_ranked_pairs"])
 
     def record_pairs(self, total: Tensor, pair_logits: Tensor, batch: dict[str, Any], sums: MetricSums) -> None:
@@ -214,7 +185,7 @@ class HeadTrainer(BaseTrainer):
         rewards: Tensor | None = None,
         vectors: list[tuple[Tensor | None, ...]] | None = None,
     ) -> None:
-        """In an evaluation, keep what the model says of each row.
+        """Keep the model's predictions for each row, in an evaluation.
 
         Args:
             logits: for each row, (R, R) logits that response i beats j.
@@ -226,42 +197,39 @@ class HeadTrainer(BaseTrainer):
             return
         masks, ranks, lengths = (batch[name].cpu().numpy() for name in ("mask", "ranks", "lengths"))
         scores = None if rewards is None else rewards.float().cpu().numpy()
-        for row, is_real in enumerate(batch["real"].tolist()):
-            if not is_real:
-                continue
-            there = masks[row]
-            kept = None if vectors is None else tuple(None if each is None else each.cpu() for each in vectors[row])
-            self._predictions_of_rows.append(
-                RowPrediction(
+        for row, there in enumerate(masks):
+            if batch["real"][row]:
+                prediction = RowPrediction(
                     row_id=batch["row_ids"][row],
                     ranks=ranks[row][there],
                     lengths=lengths[row][there],
                     logits=logits[row].float().cpu().numpy(),
                     rewards=None if scores is None else scores[row][there],
-                    vectors=kept,
+                    vectors=vectors and tuple(None if each is None else each.cpu() for each in vectors[row]),
                 )
-            )
+                self._predictions_of_rows.append(prediction)
 
     def more_metrics(self, rows: list[RowPrediction], dataset: Dataset) -> dict[str, float]:
-        """Further metrics of one evaluated set."""
+        """Return further metrics of one evaluated set."""
         return {}
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Evaluate; a data set given here is tokenised like the one of the constructor."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = self.data.prepare(eval_dataset, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Evaluate; adds the metrics of `evaluation.preference_metrics` over all ranks' rows."""
         self._predictions_of_rows = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         rows, self._predictions_of_rows = gather_object(self._predictions_of_rows), None
         rows.sort(key=lambda row: row.row_id)  # sums in one order, whatever the number of ranks
         metrics, errors = preference_metrics(rows, calibration_bins=self.args.calibration_bins)
-        metrics |= self.more_metrics(rows, dataloader.dataset.dataset)
+        planned: Any = dataloader.dataset
+        metrics |= self.more_metrics(rows, planned.dataset)
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         if self.args.reliability_diagram and self.is_world_process_zero():
             name = metric_key_prefix.removeprefix("eval_")
@@ -270,55 +238,8 @@ class HeadTrainer(BaseTrainer):
         return output
 
 
-def load_headed(
-    model: str | PreTrainedModel | PeftModel,
-    model_class: type[HeadedModel],
-    settings: dict[str, Any],
-    args: HeadConfig,
-    quantization_config: Any,
-):
-    """The model to train: loaded, taken as it is, or a new head on the backbone of a causal LM in memory.
-
-    Raises:
-        ValueError: settings that contradict a trained head; a `PeftModel` around another kind of model.
-    """
-
-    def load(path: str, **init: Any) -> HeadedModel:
-        init.setdefault("dtype", "float32")  # master weights, as TRL's trainers load them
-        return model_class.from_pretrained(path, new_head=True, **settings, **init)
-
-    loaded = load_model(model, args, quantization_config, loader=load)
-    base = base_model_of(loaded)
-    if not isinstance(base, HeadedModel):
-        if isinstance(loaded, PeftModel):
-            raise ValueError(
-                f"The adapter is around a {type(base).__name__}; wrap a {model_class.__name__} instead, or pass "
-                "`peft_config`."
-            )
-        return model_class.from_module(base, **settings)
-    if not isinstance(base, model_class):
-        raise ValueError(
-            f"`model` is a {type(base).__name__}; this trainer and its settings need a {model_class.__name__}."
-        )
-    for name, value in settings.items():
-        if value is not None and base.head_record[name] != value:
-            raise ValueError(
-                f"`{name}={value!r}` contradicts the given model, which has {base.head_record[name]!r}; leave it out."
-            )
-    return loaded
-
-
-def _with_heads(peft_config: PeftConfig, model: HeadedModel) -> PeftConfig:
-    """The adapter's config with our heads trained in full, and without a task whose wrapper has a forward of its own."""
-    peft_config = copy.deepcopy(peft_config)
-    present = [name for name in model.head_names if getattr(model, name, None) is not None]
-    peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *present})
-    peft_config.task_type = None
-    return peft_config
-
-
 def best_and_worst(values: Tensor, batch: dict[str, Any]) -> Tensor:
-    """(B, 2): the entries of (B, R) `values` at each row's best and worst response, the first of equals."""
+    """Pick the entries (B, 2) of (B, R) `values` at each row's best and worst response, the first of equals."""
     ranks, mask = batch["ranks"], batch["mask"]
     worst = ranks.masked_fill(~mask, torch.iinfo(ranks.dtype).max).argmin(1, keepdim=True)
     best = ranks.masked_fill(~mask, -1).argmax(1, keepdim=True)
@@ -334,8 +255,8 @@ class RewardTrainer(HeadTrainer):
     """Reward model r(x, y): -log sigmoid(r(better) - r(worse)), the mean over all ranked pairs of the optimizer step.
 
     Rows have any number R >= 2 of scored responses; each response is computed once, and in packed rows its prompt once
-    for all of them. Ties
-    rank neither way. Rows of two responses may have a `margin` m: -log sigmoid(r(better) - r(worse) - m).
+    for all of them. Ties rank neither way. Rows of two responses may have a `margin` m:
+    -log sigmoid(r(better) - r(worse) - m).
 
     Example:
     ```python
@@ -346,7 +267,7 @@ class RewardTrainer(HeadTrainer):
     Reference: arXiv 2203.02155 (all pairs of a prompt), as averaged in arXiv 2311.08045's released code.
     """
 
-    config_class = RewardConfig
+    config_class: ClassVar[type[ComparisonConfig]] = RewardConfig
     _name = "reward modelling"
     _tag_names = ("prefopt", "reward-trainer")
     _paper: dict[str, str] = {  # noqa: RUF012
@@ -354,21 +275,22 @@ class RewardTrainer(HeadTrainer):
         "id": "2203.02155",
     }
 
-    def head_settings(self, args: RewardConfig) -> tuple[type[HeadedModel], dict[str, Any]]:
+    def head_settings(self, args: Any) -> tuple[type[HeadedModel], dict[str, Any]]:
         """See `HeadTrainer.head_settings`."""
         return RewardModel, {"pooling": args.pooling}
 
-    def step_loss(self, model, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
+    def step_loss(self, model: Any, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 2) rewards of each row's best and worst response."""
         rewards = as_table(self.run_model(model, batch).logits[:, 0], batch)  # (B, R)
-        self.watch_finite(rewards.sum(1), batch, sums)
+        # a row's loss is finite where its rewards and its margin are
+        self.watch_finite(rewards.sum(1) + batch.get("margin", 0.0), batch, sums)
         mask = batch["mask"] & batch["real"][:, None]
         total = self.total_loss(rewards, mask, batch)
         self.record(total, rewards.detach(), mask, batch, sums)
         return self.reduce_pairs(total, batch), best_and_worst(rewards.detach(), batch)
 
     def total_loss(self, rewards: Tensor, mask: Tensor, batch: dict[str, Any]) -> Tensor:
-        """The sum of the loss over the batch's ranked pairs.
+        """Sum the loss over the batch's ranked pairs.
 
         Args:
             rewards: (B, R).
@@ -397,30 +319,21 @@ class RewardTrainer(HeadTrainer):
 class AdversarialRewardConfig(RewardConfig):
     """Settings of `AdversarialRewardTrainer`."""
 
-    adversarial_coeff: float = field(
-        default=0.1,
-        metadata={
-            "help": "Weight of the adversarial pairs of one golden answer together (0.1 in the authors' recipe)."
-        },
+    adversarial_coeff: float = setting(
+        0.1, "Weight of the adversarial pairs of one golden answer together (0.1 in the authors' recipe)."
     )
-    num_samples: int = field(
-        default=4,
-        metadata={"help": "Sampled answers per golden one; divides `adversarial_coeff` (4 in the authors' recipe)."},
+    num_samples: int = setting(
+        4, "Sampled answers per golden one; divides `adversarial_coeff` (4 in the authors' recipe)."
     )
-    human_coeff: float = field(
-        default=1.0, metadata={"help": "Weight of a human pair; 0 leaves the human comparisons out."}
-    )
-    adversarial_loss: str = field(
-        default="logistic",
-        metadata={
-            "help": "Form of the adversarial term: 'logistic' (ranking) or 'difference' (unbounded, WGAN-like)."
-        },
+    human_coeff: float = setting(1.0, "Weight of a human pair; 0 leaves the human comparisons out.")
+    adversarial_loss: str = setting(
+        "logistic",
+        "Form of the adversarial term: 'logistic' (ranking) or 'difference' (unbounded, WGAN-like).",
+        choices=("logistic", "difference"),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adversarial_loss not in ("logistic", "difference"):
-            raise ValueError(f"`adversarial_loss` must be 'logistic' or 'difference', not {self.adversarial_loss!r}.")
         if self.num_samples < 1:
             raise ValueError(f"`num_samples` must be at least 1, not {self.num_samples}.")
         for name in ("adversarial_coeff", "human_coeff"):
@@ -429,28 +342,26 @@ class AdversarialRewardConfig(RewardConfig):
 
 
 class AdversarialRewardTrainer(RewardTrainer):
-    """Reward model against a policy: rows marked `type: apo` pair a golden answer with a sampled one, all others are human comparisons.
+    """Reward model against a policy: rows marked `type: apo` pair a golden with a sampled answer, others are human.
 
         L = human_coeff * L_rank(human) + adversarial_coeff / num_samples * L_kind(adversarial)
 
     Both terms divide by the number of ranked pairs of the whole optimizer step, human and adversarial together, so
-    that the gradient is the
-    same for any micro-batch size and any mixture within a micro-batch. `effective_ratio` says how much all adversarial
-    pairs of the data weigh
-    against all human ones; it is printed before training.
+    that the gradient is the same for any micro-batch size and any mixture within a micro-batch. `effective_ratio` says
+    how much all adversarial pairs of the data weigh against all human ones; it is printed before training.
 
     Example:
     ```python
     rows = concatenate_datasets([human, adversarial])
-    trainer = AdversarialRewardTrainer("base-reward-model", args=AdversarialRewardConfig("out", pooling="last"),
-    train_dataset=rows)
+    args = AdversarialRewardConfig("out", pooling="last")
+    trainer = AdversarialRewardTrainer("base-reward-model", args=args, train_dataset=rows)
     trainer.train()
     ```
 
     Reference: arXiv 2311.08045, as computed by its released code.
     """
 
-    config_class = AdversarialRewardConfig
+    config_class: ClassVar[type[ComparisonConfig]] = AdversarialRewardConfig
     _name = "adversarial preference optimization (reward model)"
     _tag_names = ("prefopt", "adversarial-reward-trainer")
     _paper = {  # noqa: RUF012
@@ -459,8 +370,8 @@ class AdversarialRewardTrainer(RewardTrainer):
     }
 
     @classmethod
-    def check_rows(cls, dataset: Dataset, args: AdversarialRewardConfig, name: str) -> None:
-        """Refuse margins, and training rows that are all of one kind."""
+    def check_rows(cls, dataset: Dataset, args: Any, name: str) -> None:
+        """Raise on margins, and on training rows that are all of one kind."""
         if "margin" in dataset.column_names:
             raise ValueError(
                 f"The {name} set has margins, which the adversarial loss does not read; remove the column."
@@ -475,26 +386,25 @@ class AdversarialRewardTrainer(RewardTrainer):
         if adversarial == len(dataset) and args.human_coeff > 0:
             raise ValueError(
                 "Every training row is adversarial; add human comparisons (without them the reward model degrades), "
-                "or set "
-                "`human_coeff: 0` if that is meant."
+                "or set `human_coeff: 0` if that is meant."
             )
 
     @functools.cached_property
     def effective_ratio(self) -> float:
-        """Weight of all adversarial pairs of the training rows over that of all human ones."""
+        """The weight of all adversarial pairs of the training rows over that of all human ones."""
         human, adversarial = self._count_pairs()
         against = self.args.adversarial_coeff / self.args.num_samples * adversarial
         return against / (self.args.human_coeff * human) if human and self.args.human_coeff else math.inf
 
     def _count_pairs(self) -> tuple[int, int]:
-        """Ranked pairs of the training rows: human and adversarial."""
+        """Count the ranked pairs of the training rows: human and adversarial."""
         counts = {True: 0, False: 0}
         for scores, adversarial in zip(self.train_dataset["scores"], self.train_dataset["is_adversarial"]):
             counts[adversarial] += len(ranked(scores))
         return counts[False], counts[True]
 
     def get_train_dataloader(self) -> DataLoader:
-        """The planned micro-batches of this rank; says first how the two terms weigh."""
+        """Print how the two terms weigh; return the planned micro-batches of this rank."""
         if self.train_dataset is not None and self.is_world_process_zero():
             args, (human, adversarial) = self.args, self._count_pairs()
             print(

@@ -9,7 +9,7 @@ from transformers import set_seed
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl import SFTConfig as TRLSFTConfig
 
-from prefopt.arguments import check_settings, missing, setting
+from prefopt.arguments import SecretsStayOut, check_settings, missing, setting
 from prefopt.data.sources import DataSource, load_source
 from prefopt.trainers.checkpoints import last_checkpoint
 from prefopt.trainers.config import choose_precision, model_options
@@ -29,7 +29,7 @@ class SFTArguments:
 
 
 @dataclass
-class SFTConfig(TRLSFTConfig):
+class SFTConfig(SecretsStayOut, TRLSFTConfig):
     """TRL's `SFTConfig`, with a precision that follows the device where neither bf16 nor fp16 is set."""
 
     def __post_init__(self) -> None:

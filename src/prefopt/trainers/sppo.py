@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from prefopt import losses as pure
 from prefopt.arguments import setting
-from prefopt.launch import tell
+from prefopt.launch import print_on_main
 from prefopt.scoring.logprobs import CompletionScores
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
@@ -139,7 +139,7 @@ class SPPOTrainer(PreferenceTrainer):
         """Train; print first where the loss will start, and why that high."""
         if self._self_play() and self.train_dataset is not None:
             start = self.expected_initial_loss(self.train_dataset)
-            tell(
+            print_on_main(
                 f"The loss is in nats squared: it starts near {start:.3g} by design, where policy and reference "
                 "agree, and its gradient is as large. `loss_normalized` is beta^2 times it, and starts near "
                 f"{start * self.args.beta**2:.3g}."

@@ -1,4 +1,4 @@
-"""What a backend takes and gives: token ids in, finished answers out, the same sampling settings in all of them."""
+"""Interface of the generation backends: token ids in, finished answers out, the same settings for all of them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One answer to make: a prompt's ids, the most tokens that it may have, and a seed for backends that draw per answer."""
+class AnswerRequest:
+    """One answer to sample: the prompt's ids, the token limit, and a seed for backends that draw per answer."""
 
     prompt_ids: list[int]
     max_new_tokens: int
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer: its text without the stop token, "stop" or "length", its tokens with the stop token, and their ids."""
+    """One answer: text without the stop token, "stop" or "length", count and ids of its tokens with the stop token."""
 
     text: str
     finish_reason: str
@@ -51,10 +51,10 @@ class Completion:
 
 
 class Backend(Protocol):
-    """Makes answers."""
+    """Samples answers."""
 
-    def complete(self, requests: Sequence[Request], seed: int, on_done: OnDone) -> list[Completion]:
-        """One completion per request, in order.
+    def complete(self, requests: Sequence[AnswerRequest], seed: int, on_done: OnDone) -> list[Completion]:
+        """Return one completion per request, in order.
 
         Args:
             requests: the answers to make.
@@ -67,7 +67,7 @@ class Backend(Protocol):
 def completion_of(
     token_ids: Sequence[int], stop_token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase
 ) -> Completion:
-    """The answer that generated ids make: they end with the first stop token, which is counted but not part of the text."""
+    """Decode generated ids up to the first stop token, which is counted but not part of the text."""
     stops = set(stop_token_ids)
     end = next((place for place, token in enumerate(token_ids) if token in stops), None)
     ids = tuple(token_ids if end is None else token_ids[: end + 1])
@@ -76,19 +76,16 @@ def completion_of(
 
 
 def stop_ids_of(
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    model: str,
-    revision: str | None,
-    more: Iterable[int],
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str, revision: str | None, more: Iterable[int]
 ) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's end token, those that the model declares, and `more`.
+    """Collect the ids that end an answer: the tokenizer's end token, those that the model declares, and `more`.
 
     Args:
         tokenizer: of the policy.
         config: of the model; it declares the end tokens where there is no generation config.
-        model, revision: where the model is; under an adapter, which declares none, its base.
-        more: of the recipe.
+        model: folder or hub name; under an adapter, which declares none, its base.
+        revision: of the hub model.
+        more: further ids, from the recipe.
     """
     found = {*more}
     if tokenizer.eos_token_id is not None:

@@ -1,13 +1,13 @@
-"""Generation with vLLM's offline engine, which is handed token ids: a templated prompt gets no second BOS."""
+"""Generation with vLLM's offline engine; it is given token ids, so that a templated prompt gets no second BOS."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.candidates.backends import Completion, OnDone, Request, Sampling, completion_of
+from prefopt.candidates.backends import AnswerRequest, Completion, OnDone, Sampling, completion_of
 
 
 class EngineBackend:
@@ -17,48 +17,23 @@ class EngineBackend:
         model: folder or hub name.
         tokenizer: decodes the answers, as for the other backends.
         sampling: how tokens are drawn.
-        revision, dtype, trust_remote_code: how the model is loaded.
-        tensor_parallel_size: accelerators that one copy of the model is spread over.
-        max_model_len: tokens of prompt and answer together; None for the model's own limit.
-        gpu_memory_utilization: share of an accelerator's memory that the engine takes.
-        enforce_eager: leave out compilation and CUDA graphs: slower, but starts sooner.
+        options: further arguments of `vllm.LLM`, for loading and running the model.
 
     Raises:
         ValueError: vLLM is not installed.
     """
 
     def __init__(
-        self,
-        model: str,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        *,
-        revision: str | None,
-        dtype: str,
-        trust_remote_code: bool,
-        tensor_parallel_size: int,
-        max_model_len: int | None,
-        gpu_memory_utilization: float,
-        enforce_eager: bool,
+        self, model: str, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, options: Mapping[str, Any]
     ) -> None:
         vllm = import_vllm()
         self.parameters: Any = vllm.SamplingParams
-        self.engine: Any = vllm.LLM(
-            model=model,
-            revision=revision,
-            tokenizer_revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            tensor_parallel_size=tensor_parallel_size,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager,
-            generation_config="vllm",  # the model's own sampling defaults must not stand in for ours
-        )
+        # the model's own sampling defaults must not replace the recipe's
+        self.engine: Any = vllm.LLM(model=model, generation_config="vllm", **options)
         self.tokenizer = tokenizer
         self.sampling = sampling
 
-    def complete(self, requests: Sequence[Request], seed: int, on_done: OnDone) -> list[Completion]:
+    def complete(self, requests: Sequence[AnswerRequest], seed: int, on_done: OnDone) -> list[Completion]:
         """See `Backend.complete`."""
         outputs = self.engine.generate(
             [{"prompt_token_ids": request.prompt_ids} for request in requests],
@@ -74,7 +49,7 @@ class EngineBackend:
         on_done(len(completions), sum(completion.num_tokens for completion in completions))
         return completions
 
-    def _parameters(self, request: Request) -> Any:
+    def _parameters(self, request: AnswerRequest) -> Any:
         return self.parameters(
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
@@ -88,7 +63,7 @@ class EngineBackend:
 
 
 def import_vllm() -> Any:
-    """The vllm module.
+    """Import and return the vllm module.
 
     Raises:
         ValueError: it is not installed here.
@@ -97,7 +72,7 @@ def import_vllm() -> Any:
         import vllm
     except ImportError as error:
         raise ValueError(
-            f'backend "vllm" needs vLLM, which cannot be imported here ({error}): `pip install prefopt[vllm]`, best in an '
-            'environment of its own; or use backend "transformers" or "server".'
+            f'backend "vllm" needs vLLM, which cannot be imported here ({error}): `pip install prefopt[vllm]`, best '
+            'in a separate environment; or use backend "transformers" or "server".'
         ) from error
     return vllm

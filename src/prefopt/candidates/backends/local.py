@@ -17,7 +17,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from prefopt.candidates.backends import Completion, OnDone, Request, Sampling, completion_of
+from prefopt.candidates.backends import AnswerRequest, Completion, OnDone, Sampling, completion_of
 
 
 class TransformersBackend:
@@ -48,7 +48,7 @@ class TransformersBackend:
                 "continuous_batching leaves out repetition_penalty: set it to 1, or turn continuous_batching off."
             )
         self.model = model.eval()
-        # else settings of the model's own would stand in for those that are not given
+        # generate() fills settings that are not given from the model's own generation config
         self.model.generation_config = GenerationConfig()
         self.tokenizer = tokenizer
         self.sampling = sampling
@@ -57,7 +57,7 @@ class TransformersBackend:
         # masked wherever it pads, so any id will do
         self.pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
-    def complete(self, requests: Sequence[Request], seed: int, on_done: OnDone) -> list[Completion]:
+    def complete(self, requests: Sequence[AnswerRequest], seed: int, on_done: OnDone) -> list[Completion]:
         """See `Backend.complete`."""
         done: dict[int, Completion] = {}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -71,8 +71,8 @@ class TransformersBackend:
                 on_done(len(places), sum(done[place].num_tokens for place in places))
         return [done[place] for place in range(len(requests))]
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Places of requests with one token limit, the longest prompts first so that memory runs out early if at all."""
+    def _batches(self, requests: Sequence[AnswerRequest]) -> Iterator[list[int]]:
+        """Batch requests of one token limit, longest prompts first so that memory runs out early if at all."""
         order = sorted(
             range(len(requests)), key=lambda r: (-requests[r].max_new_tokens, -len(requests[r].prompt_ids), r)
         )
@@ -96,7 +96,7 @@ class TransformersBackend:
             **settings,
         )
 
-    def _padded(self, batch: Sequence[Request]) -> list[list[int]]:
+    def _padded(self, batch: Sequence[AnswerRequest]) -> list[list[int]]:
         width = max(len(request.prompt_ids) for request in batch)
         input_ids = torch.full((len(batch), width), self.pad_id)
         mask = torch.zeros_like(input_ids)
@@ -121,7 +121,7 @@ class TransformersBackend:
             ) from error
         return output[:, width:].tolist()
 
-    def _continuous(self, batch: Sequence[Request], seed: int) -> list[list[int]]:
+    def _continuous(self, batch: Sequence[AnswerRequest], seed: int) -> list[list[int]]:
         # by default the cache takes most of the memory, which a CPU shares with everything else
         memory = 0.05 if self.model.device.type == "cpu" else None
         results = self.model.generate_batch(
@@ -137,9 +137,9 @@ class TransformersBackend:
 
 
 class PenaltyWithoutPadding(LogitsProcessor):
-    """The repetition penalty on the tokens of a left-padded row, its padding left out.
+    """Repetition penalty on the tokens of a left-padded row, without its padding.
 
-    transformers' own penalises the padding's id, too, which is often the end token's.
+    transformers' own also penalises the id of the padding, which is often the end token's.
 
     Args:
         penalty: see `Sampling.repetition_penalty`.
@@ -151,7 +151,7 @@ class PenaltyWithoutPadding(LogitsProcessor):
         self.mask = mask.bool()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (rows, vocabulary) with the penalty; the last prompt token stands in for padding."""
+        """Apply the penalty to scores (rows, vocabulary); the last prompt token stands in for padding."""
         width = self.mask.shape[1]
         seen = input_ids.clone()
         seen[:, :width] = torch.where(self.mask, input_ids[:, :width], input_ids[:, width - 1 : width])

@@ -1,25 +1,24 @@
-"""Generation by an OpenAI-compatible server such as `vllm serve` or SGLang: token ids go in, many requests at a time."""
+"""Generation by an OpenAI-compatible server such as `vllm serve` or SGLang: token ids in, many requests at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.candidates.backends import Completion, OnDone, Request, Sampling, completion_of
-from prefopt.candidates.backends.http import AttemptFailed, JsonClient, ServerError
+from prefopt.candidates.backends import AnswerRequest, Completion, OnDone, Sampling, completion_of
+from prefopt.candidates.backends.http import AttemptFailed, Call, JsonClient, ServerError
 
 
 class ServerBackend:
     """Draws through `/v1/completions`, one request an answer, each with its own seed.
 
     Args:
-        client: talks to the server.
+        client: sends the requests.
         model: the name under which the server knows the model.
         tokenizer: decodes the answers where the server returns token ids (vLLM does).
-        sampling: how tokens are drawn; every setting is sent, so that the server's own defaults play no part.
+        sampling: how tokens are drawn; every setting is sent, so that the server's own defaults are ignored.
         concurrency: requests under way at a time.
     """
 
@@ -38,41 +37,38 @@ class ServerBackend:
         self.sampling = sampling
         self.concurrency = concurrency
 
-    def complete(self, requests: Sequence[Request], seed: int, on_done: OnDone) -> list[Completion]:
+    def complete(self, requests: Sequence[AnswerRequest], seed: int, on_done: OnDone) -> list[Completion]:
         """See `Backend.complete`.
 
         Raises:
-            ServerError: one request failed for good; the others are given up.
+            ServerError: one request failed for good; the others are cancelled.
         """
         return self.client.request_all(
-            [partial(self._answer, request) for request in requests],
+            [self._call(request) for request in requests],
             self.concurrency,
             lambda answer: on_done(1, answer.num_tokens),
         )
 
-    def _answer(self, request: Request) -> Completion:
+    def _call(self, request: AnswerRequest) -> Call[Completion]:
         sampling = self.sampling
-        return self.client.request(
-            "completions",
-            {
-                "model": self.model,
-                "prompt": request.prompt_ids,
-                "max_tokens": request.max_new_tokens,
-                "n": 1,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k or -1,
-                "repetition_penalty": sampling.repetition_penalty,
-                "stop_token_ids": list(sampling.stop_token_ids),
-                "seed": request.seed,
-                "return_token_ids": True,
-            },
-            lambda reply: read_completion(reply, sampling, self.tokenizer),
-        )
+        body = {
+            "model": self.model,
+            "prompt": request.prompt_ids,
+            "max_tokens": request.max_new_tokens,
+            "n": 1,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "repetition_penalty": sampling.repetition_penalty,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "seed": request.seed,
+            "return_token_ids": True,
+        }
+        return Call("completions", body, lambda reply: read_completion(reply, sampling, self.tokenizer))
 
 
 def read_completion(reply: dict[str, Any], sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> Completion:
-    """The answer in a server's reply.
+    """Read the answer from a server's reply.
 
     Raises:
         AttemptFailed: the reply lacks what a completion has.
@@ -93,12 +89,12 @@ def read_completion(reply: dict[str, Any], sampling: Sampling, tokenizer: PreTra
 
 
 def find_model(client: JsonClient, wanted: str | None) -> tuple[str, int | None]:
-    """The name of the model that the server serves, and its context length where the server tells it.
+    """Return the name of the model that the server serves, and its context length where the server names it.
 
     Raises:
         ServerError: nothing answers, or the server has no model of that name.
     """
-    by_name = client.request("models", None, _read_models)
+    by_name = client.request(Call("models", None, _read_models))
     if wanted is None and len(by_name) == 1:
         wanted = next(iter(by_name))
     if wanted is None or wanted not in by_name:

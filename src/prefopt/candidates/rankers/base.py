@@ -1,25 +1,34 @@
-"""What a ranker is, and what several of them share: checks of the scores, length-sorted batches, answers as token ids."""
+"""The interface of a ranker, and what several of them share: checks of the scores, batches, answers as token ids."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from prefopt.arguments import setting
 from prefopt.candidates.pairs import Array
-from prefopt.data.encoding import Group, Truncation, encode_groups, prepare_tokenizer
-from prefopt.data.messages import BadRow, Text, as_messages
+from prefopt.data.encoding import MESSAGES, STRINGS, TextGroup, Truncation, encode_groups, prepare_tokenizer
+from prefopt.data.messages import BadRow, TextOrMessages, as_messages
+from prefopt.models.heads import HeadedModel, head_kind
+
+logger = logging.get_logger(__name__)
 
 UNLIMITED = 10**9  # tokenizers without a limit have a model_max_length of 10**30
 
 
 class Tally(Protocol):
-    """Takes note of what happens during the work; a `Shard` is one."""
+    """Collects counters and progress of the work; a `Shard` is one."""
 
     def count(self, name: str, number: int = 1) -> None:
         """Add `number` to the counter `name`."""
@@ -33,25 +42,74 @@ class Request:
     """One prompt and its R candidates to be ranked."""
 
     row: str
-    prompt: Text
+    prompt: TextOrMessages
     candidates: list[str]
 
 
-class Ranker(Protocol):
-    """Scores the candidates of prompts."""
+@dataclass
+class NoOptions:
+    """The options of a ranker that has none."""
 
+
+@dataclass
+class ModelOptions:
+    """Options that all rankers whose weights are loaded here share."""
+
+    model_revision: str | None = setting(None, "Revision of a ranker on the hub.")
+    dtype: str = setting(
+        "auto",
+        "Of the ranker's weights: auto, float32, bfloat16, float16. auto: float32 on a CPU; on a GPU float16 for "
+        "PairRM, as published, and bfloat16 for others.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    tokens_per_batch: int = setting(
+        16384, "Padded tokens in a batch; answers are batched by length.", at_least=1, decides_result=False
+    )
+
+
+@dataclass
+class LengthOptions(ModelOptions):
+    """Options of the rankers that read prompt and answer as one sequence."""
+
+    max_length: int | None = setting(
+        None,
+        "reward-model, general-preference: tokens of prompt and answer; by default the model's own limit. The end is "
+        "kept.",
+        at_least=1,
+    )
+
+
+class Ranker(ABC):
+    """Scores the candidates of prompts.
+
+    Args:
+        options: `path`, `device` and `torch_dtype`, and the fields of the class that `options` names.
+    """
+
+    options: ClassVar[type] = NoOptions
+    accelerated_dtype: ClassVar[torch.dtype] = torch.bfloat16  # of "auto" weights on a GPU
+
+    @abstractmethod
+    def __init__(self, options: Any) -> None: ...
+
+    @abstractmethod
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
-        """Per request (R,) scores, or an (R, R) table of logits that candidate i (shown first) beats j; in nats.
+        """Return per request (R,) scores, or an (R, R) table of logits that i (shown first) beats j; in nats.
 
         Counts in `tally`: `answers`, and of these `truncated answers`; `prompts`, and of these `truncated prompts`.
         """
 
+    @classmethod
+    def source_file(cls, path: str, options: Any) -> Path | None:
+        """Return the file whose text decides the scores, for a ranker that is no model's folder; None without one."""
+        return None
+
 
 def check_scores(request: Request, values: Any, *, ranker: str) -> Array:
-    """The scores of one request as float64, or an error that names the row.
+    """Return the scores of one request as float64.
 
     Raises:
-        ValueError: a shape that is neither (R,) nor (R, R), or a value that is not finite.
+        ValueError: a shape that is neither (R,) nor (R, R), or a value that is not finite; the message names the row.
     """
     try:
         scores = np.asarray(values, dtype=np.float64)
@@ -67,14 +125,13 @@ def check_scores(request: Request, values: Any, *, ranker: str) -> Array:
         where = tuple(int(index) for index in np.argwhere(~np.isfinite(scores))[0])
         raise ValueError(
             f"Row {request.row!r}: {ranker} gave candidate {where[0]} the score {scores[where]}; scores must be "
-            "finite. "
-            "Try --dtype float32, or remove the row."
+            "finite. Try --dtype float32, or remove the row."
         )
     return scores
 
 
-def plain_text(prompt: Text) -> str:
-    """A prompt for rankers that read one text: a string or single user turn as it is, a longer dialogue with the roles' names."""
+def plain_text(prompt: TextOrMessages) -> str:
+    """Return a prompt as one text: a string or single user turn as it is, a longer dialogue with the roles' names."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and prompt[0]["role"] == "user":
@@ -83,7 +140,7 @@ def plain_text(prompt: Text) -> str:
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length: the longest first, rows times longest row at most `tokens_per_batch`."""
+    """Yield indices in batches of similar length: longest first, rows times longest row at most `tokens_per_batch`."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     start = 0
     while start < len(order):
@@ -92,8 +149,44 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
         start += size
 
 
+def load_tokenizer(path: str, **settings: Any) -> Any:
+    """Load a ranker's tokenizer.
+
+    Raises:
+        ValueError: it cannot be read, because packages for SentencePiece models are missing or otherwise.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, **settings)
+    except (ImportError, ValueError, OSError) as error:
+        # without these transformers takes such a model for another kind, and its error names another package
+        packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        missing = [package for module, package in packages.items() if not _is_installed(module)]
+        if missing and any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken")):
+            raise ValueError(
+                f"{path}: reading its SentencePiece tokenizer needs {' and '.join(missing)}: pip install "
+                "'prefopt[pairrm]'."
+            ) from error
+        raise ValueError(f"{path}: its tokenizer cannot be read: {error}") from error
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def ordered_pairs(requests: Sequence[Request]) -> list[tuple[int, int, int]]:
+    """Return every ordered pair of different candidates as (request, first, second)."""
+    return [
+        (row, first, second)
+        for row, request in enumerate(requests)
+        for first, second in itertools.permutations(range(len(request.candidates)), 2)
+    ]
+
+
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (N, T), padded on the right."""
+    """Return token ids and attention mask (N, T), padded on the right."""
     width = max(len(row) for row in rows)
     ids = [[*row, *[pad_id] * (width - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
@@ -101,12 +194,12 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tup
 
 
 def positions_of(config: Any) -> int | None:
-    """How many tokens a model has positions for; None where its config names no limit."""
+    """Return how many tokens a model has positions for; None where its config names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def longest_input(path: str, wanted: int | None, *limits: int | None) -> int | None:
-    """Tokens of prompt and answer: `wanted`, or else the smallest of the ranker's limits; None where nothing limits it.
+    """Return the limit of prompt and answer: `wanted`, else the smallest of the ranker's limits; None without any.
 
     Raises:
         ValueError: more than a limit is wanted.
@@ -134,19 +227,26 @@ class Answer:
 
 
 def encode_answers(
-    requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase, max_length: int | None, tally: Tally
+    requests: Sequence[Request],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    tally: Tally,
+    *,
+    form: str | None = None,
 ) -> list[list[Answer]]:
-    """Every answer behind its prompt, under the ranker's own chat template (as plain text where it has none).
+    """Encode every answer behind its prompt.
 
-    Too long a sequence loses the beginning of its prompt, then the beginning of the answer: rewards are read at the
-    end.
+    Texts become ids as in training, whose `form` is "strings" or "messages"; where that is unknown (None), under the
+    ranker's own chat template, and as plain text where it has none. Too long a sequence loses the beginning of its
+    prompt, then that of the answer: rewards are read at the end.
 
     Raises:
-        ValueError: the chat template refuses a row (a system turn, say).
+        ValueError: the chat template raises for a row (because of a system turn, say), or a ranker that was trained on
+            strings gets a dialogue.
     """
     prepare_tokenizer(tokenizer)
     truncation = Truncation(max_length=max_length, mode="keep_end")
-    encoded = encode_groups([_group(request, tokenizer) for request in requests], tokenizer)
+    encoded = encode_groups([_group(request, tokenizer, form) for request in requests], tokenizer)
     answers = []
     for request, group in zip(requests, encoded):
         if isinstance(group, BadRow):
@@ -165,11 +265,35 @@ def encode_answers(
     return answers
 
 
-def _group(request: Request, tokenizer: PreTrainedTokenizerBase) -> Group:
-    if tokenizer.chat_template:
-        replies: list[Text] = [[{"role": "assistant", "content": text}] for text in request.candidates]
-        return Group(as_messages(request.prompt), replies)
-    return Group(plain_text(request.prompt), list(request.candidates))
+def _group(request: Request, tokenizer: PreTrainedTokenizerBase, form: str | None) -> TextGroup:
+    if form == MESSAGES or (form is None and tokenizer.chat_template):
+        replies: list[TextOrMessages] = [[{"role": "assistant", "content": text}] for text in request.candidates]
+        return TextGroup(as_messages(request.prompt), replies)
+    turns = as_messages(request.prompt)
+    if form == STRINGS and [turn["role"] for turn in turns] != ["user"]:
+        raise ValueError(
+            f"Row {request.row!r}: its prompt is a dialogue of {len(turns)} turns, and the ranker was trained on "
+            "strings, which do not say how turns are joined. Train it on messages, or give the prompts as the strings "
+            "that it knows."
+        )
+    return TextGroup(plain_text(request.prompt), list(request.candidates))
+
+
+def form_of_model(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> str | None:
+    """Return the form of the texts that a ranker was trained on; None where it is not recorded.
+
+    Raises:
+        ValueError: the tokenizer gives other ids than in training.
+    """
+    form = model.text_form if isinstance(model, HeadedModel) else None
+    if form is not None:
+        model.record_text(tokenizer, form, where=f"{path}: what it ranks")
+    elif isinstance(model, HeadedModel) and tokenizer.chat_template and head_kind(path) is not None:
+        logger.warning(
+            f"{path} does not say whether it was trained on strings or on messages; it reads messages under its chat "
+            "template."
+        )
+    return form
 
 
 def score_answers(
@@ -179,7 +303,7 @@ def score_answers(
     tokens_per_batch: int,
     tally: Tally,
 ) -> list[Tensor]:
-    """Run `forward` (N answers -> (N, ...)) on length-sorted batches and put its rows back in order, on the CPU, per request."""
+    """Run `forward` (N answers -> (N, ...)) on length-sorted batches; return its rows per request, on the CPU."""
     flat = [answer for row in answers for answer in row]
     results: list[Tensor | None] = [None] * len(flat)
     for batch in length_batches([len(answer.ids) for answer in flat], tokens_per_batch):

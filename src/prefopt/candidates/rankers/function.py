@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.candidates.pairs import Array
-from prefopt.candidates.rankers.base import Request, Tally, check_scores
+from prefopt.candidates.rankers.base import Ranker, Request, Tally, check_scores
 
 
-class FunctionRanker:
+class FunctionRanker(Ranker):
     """Scores from `function(prompt, candidates)`: R numbers, or R lists of R logits.
 
-    Args:
-        name: "module:function" or "path/to/file.py:function". The prompt arrives as the record has it, text or
-            messages.
+    The `path` is "module:function" or "path/to/file.py:function". The prompt arrives as the record has it, text or
+    messages.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.function = load_function(name)
+    def __init__(self, options: Any) -> None:
+        self.name = options.path
+        self.function = load_function(options.path)
+
+    @classmethod
+    def source_file(cls, path: str, options: Any) -> Path | None:
+        """See `Ranker.source_file`."""
+        return function_file(path)
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`."""
@@ -39,7 +43,7 @@ class FunctionRanker:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function called "module:function" or "file.py:function".
+    """Import the function called "module:function" or "file.py:function".
 
     Raises:
         ValueError: the name has no colon, or nothing callable is there.
@@ -65,7 +69,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def function_file(name: str) -> Path | None:
-    """The file that holds the function called "module:function" or "file.py:function"; None for a module without one.
+    """Find the file of the function called "module:function" or "file.py:function"; None for a module without one.
 
     Raises:
         ValueError: there is no such file.

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import (
     Answer,
+    LengthOptions,
+    Ranker,
     Request,
     Tally,
     encode_answers,
+    form_of_model,
+    load_tokenizer,
     longest_input,
     pad,
     positions_of,
@@ -28,43 +32,41 @@ from prefopt.models.general_preference import GeneralPreferenceModel, preference
 from prefopt.models.heads import RECORD
 
 
-class GeneralPreferenceRanker:
+class GeneralPreferenceRanker(Ranker):
     """Tables (R, R) of s(i beats j) / tau from the embeddings of the answers.
 
-    A checkpoint of the released code reads what it was trained on: the last token of a conversation is replaced by the
-    EOS (Gemma's template
-    ends with a line break), and the prompt head stands at the end of the first user turn, before the header of the
-    assistant's.
-
-    Args:
-        path: folder, ours or in the published layout.
-        dtype, device: of the model.
-        max_length: tokens of prompt and answer; None for as many as the model has positions.
-        tokens_per_batch: padded tokens in a batch.
+    A checkpoint of the released code reads what it was trained on: the last token of a conversation is replaced by
+    the EOS (Gemma's template ends with a line break), and the prompt head stands at the end of the first user turn,
+    before the header of the assistant's.
 
     Reference: arXiv 2410.02197.
     """
 
-    def __init__(
-        self, path: str, *, dtype: torch.dtype, device: torch.device, max_length: int | None, tokens_per_batch: int
-    ) -> None:
-        self.device = device
-        self.tokens_per_batch = tokens_per_batch
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        model: Any = GeneralPreferenceModel.from_pretrained(path, dtype=dtype)
-        self.model = model.to(device).eval()
+    options: ClassVar[type] = LengthOptions
+
+    def __init__(self, options: Any) -> None:
+        path, self.device, self.tokens_per_batch = options.path, options.device, options.tokens_per_batch
+        self.tokenizer = load_tokenizer(path)
+        model: Any = GeneralPreferenceModel.from_pretrained(path, dtype=options.torch_dtype)
+        self.model = model.to(self.device).eval()
+        self.form = form_of_model(model, self.tokenizer, path)
         self.dim = int(model.head_record["dim"])
-        self.max_length = longest_input(path, max_length, positions_of(model.config))
-        ours = Path(path, "adapter_config.json").is_file() or RECORD in PretrainedConfig.get_config_dict(path)[0]
-        self.as_released = not ours and bool(self.tokenizer.chat_template)
+        self.max_length = longest_input(path, options.max_length, positions_of(model.config))
+        known = Path(path, "adapter_config.json").is_file() or RECORD in PretrainedConfig.get_config_dict(path)[0]
+        self.as_released = not known and bool(self.tokenizer.chat_template)
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`."""
-        answers = encode_answers(requests, self.tokenizer, self.max_length, tally)
-        if self.as_released:
-            answers = [self._released_row(request, row) for request, row in zip(requests, answers)]
+        answers = self.encode(requests, tally)
         rows = score_answers(answers, self._forward, tokens_per_batch=self.tokens_per_batch, tally=tally)
         return [self._table(row.double()).numpy() for row in rows]
+
+    def encode(self, requests: Sequence[Request], tally: Tally) -> list[list[Answer]]:
+        """Return the token ids that the model reads."""
+        answers = encode_answers(requests, self.tokenizer, self.max_length, tally, form=self.form)
+        if not self.as_released:
+            return answers
+        return [self._released_row(request, row) for request, row in zip(requests, answers)]
 
     def _released_row(self, request: Request, row: list[Answer]) -> list[Answer]:
         messages = as_messages(request.prompt)
@@ -78,7 +80,7 @@ class GeneralPreferenceRanker:
         return [replace(a, ids=[*a.ids[:-1], eos], prompt_length=max(end - a.prompt_cut, 1)) for a in row]
 
     def _forward(self, answers: list[Answer]) -> Tensor:
-        """(N, d) embeddings, followed by (N, d/2) scales where the model has a prompt head."""
+        """Return (N, d) embeddings, followed by (N, d/2) scales where the model has a prompt head."""
         input_ids, mask = pad([answer.ids for answer in answers], 0, self.device)
         lengths = torch.tensor([answer.prompt_length for answer in answers], device=self.device)
         embeddings, scales = self.model.embeddings(input_ids, mask, lengths)
@@ -87,5 +89,4 @@ class GeneralPreferenceRanker:
     def _table(self, row: Tensor) -> Tensor:
         embeddings, scales = row[:, : self.dim], row[:, self.dim :]
         # a cut prompt may begin elsewhere for a longer answer, but it ends at the same token: one scale for all
-        # answers
         return preference_table(embeddings, scales[0] if scales.numel() else None, temperature=self.model.temperature)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from prefopt.candidates.backends.http import AttemptFailed, JsonClient
+from prefopt.arguments import ServerArguments, setting
+from prefopt.candidates.backends.http import AttemptFailed, Call, JsonClient
 from prefopt.candidates.pairs import Array
-from prefopt.candidates.rankers.base import Request, Tally, plain_text
+from prefopt.candidates.rankers.base import Ranker, Request, Tally, ordered_pairs, plain_text
 
-TEMPLATE = """Two assistants answered the same request. Decide which answer serves the user better: correct, complete as far as \
-the request asks, honest and clear. Length alone is no merit, and neither is being shown first.
+TEMPLATE = """Two assistants answered the same request. Decide which answer serves the user better: correct, complete \
+as far as the request asks, honest and clear. Length alone is no merit, and neither is being shown first.
 
 <request>
 {prompt}
@@ -40,27 +41,35 @@ _FIELD = re.compile(r"\{(prompt|answer_a|answer_b)\}")
 _VERDICT = re.compile(r"\[\[(A|B|C)\]\]")
 
 
-class JudgeRanker:
-    """Tables (R, R) with ln 9 where the judge prefers the first of an ordered pair, -ln 9 where the second, 0 for neither.
+@dataclass
+class JudgeOptions(ServerArguments):
+    """Options of the judge: its server, and its prompt."""
+
+    judge_template: str | None = setting(
+        None,
+        "judge: file with its prompt, with {prompt}, {answer_a} and {answer_b}; it must ask for [[A]], [[B]] or "
+        "[[C]].",
+    )
+
+
+class JudgeRanker(Ranker):
+    """Tables (R, R) with ln 9 where the judge prefers the first of an ordered pair, -ln 9 where the second, else 0.
 
     Each pair is judged in both orders: in the win probability sigmoid((c_ij - c_ji) / 2) a verdict that follows the
-    order cancels.
-    A reply without exactly one verdict counts as "neither" and among the `unreadable verdicts`.
-
-    Args:
-        model: the model's name at the server.
-        client: talks to the server.
-        template: file with the judge's prompt, with {prompt}, {answer_a} and {answer_b}; None for ours.
-        concurrency: requests under way at once.
+    order cancels. A reply without exactly one verdict counts as "neither" and among the `unreadable verdicts`.
+    The `path` is the model's name at the server.
 
     Raises:
         ValueError: the template lacks a field or cannot be read.
     """
 
-    def __init__(self, model: str, client: JsonClient, *, template: str | None, concurrency: int) -> None:
-        self.client = client
-        self.model = model
-        self.concurrency = concurrency
+    options: ClassVar[type] = JudgeOptions
+
+    def __init__(self, options: Any) -> None:
+        self.client = JsonClient(options.base_url, options.key_variable, options.request_timeout, options.retries)
+        self.model = options.path
+        self.concurrency = options.concurrency
+        template = options.judge_template
         self.template = TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
         missing = [name for name in ("prompt", "answer_a", "answer_b") if "{" + name + "}" not in self.template]
         if missing:
@@ -69,6 +78,11 @@ class JudgeRanker:
                 f"{{answer_b}}."
             )
 
+    @classmethod
+    def source_file(cls, path: str, options: Any) -> Path | None:
+        """See `Ranker.source_file`."""
+        return Path(options.judge_template) if options.judge_template else None
+
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`.
 
@@ -76,16 +90,10 @@ class JudgeRanker:
             ServerError: the server cannot be reached, or failed for good.
             ValueError: more than half of the verdicts are unreadable.
         """
-        pairs = [
-            (row, first, second)
-            for row, request in enumerate(requests)
-            for first in range(len(request.candidates))
-            for second in range(len(request.candidates))
-            if first != second
-        ]
+        pairs = ordered_pairs(requests)
         tables = [np.zeros((len(request.candidates),) * 2) for request in requests]
         replies = self.client.request_all(
-            [partial(self._ask, self.question(requests[row], first, second)) for row, first, second in pairs],
+            [self._call(self.question(requests[row], first, second)) for row, first, second in pairs],
             self.concurrency,
             lambda reply: tally.advance(rows=len(requests) / len(pairs)),
         )
@@ -93,8 +101,8 @@ class JudgeRanker:
         if len(unreadable) > LARGEST_UNREADABLE_SHARE * len(replies):
             raise ValueError(
                 f"{len(unreadable)} of {len(replies)} replies of the judge {self.model!r} hold no single verdict "
-                "[[A]], [[B]] or [[C]]; "
-                f"one of them: {unreadable[0][:200]!r}. Change the template, or take another judge."
+                f"[[A]], [[B]] or [[C]]; one of them: {unreadable[0][:200]!r}. Change the template, or take another "
+                "judge."
             )
         for (row, first, second), reply in zip(pairs, replies, strict=True):
             tables[row][first, second] = verdict(reply) or 0.0
@@ -105,7 +113,7 @@ class JudgeRanker:
         return tables
 
     def question(self, request: Request, first: int, second: int) -> str:
-        """The judge's prompt about one ordered pair; braces in the texts stay as they are."""
+        """Fill in the judge's prompt about one ordered pair; braces in the texts stay as they are."""
         values = {
             "prompt": plain_text(request.prompt),
             "answer_a": request.candidates[first],
@@ -113,14 +121,14 @@ class JudgeRanker:
         }
         return _FIELD.sub(lambda match: values[match.group(1)], self.template)
 
-    def _ask(self, question: str) -> str:
+    def _call(self, question: str) -> Call[str]:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
         }
-        return self.client.request("chat/completions", body, _message)
+        return Call("chat/completions", body, _message)
 
 
 def _message(reply: dict[str, Any]) -> str:
@@ -132,6 +140,6 @@ def _message(reply: dict[str, Any]) -> str:
 
 
 def verdict(reply: str) -> float | None:
-    """The logit that a reply stands for, or None where it does not hold exactly one of the verdicts."""
+    """Return the logit that a reply stands for, or None where it does not hold exactly one of the verdicts."""
     found = set(_VERDICT.findall(reply))
     return VERDICTS[found.pop()] if len(found) == 1 else None

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, DebertaV2Config, DebertaV2Model
+from transformers import AutoConfig, DebertaV2Config, DebertaV2Model
 
 from prefopt.candidates.pairs import Array
-from prefopt.candidates.rankers.base import Request, Tally, length_batches, pad, plain_text
+from prefopt.candidates.rankers.base import (
+    ModelOptions,
+    Ranker,
+    Request,
+    Tally,
+    length_batches,
+    load_tokenizer,
+    ordered_pairs,
+    pad,
+    plain_text,
+)
+from prefopt.files import read_json
 
 SOURCE = "<|source|>"
 FIRST = "<|candidate1|>"
@@ -28,11 +38,10 @@ MARKER_POSITION = 1  # every part starts with [CLS] and its marker
 
 @dataclass(frozen=True)
 class Limits:
-    """How many tokens, [CLS], marker and [SEP] included, are read of a prompt and of each candidate.
+    """Tokens, [CLS], marker and [SEP] included, that are read of a prompt and of each candidate.
 
     A candidate may use `candidate` tokens and half of what its prompt leaves unused of `source`, so that prompt and
-    two
-    candidates never exceed source + 2 candidate (2048 for the published model).
+    two candidates never exceed source + 2 candidate (2048 for the published model).
     """
 
     source: int = 1224
@@ -41,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of a prompt and of its candidates (whose marker is still the neutral one), and which of them were cut."""
+    """Token ids of a prompt and of its candidates (their marker is still the neutral one), and which were cut."""
 
     source: list[int]
     candidates: list[list[int]]
@@ -52,9 +61,8 @@ class EncodedPrompt:
 class PairRanker(nn.Module):
     """Scores ordered pairs of candidates with a DeBERTa-v2/v3 encoder and a two-layer head.
 
-    Formula: with h(.) the encoder's last hidden state at a marker, f a two-layer head and x, a, b prompt and
-    candidates,
-    logit(a beats b) = mean over tasks of f([h(x); h(a)]) - f([h(x); h(b)]), all read in one sequence
+    Formula: with h(.) the encoder's last hidden state at a marker, f a two-layer head, x the prompt, a and b
+    candidates, logit(a beats b) = mean over tasks of f([h(x); h(a)]) - f([h(x); h(b)]), all read in one sequence
     [CLS]<|source|>x[SEP][CLS]<|candidate1|>a[SEP][CLS]<|candidate2|>b[SEP].
 
     Parameter names are those of the published weights (`pretrained_model.*`, `head_layer.*`).
@@ -99,9 +107,8 @@ class PairRanker(nn.Module):
 
         Args:
             path: a folder or hub name. Layout of llm-blender/PairRM: `config.json` with `ranker_type: pairranker`, and
-                the
-                backbone's config and tokenizer under `model_name`; layout of PairRM-hf: the backbone's own config with
-                `n_tasks`.
+                the backbone's config and tokenizer under `model_name`; layout of PairRM-hf: the backbone's own config
+                with `n_tasks`.
             revision: of the hub repository.
             dtype: of the weights.
 
@@ -112,15 +119,17 @@ class PairRanker(nn.Module):
         if not folder.is_dir():
             patterns = ["*.json", "*.model", "model.safetensors", "pytorch_model.bin"]
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-        described = _read_config(folder)
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} holds no config.json.")
+        described = read_json(folder / "config.json")
         weights = _read_weights(folder)
         if described.get("ranker_type") == "pairranker":
             backbone = AutoConfig.from_pretrained(described["model_name"])
-            tokenizer = AutoTokenizer.from_pretrained(described["model_name"])
+            tokenizer = load_tokenizer(described["model_name"])
             limits = Limits(described["source_maxlength"], described["candidate_maxlength"])
         elif described.get("model_type") == "deberta-v2" and "source_prefix_id" in described:
             backbone = DebertaV2Config.from_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = load_tokenizer(str(folder))
             limits = Limits()
         else:
             raise ValueError(
@@ -148,8 +157,13 @@ class PairRanker(nn.Module):
         cut = len(ids) > limit
         return ([*ids[: limit - 1], self.tokenizer.sep_token_id] if cut else ids), cut
 
+    @staticmethod
+    def pair_length(prompt: EncodedPrompt, first: int, second: int) -> int:
+        """Count the tokens of one ordered pair's input."""
+        return len(prompt.source) + len(prompt.candidates[first]) + len(prompt.candidates[second])
+
     def pair_ids(self, prompt: EncodedPrompt, first: int, second: int) -> tuple[list[int], list[int]]:
-        """The input of one ordered pair: its token ids and the positions of its three markers."""
+        """Return the input of one ordered pair: its token ids and the positions of its three markers."""
         parts = [list(prompt.source), list(prompt.candidates[first]), list(prompt.candidates[second])]
         positions, length = [], 0
         for part, marker in zip(parts, (self.source_id, self.first_id, self.second_id)):
@@ -160,10 +174,11 @@ class PairRanker(nn.Module):
         return [token for part in parts for token in part], positions
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, marker_positions: Tensor) -> Tensor:
-        """Logits that the first candidate of each pair beats the second.
+        """Compute the logits that the first candidate of each pair beats the second.
 
         Args:
-            input_ids, attention_mask: (N, T), padded on the right.
+            input_ids: (N, T), padded on the right.
+            attention_mask: (N, T).
             marker_positions: (N, 3), positions of the markers of source, first and second candidate.
 
         Returns:
@@ -176,12 +191,6 @@ class PairRanker(nn.Module):
             torch.cat([source, second], dim=-1)
         )
         return better.mean(dim=-1)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no config.json.")
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -205,40 +214,24 @@ def _load(model: PairRanker, weights: dict[str, Tensor], path: str) -> None:
     model.load_state_dict(weights)
 
 
-class PairRMRanker:
-    """Tables (R, R) of logits that the first candidate of an ordered pair beats the second; both orders are run.
+class PairRMRanker(Ranker):
+    """Tables (R, R) of logits that the first candidate of an ordered pair beats the second; both orders are run."""
 
-    Args:
-        path: folder in one of the two published layouts.
-        dtype, device: of the model.
-        tokens_per_batch: padded tokens in a batch.
-    """
+    options: ClassVar[type] = ModelOptions
+    accelerated_dtype: ClassVar[torch.dtype] = torch.float16  # as published
 
-    def __init__(self, path: str, *, dtype: torch.dtype, device: torch.device, tokens_per_batch: int) -> None:
-        self.model = PairRanker.from_pretrained(path, dtype=dtype).to(device)
-        self.device = device
-        self.tokens_per_batch = tokens_per_batch
+    def __init__(self, options: Any) -> None:
+        self.device, self.tokens_per_batch = options.device, options.tokens_per_batch
+        self.model = PairRanker.from_pretrained(options.path, dtype=options.torch_dtype).to(self.device)
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
         """See `Ranker.rank`."""
         prompts = [self._encode(request, tally) for request in requests]
         tables = [np.zeros((len(request.candidates),) * 2) for request in requests]
-        pairs = [
-            (row, first, second)
-            for row, request in enumerate(requests)
-            for first in range(len(request.candidates))
-            for second in range(len(request.candidates))
-            if first != second
-        ]
-        lengths = [
-            len(prompts[row].source) + len(prompts[row].candidates[first]) + len(prompts[row].candidates[second])
-            for row, first, second in pairs
-        ]
+        pairs = ordered_pairs(requests)
+        lengths = [self.model.pair_length(prompts[row], first, second) for row, first, second in pairs]
         for batch in length_batches(lengths, self.tokens_per_batch):
-            inputs = [
-                self.model.pair_ids(prompts[row], first, second)
-                for row, first, second in (pairs[index] for index in batch)
-            ]
+            inputs = [self.model.pair_ids(prompts[pairs[n][0]], *pairs[n][1:]) for n in batch]
             input_ids, mask = pad([ids for ids, _ in inputs], self.model.tokenizer.pad_token_id, self.device)
             markers = torch.tensor([positions for _, positions in inputs], device=self.device)
             with torch.inference_mode():
@@ -246,7 +239,7 @@ class PairRMRanker:
             for index, logit in zip(batch, logits, strict=True):
                 row, first, second = pairs[index]
                 tables[row][first, second] = logit
-            tokens = sum(len(ids) for ids, _ in inputs)
+            tokens = sum(lengths[index] for index in batch)
             tally.count("tokens", tokens)
             tally.advance(rows=len(batch) * len(requests) / len(pairs), tokens=tokens)
         return tables
