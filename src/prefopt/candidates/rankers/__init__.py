@@ -41,7 +41,9 @@ def _settings() -> list[tuple[str, Any, Any]]:
             name,
             hint,
             dataclasses.field(
-                default=declared.default, metadata={**declared.metadata, "only_for": {"ranker": tuple(readers)}}
+                default=declared.default,
+                # its keys list only what argparse knows, its items list everything
+                metadata={**dict(declared.metadata.items()), "only_for": {"ranker": tuple(readers)}},
             ),
         )
         for name, (hint, declared, readers) in fields.items()
