@@ -203,7 +203,7 @@ def test_arguments_are_checked():
         ({"ranker": "rm"}, "ranker must be one of"),
         ({"model_name_or_path": ""}, "model_name_or_path is missing"),
         ({"max_length": 100}, "max_length is only read with ranker reward-model"),
-        ({"tokens_per_batch": 0}, "at least 1"),
+        ({"ranker": "pair-rm", "tokens_per_batch": 0}, "at least 1"),
         ({"output_dir": "in"}, "is the folder of the candidates"),
         ({"push_to_hub": True}, "belong together"),
     ):
