@@ -74,6 +74,7 @@ def _score_text(recipe: Recipe, classes: Any) -> None:
         batch_layout=args.batch_layout,
         max_tokens=CPU_TOKENS if args.device.type == "cpu" else GPU_TOKENS,
         num_proc=args.dataset_num_proc,
+        show_progress=not args.disable_tqdm,
     )
     accelerator = Accelerator()
     for reference in args.references:

@@ -175,3 +175,44 @@ def test_what_is_there_instead_is_explained(tmp_path):
     assert "the weights changed" in explain_missing(tmp_path, replace(SCORER, weights="x"))
     assert "chat template" in explain_missing(tmp_path, replace(SCORER, tokenizer="x"))
     assert "the dtype" in explain_missing(tmp_path, replace(SCORER, name="renamed", dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "\x00\xff", '{"format": 1}', '{"format": 1, "scorer": {"name": 5}}',
+     '{"format": 1, "scorer": {"name": "a", "weights": "b", "tokenizer": "c", "dtype": "d", "more": 1}}',
+     '{"format": 1, "scorer": "x"}', '{"format": "1"}'],
+)  # fmt: skip
+def test_a_damaged_manifest_is_named_with_the_remedy(tmp_path, content):
+    cache = ScoreCache(tmp_path, SCORER)
+    fill(cache, range(2))
+    cache.flush()
+    manifest = cache.folder / "manifest.json"
+    manifest.write_bytes(content.encode("latin-1"))
+    for read in (lambda: ScoreCache(tmp_path, SCORER), lambda: explain_missing(tmp_path, replace(SCORER, dtype="x"))):
+        with pytest.raises(ValueError, match=r"delete the folder|use another folder") as raised:
+            read()
+        assert str(manifest) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_cache_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match=r"score cache cannot be written: .*file.*2 scores.*`ref_logps_dir`"):
+        ScoreCache(tmp_path / "file", SCORER).check_writable(2)
+    cache = ScoreCache(tmp_path, SCORER)
+    fill(cache, range(2))
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        with pytest.raises(ValueError, match=r"No space left on device\. It needs about 1 MiB.*the same command"):
+            cache.flush()
+    cache.flush()  # the records were kept
+    assert ScoreCache(tmp_path, SCORER).lookup([key(0), key(1)]).found.all()
+
+
+def test_a_full_disk_is_found_before_anything_is_scored(tmp_path):
+    with pytest.raises(ValueError, match="the disk is full"):
+        ScoreCache(tmp_path, SCORER).check_writable(10**15)

@@ -17,19 +17,20 @@ from prefopt.references.cache import ScoreCache
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer, plan_batches
 from prefopt.references.fingerprints import module_fingerprint
-from prefopt.scoring.packing import choose_layout
 from prefopt.scoring.logprobs import install_scoring
+from prefopt.scoring.packing import choose_layout
 from tests.references.helpers import ROWS, pairs, reference, score_plainly
 from tests.tiny import tiny_model
 
 
-def scored(root, ref, data, *, layout="packed", max_tokens=200):
+def scored(root, ref, data, *, layout="packed", max_tokens=200, **options):
     install_scoring(ref.model)
     config = ref.model.config
     chosen, _ = choose_layout(layout, config, pad_token_id=0, longest_sequence=256)
     score = group_scorer(ref.model, chosen, device=torch.device("cpu"))
     scorer = token_scorer(ref.model, config, name=ref.name, dtype="float32")
-    return cached_reference_scores(data, score, scorer, root, max_tokens=max_tokens, padded=layout == "padded")
+    padded = layout == "padded"
+    return cached_reference_scores(data, score, scorer, root, max_tokens=max_tokens, padded=padded, **options)
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +206,10 @@ def test_two_ranks_share_one_cache_for_data_in_memory(tmp_path, policy, data):
     assert len(owners) == 2, "both ranks write"
     for row, (prompt, chosen, _) in zip(table, ROWS):
         assert row["ref_chosen_logps"] == pytest.approx(score_plainly(policy, prompt, chosen)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_scoring_shows_its_progress_unless_it_is_turned_off(tmp_path, policy, data, capsys, shown):
+    scored(tmp_path, policy, data, show_progress=shown)
+    printed = capsys.readouterr().err
+    assert ("Scoring under llama3" in printed and "8/8" in printed and "completions/s" in printed) == shown

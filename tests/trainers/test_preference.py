@@ -37,7 +37,7 @@ TRL_METRICS = {
     "logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected",
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
 }  # fmt: skip
-OUR_METRICS = {"lengths/chosen", "lengths/rejected", "perf/tokens_per_second"}
+OUR_METRICS = {"lengths/chosen", "lengths/rejected", "perf/tokens_per_second", "perf/updates_lost"}
 WPO_METRICS = {
     f"wpo/{name}" for name in ("weight_mean", "weight_min", "weight_max", "clamped_fraction", "effective_pairs")
 }

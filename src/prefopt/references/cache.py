@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefopt.files import atomic_path, content_hash, read_json, write_json
+from prefopt.files import atomic_path, content_hash, read_object, write_json
 
+MANIFEST = "manifest.json"
 FORMAT = 1
 SCORER_VERSION = 1  # of the scoring code: raise it whenever the same model would give other scores
 FLUSH_RECORDS = 2048
@@ -40,6 +43,7 @@ _RECORD = np.dtype(
     ]
 )
 _COLUMNS = tuple(_RECORD.names or ())
+_RECORD_BYTES = _RECORD.itemsize + 16  # with its key
 
 
 def default_folder() -> Path:
@@ -150,14 +154,26 @@ class ScoreCache:
         return len(self._index)
 
     def _check_manifest(self) -> None:
-        path = self.folder / "manifest.json"
+        path = self.folder / MANIFEST
         if not path.exists():
-            raise ValueError(f"{self.folder} holds scores but no manifest.json: delete the folder to score again.")
-        manifest = read_json(path)
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{path} is of format {manifest.get('format')}, expected {FORMAT}: use another folder.")
-        if Scorer(**manifest["scorer"]).key != self.scorer.key:
+            raise ValueError(f"{self.folder} holds scores but no {MANIFEST}: delete the folder to score again.")
+        if _read_manifest(path).key != self.scorer.key:
             raise ValueError(f"{path} describes another scorer than its folder's name: delete the folder.")
+
+    def check_writable(self, records: int) -> None:
+        """Raise a ValueError where the folder cannot be written or has no room for so many more records."""
+        with _writing(self.folder, records):
+            self._write_manifest()
+            probe = self.folder / f".{uuid.uuid4().hex}.probe"
+            probe.write_bytes(bytes(1024))
+            probe.unlink()
+            if shutil.disk_usage(self.folder).free < records * _RECORD_BYTES:
+                raise OSError("the disk is full")
+
+    def _write_manifest(self) -> None:
+        manifest = self.folder / MANIFEST
+        if not manifest.exists():
+            write_json(manifest, {"format": FORMAT, "scorer": asdict(self.scorer)})
 
     def refresh(self) -> None:
         """Read the chunks that other processes have written since the last call."""
@@ -219,23 +235,53 @@ class ScoreCache:
         """Write the pending records as one new chunk file, whole or not at all."""
         if not self._pending:
             return
-        manifest = self.folder / "manifest.json"
-        if not manifest.exists():
-            write_json(manifest, {"format": FORMAT, "scorer": asdict(self.scorer)})
         keys, values = zip(*self._pending)
         records = np.array(list(values), _RECORD)
         columns: dict[str, Any] = {name: records[name] for name in _COLUMNS}
         columns["keys"] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16)
         path = self.folder / f"{uuid.uuid4().hex}.npz"
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, scorer=np.array(self.scorer.key), **columns)
+        with _writing(self.folder, len(keys)):
+            self._write_manifest()
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, allow_pickle=False, scorer=np.array(self.scorer.key), **columns)
         self._pending.clear()
         self._read_chunk(path)
 
 
 def describe_scorers(root: str | Path) -> list[Scorer]:
-    """Return the scorers that have records under `root`."""
-    return [Scorer(**read_json(path)["scorer"]) for path in sorted(Path(root).glob("*/manifest.json"))]
+    """Return the scorers that have records under `root`.
+
+    Raises:
+        ValueError: a manifest is damaged.
+    """
+    return [_read_manifest(path) for path in sorted(Path(root).glob(f"*/{MANIFEST}"))]
+
+
+def _read_manifest(path: Path) -> Scorer:
+    remedy = f"delete the folder {path.parent} to score its rows again"
+    manifest = read_object(path, remedy=remedy)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is of format {manifest.get('format')!r}, expected {FORMAT}: use another folder.")
+    try:
+        scorer = Scorer(**manifest["scorer"])
+        assert scorer.key and isinstance(scorer.name, str)
+    except (KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}.") from error
+    return scorer
+
+
+@contextmanager
+def _writing(folder: Path, records: int) -> Iterator[None]:
+    """Turn errors of the disk into one sentence that says which folder, what is needed, and how to continue."""
+    try:
+        yield
+    except OSError as error:
+        needed = f"about {max(records * _RECORD_BYTES, 2**20) / 2**20:.0f} MiB for {records} scores"
+        raise ValueError(
+            f"The score cache cannot be written: {error.filename or folder}: {error.strerror or error}. It needs "
+            f"{needed}: free space, allow writing, or set `ref_logps_dir` to another folder. What was written is "
+            "kept, and the same command continues."
+        ) from error
 
 
 def explain_missing(root: str | Path, scorer: Scorer) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from prefopt.references.cache import SIDES, UNSCORABLE, ScoreCache, Scorer, Scores, explain_missing, ids_key, text_keys
-from prefopt.references.filling import ScoreGroups, fill, pair_lengths, shared_lookup, unscored_groups
+from prefopt.references.filling import ScoreGroups, fill, on_all_ranks, pair_lengths, shared_lookup, unscored_groups
 from prefopt.references.fingerprints import module_fingerprint
 
 
@@ -45,7 +45,14 @@ def token_scorer(
 
 
 def cached_reference_scores(
-    dataset: Dataset, score: ScoreGroups, scorer: Scorer, root: str | Path, *, max_tokens: int, padded: bool
+    dataset: Dataset,
+    score: ScoreGroups,
+    scorer: Scorer,
+    root: str | Path,
+    *,
+    max_tokens: int,
+    padded: bool,
+    show_progress: bool = True,
 ) -> tuple[Dataset, int]:
     """Attach `ref_chosen_logps` and `ref_rejected_logps` of one reference that reads the policy's token ids.
 
@@ -58,6 +65,7 @@ def cached_reference_scores(
         root: folder of the cache.
         max_tokens: tokens of one forward.
         padded: whether the forward is padded (tokens count per completion) or packed (a prompt counts once).
+        show_progress: on the main process, with rate and time left.
 
     Returns:
         The data set with both columns (float32 values), and how many completions had to be scored.
@@ -70,7 +78,8 @@ def cached_reference_scores(
     keys = [[ids_key(*row) for row in side] for side in columns]
     unscored = [~shared_lookup(cache, side).found for side in keys]
     if groups := unscored_groups(dataset, keys, unscored):
-        fill(cache, groups, score, max_tokens=max_tokens, padded=padded)
+        on_all_ranks(lambda: cache.check_writable(2 * len(groups)))
+        fill(cache, groups, score, max_tokens=max_tokens, padded=padded, show_progress=show_progress)
     for side, side_keys in zip(SIDES, keys):
         name = f"ref_{side}_logps"
         if name in dataset.column_names:

@@ -6,7 +6,6 @@ and throws the result away. Letters: C completions, N pairs.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +22,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt._trl import prepare_deepspeed
+from prefopt.progress import Progress
 from prefopt.references.cache import SIDES, ScoreCache, Scores, ids_digest
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
-
-logger = logging.getLogger(__name__)
+from prefopt.waiting import announced_wait
 
 ScoreGroups = Callable[[Sequence[Group]], torch.Tensor]
 """Groups to the summed log-probs (C,) of their completions, in group order."""
@@ -128,7 +127,13 @@ def plan_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def fill(
-    cache: ScoreCache, groups: Sequence[UnscoredGroup], score: ScoreGroups, *, max_tokens: int, padded: bool
+    cache: ScoreCache,
+    groups: Sequence[UnscoredGroup],
+    score: ScoreGroups,
+    *,
+    max_tokens: int,
+    padded: bool,
+    show_progress: bool = True,
 ) -> None:
     """Score the groups and write their records; all ranks call it with the same groups.
 
@@ -138,6 +143,7 @@ def fill(
         score: one forward.
         max_tokens: tokens of one forward, prompt counted once (packed) or once per completion (padded).
         padded: how tokens count.
+        show_progress: on the main process, with rate and time left.
 
     Raises:
         ValueError: a score is not finite (on every rank, after the finite ones are written).
@@ -145,20 +151,23 @@ def fill(
     state = PartialState()
     sizes = [len(each.keys) * max(each.lengths) if padded else each.group.shared_length for each in groups]
     batches = plan_batches(sizes, max_tokens)
-    rounds = math.ceil(len(batches) / state.num_processes)
-    started = reported = time.monotonic()
     bad: list[str] = []
+    progress = Progress(
+        sum(len(each.keys) for each in groups),
+        f"Scoring under {cache.scorer.name}",
+        unit="completions",
+        shown=show_progress and state.is_main_process,
+    )
     try:
-        for number in range(rounds):
-            place = number * state.num_processes + state.process_index
-            members = [groups[i] for i in batches[min(place, len(batches) - 1)]]
-            logps = score([each.group for each in members])
-            if place < len(batches):
-                bad += _record(cache, members, logps)
-            if state.is_main_process and time.monotonic() - reported > 30:
-                reported = time.monotonic()
-                seconds = reported - started
-                logger.info("%s: %d of %d batches scored in %.0f s", cache.scorer.name, number + 1, rounds, seconds)
+        with progress:
+            for first in range(0, len(batches), state.num_processes):
+                place = first + state.process_index
+                members = [groups[i] for i in batches[min(place, len(batches) - 1)]]
+                logps = score([each.group for each in members])
+                if place < len(batches):
+                    bad += _record(cache, members, logps)
+                of_all_ranks = batches[first : first + state.num_processes]
+                progress.advance(sum(len(groups[i].keys) for batch in of_all_ranks for i in batch))
     finally:
         cache.flush()
     if state.num_processes > 1:
@@ -168,6 +177,19 @@ def fill(
             f"{cache.scorer.name} gives {len(bad)} completions a log-prob that is not finite (the first: {bad[0]}): "
             "its weights are damaged, or the dtype is too narrow."
         )
+
+
+def on_all_ranks(check: Callable[[], None]) -> None:
+    """Run a check on every rank and raise its ValueError on all of them, so that none waits for the others."""
+    faults = []
+    try:
+        check()
+    except ValueError as error:
+        faults.append(str(error))
+    if PartialState().num_processes > 1:
+        faults = gather_object(faults)
+    if faults:
+        raise ValueError(faults[0])
 
 
 def _record(cache: ScoreCache, members: Sequence[UnscoredGroup], logps: torch.Tensor) -> list[str]:
@@ -197,7 +219,8 @@ def shared_lookup(cache: ScoreCache, keys: Sequence[bytes], *, just_written: boo
             every rank.
     """
     state = PartialState()
-    state.wait_for_everyone()
+    with announced_wait("the other ranks to score their share"):
+        state.wait_for_everyone()
     answer: list[Scores | str] = [""]
     if state.is_main_process:
         try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt._transformers import CONFIG_BOOKKEEPING
-from prefopt.files import content_hash, file_hash, read_json, write_json
+from prefopt.files import content_hash, file_hash, read_json, read_object, write_json
 
 _CONFIG_FILES = ("config.json", "adapter_config.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
@@ -30,6 +31,8 @@ _IRRELEVANT = frozenset(
         "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
+# modules that hold the weights of adapters, each under its adapter's name
+_ADAPTER_PARTS = (r"lora_\w+", "modules_to_save", "prompt_encoder")
 # read while loading or tokenising; nothing else of a repository is downloaded
 _NEEDED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
 # the weights once more in Mistral's own format, which transformers neither loads nor downloads
@@ -87,11 +90,16 @@ def files_fingerprint(folder: Path, *, remembered: Path | None = None) -> str:
     weights = next((found for pattern in _WEIGHT_PATTERNS if (found := _loaded(folder, pattern))), [])
     if not configs or not weights:
         raise ValueError(f"{folder} is not a model: it needs a config.json and weights (*.safetensors or *.bin).")
-    known = read_json(remembered) if remembered is not None and remembered.exists() else {}
+    known: dict[str, Any] = {}
+    if remembered is not None:
+        with suppress(OSError, ValueError):  # absent or damaged: everything is hashed anew
+            saved = read_object(remembered, remedy="")
+            known = {name: seen for name, seen in saved.items() if isinstance(seen, list) and len(seen) == 3}
     hashes = [(path.name, _remembered_hash(path, known)) for path in weights]
     if remembered is not None:
-        write_json(remembered, known)
-    settings: list[Any] = [_relevant(read_json(path)) for path in configs]
+        with suppress(OSError):  # scores may be read from a folder that cannot be written
+            write_json(remembered, known)
+    settings: list[Any] = [_relevant(read_object(path, remedy="fetch or save the model again")) for path in configs]
     if (base := adapted_model(folder)) is not None:
         settings.append(files_fingerprint(model_folder(base, download=False), remembered=remembered))
     return content_hash(settings, hashes)
@@ -155,11 +163,13 @@ def _adapter_scales(model: nn.Module, adapter: str) -> list[float]:
 
 
 def _named_tensors(model: nn.Module, adapter: str | None) -> list[tuple[str, torch.Tensor]]:
+    # by the place where adapters keep their weights: an adapter may be called like any module of the model
+    own = None if adapter is None else re.compile(rf"\.({'|'.join(_ADAPTER_PARTS)})\.{re.escape(adapter)}(\.|$)")
     found = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        counts = adapter is not None and f".{adapter}." in f"{name}."
+        counts = own is not None and own.search(name) is not None
         if not counts and any(part in name for part in ("lora_", ".modules_to_save.", "prompt_encoder.")):
             continue
         for wrapper in ("module.", "base_model.model.", "_orig_mod."):

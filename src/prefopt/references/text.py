@@ -21,7 +21,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from prefopt.data.encoding import load_tokenizer, prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
-from prefopt.files import read_json, write_json
+from prefopt.files import read_object, write_json
 from prefopt.references.cache import (
     SIDES,
     UNSCORABLE,
@@ -38,6 +38,7 @@ from prefopt.references.filling import (
     UnscoredGroup,
     fill,
     group_scorer,
+    on_all_ranks,
     pair_lengths,
     prepare_model,
     shared_lookup,
@@ -66,6 +67,7 @@ class ScoringSettings:
         batch_layout: "auto", "packed" or "padded".
         max_tokens: tokens of one forward.
         num_proc: processes that tokenise.
+        show_progress: with rate and time left.
     """
 
     root: Path
@@ -74,6 +76,7 @@ class ScoringSettings:
     batch_layout: str = "auto"
     max_tokens: int = 16384
     num_proc: int | None = None
+    show_progress: bool = True
 
 
 @dataclass
@@ -170,6 +173,7 @@ def score_reference(
     # the main process has written its notes, and all ranks read the same records from here on
     PartialState().wait_for_everyone()
     if groups:
+        on_all_ranks(lambda: cache.check_writable(2 * len(groups)))  # before anything is loaded
         _score(cache, groups, reference, tokenizer.pad_token_id, settings, report, accelerator)
         _write_checks(cache, report)
         if torch.cuda.is_available():
@@ -200,7 +204,8 @@ def _score(
     if reason is not None:
         logger.info("References are scored padded, not packed: %s.", reason)
     score = group_scorer(model, layout, device=device)
-    fill(cache, groups, score, max_tokens=settings.max_tokens, padded=layout.name == "padded")
+    padded, shown = layout.name == "padded", settings.show_progress
+    fill(cache, groups, score, max_tokens=settings.max_tokens, padded=padded, show_progress=shown)
     report.batched_vs_single = _compare_single(cache, groups, score)
 
 
@@ -229,7 +234,7 @@ def _plan(
     faults = rows["fault"] if "fault" in rows.column_names else [None] * len(rows)
     refused = {row_id for row_id, fault in zip(rows["row_id"], faults) if not fault} - set(row_ids)
     report.refused = len(refused)
-    _note(cache, notes | dict.fromkeys(sorted(refused), UNSCORABLE))
+    on_all_ranks(lambda: _note(cache, notes | dict.fromkeys(sorted(refused), UNSCORABLE)))
     return unscored_groups(tokenised, keys, unscored)
 
 
@@ -274,7 +279,7 @@ def _write_checks(cache: ScoreCache, report: ScoringReport) -> None:
 def read_checks(root: Path, scorer: Scorer) -> dict[str, Any]:
     """Return the notes beside the scores: `rows`, `not_prefix`, `batched_vs_single`; empty without any."""
     path = root / scorer.key / CHECKS_FILE
-    return dict(read_json(path)) if path.exists() else {}
+    return read_object(path, remedy="delete this file") if path.exists() else {}
 
 
 def found_scores(rows: Dataset, references: list[str], root: Path, *, dtype: str) -> list[tuple[Scorer, list[Scores]]]:

@@ -42,11 +42,21 @@ from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
 from prefopt.trainers.policy import base_model_of
+from prefopt.trainers.precision import MasterWeights, UpdatesLost, keep_updates
 
 METHOD_STATE_FILE = "method_state.json"
 """File of a checkpoint that holds what `BaseTrainer.method_state` returns."""
 
 _TOTALS = ("num_tokens", "perf/tokens")  # metrics that are added up over the steps of a log, not averaged
+
+
+TRAINING, EVALUATION = "train", "eval"
+"""Names of the data sets in messages, reports and checks."""
+
+
+def evaluated(name: str) -> str:
+    """Return the name of an evaluation set in reports and checks, which no training set has, even if it is "train"."""
+    return name if name.startswith(EVALUATION) else f"{EVALUATION}/{name}"
 
 
 class BaseTrainer(HookedTrainer):
@@ -96,6 +106,8 @@ class BaseTrainer(HookedTrainer):
         self._log_buffer = MetricLog()
         self._watch = FiniteWatch()
         self._update_hook: Any = None
+        self._masters: MasterWeights | None = None
+        self._updates_lost: UpdatesLost | None = None
         self._tokens_seen = 0.0
         self._packing = ""  # what `describe_run` says about the choice of the layout
         self._clock = time.perf_counter()
@@ -169,9 +181,16 @@ class BaseTrainer(HookedTrainer):
 
     # ---- batches
 
+    def _named_datasets(self) -> dict[str, Dataset]:
+        evaluations = self.eval_dataset
+        if isinstance(evaluations, dict):
+            named = {evaluated(key): dataset for key, dataset in evaluations.items()}
+        else:
+            named = {EVALUATION: evaluations}
+        return {name: d for name, d in ({TRAINING: self.train_dataset} | named).items() if d is not None}
+
     def _datasets(self) -> list[Dataset]:
-        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        return [dataset for dataset in (self.train_dataset, *evaluations.values()) if dataset is not None]
+        return list(self._named_datasets().values())
 
     def lengths(self, dataset: Dataset) -> list[GroupLengths]:
         """Return the token counts of every example of `dataset`, counted once."""
@@ -307,6 +326,15 @@ class BaseTrainer(HookedTrainer):
         finally:
             self.restore_attention()
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """See `Trainer.create_optimizer`; updates of 16-bit weights are kept as `master_weights` says."""
+        optimizer = super().create_optimizer(model)
+        if self._updates_lost is not None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return optimizer
+        self._masters = keep_updates(optimizer, self.args)
+        self._updates_lost = UpdatesLost(optimizer, self._masters)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """See `Trainer.create_scheduler`; the schedule may be laid out for more epochs than are trained."""
         if self.args.schedule_epochs is not None:
@@ -353,11 +381,13 @@ class BaseTrainer(HookedTrainer):
         watch, self._watch = self._watch, FiniteWatch()
         watch.check(step=step)
 
-    def stop_before_update(self) -> None:
-        """Have the optimizer check the loss before it changes a weight.
+    def before_first_update(self) -> None:
+        """Have the optimizer check the loss before it changes a weight, and start from the present weights.
 
-        A hook of the innermost optimizer, since DeepSpeed steps within its backward, before any callback.
+        The check is a hook of the innermost optimizer, since DeepSpeed steps within its backward, before any callback.
         """
+        if self._masters is not None:
+            self._masters.follow_weights()
         wrapped: Any = self.model_wrapped if self.is_deepspeed_enabled else self.optimizer
         optimizer = wrapped.basic_optimizer if self.is_deepspeed_enabled else wrapped.optimizer
         if self._update_hook is not None:  # of an earlier call of `train`
@@ -373,6 +403,11 @@ class BaseTrainer(HookedTrainer):
         sums.add_total("num_tokens", weights)  # a prompt counts once per completion, as in TRL
         sums.add_total("perf/tokens", weights > 0)  # every token that was computed counts once
 
+    def record_lost_updates(self) -> None:
+        """Log which share of the weights with a gradient the first steps have not moved so far."""
+        if self._updates_lost is not None and (share := self._updates_lost.take()) is not None:
+            self._log_buffer.append({"perf/updates_lost": share})
+
     def restart_clock(self) -> None:
         """Measure tokens/s from now on."""
         self._clock = time.perf_counter()
@@ -380,7 +415,8 @@ class BaseTrainer(HookedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log to what the Trainer logs."""
         if "loss" in logs:
-            metrics = self._log_buffer.drain(minima=self.metric_minima, maxima=self.metric_maxima, totals=_TOTALS)
+            minima = (*self.metric_minima, "perf/updates_lost")  # of a share that falls from step to step
+            metrics = self._log_buffer.drain(minima=minima, maxima=self.metric_maxima, totals=_TOTALS)
             self._tokens_seen += metrics.get("num_tokens", 0.0)
             tokens = metrics.pop("perf/tokens", 0.0)
             logs |= metrics | {
@@ -485,7 +521,7 @@ class _RunCallback(TrainerCallback):
         self.trainer.probe_sharded(kwargs["train_dataloader"])
         if state.is_world_process_zero:
             print(self.trainer.describe_run())
-        self.trainer.stop_before_update()
+        self.trainer.before_first_update()
         if args.gradient_checkpointing and args.selective_checkpointing:
             # Trainer has turned checkpointing on by now, with the config's options, which hold no function
             layers = base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
@@ -498,6 +534,7 @@ class _RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop on a loss that is not finite where fp16's gradient scaler left the update out, and its hook with it."""
         self.trainer.check_finite(step=state.global_step)
+        self.trainer.record_lost_updates()
 
 
 class PlannedLoader(DataLoader):

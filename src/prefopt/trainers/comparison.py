@@ -24,7 +24,7 @@ from prefopt.data.encoding import with_pad_token
 from prefopt.data.tokenization import TokenizationReport, tokenize_comparisons
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
-from prefopt.trainers.base import BaseTrainer
+from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, evaluated
 from prefopt.trainers.collators import in_rows, step_columns
 from prefopt.trainers.config import BatchConfig, check_unset, choose_precision
 from prefopt.trainers.policy import add_adapter, check_trainable, load_tokenizer
@@ -124,11 +124,6 @@ class ComparisonCollator:
         if "margin" in examples[0]:
             batch["margin"] = torch.tensor([e["margin"] for e in examples], dtype=torch.float32)
         return batch
-
-
-def evaluated(name: str) -> str:
-    """Return the name of an evaluation set in reports and checks, which no training set has, even if it is "train"."""
-    return name if name.startswith("eval") else f"eval/{name}"
 
 
 def ranked(scores: Sequence[float]) -> list[tuple[int, int]]:
@@ -246,8 +241,8 @@ class ComparisonTrainer(BaseTrainer):
         loaded = self.load(model, args, quantization_config)
         processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
         self.data = ComparisonData(args, processing_class, self.check_rows)
-        train_dataset = self.data.prepare(train_dataset, "train")
-        eval_dataset = self.data.prepare(eval_dataset, "eval")
+        train_dataset = self.data.prepare(train_dataset, TRAINING)
+        eval_dataset = self.data.prepare(eval_dataset, EVALUATION)
         self.check_text(loaded, processing_class)
         if peft_config is not None:
             loaded = add_adapter(loaded, args, self.adapter_config(peft_config, loaded))

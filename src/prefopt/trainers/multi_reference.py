@@ -20,6 +20,7 @@ from prefopt.references.cache import SIDES
 from prefopt.references.columns import JoinReport
 from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.scoring.plan import BatchPlan
+from prefopt.trainers.base import TRAINING, evaluated
 from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
@@ -264,9 +265,10 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         dataset, report = with_scores(dataset, args, name)
         if report is not None:
             self.join_reports[name] = report
-        if name == args.validation_set:
-            self._validation = dataset
-        elif name == "train" and WEIGHTINGS[args.weighting].pairs == "validation" and args.validation_set is None:
+        if args.validation_set is not None and name == evaluated(args.validation_set):
+            if self._validation is None:  # a set that is evaluated later may have the same name
+                self._validation = dataset
+        elif name == TRAINING and WEIGHTINGS[args.weighting].pairs == "validation" and args.validation_set is None:
             dataset, self._validation = hold_out_by_prompt(dataset, args.validation_rows, args.seed, tokenizer)
             if args.process_index == 0:
                 rows = len(self._validation)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -17,13 +19,18 @@ from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_c
 from prefopt.scoring.logprobs import install_scoring
 
 REFERENCE_ADAPTER = "ref"
+_RESERVED_NAMES = {
+    REFERENCE_ADAPTER: "the name of the frozen copy that is its reference",
+    "weight": "which PEFT cannot tell from the names of weights when it saves",
+    "bias": "which PEFT cannot tell from the names of weights when it saves",
+}
 
 
 def load_model(
     model: str | PreTrainedModel | PeftModel,
     args: Any,
     quantization_config: Any = None,
-    loader: Callable[..., PreTrainedModel] = create_model_from_path,
+    loader: Callable[..., Any] = create_model_from_path,
 ) -> PreTrainedModel | PeftModel:
     """Load the model where `model` is a name or folder; return one in memory unchanged.
 
@@ -31,7 +38,8 @@ def load_model(
         model: hub name, local folder, or a model in memory (a `PeftModel` too).
         args: trainer config; `model_init_kwargs` and `trust_remote_code` are read.
         quantization_config: passed to the loader.
-        loader: loads a name or folder, given the settings as keywords.
+        loader: loads a name or folder, given the settings as keywords; the default one also takes a local folder that
+            holds an adapter, which is loaded onto its base and trained on.
 
     Raises:
         ValueError: settings for loading were given together with a model in memory.
@@ -49,7 +57,22 @@ def load_model(
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         init["device_map"] = None
     init.setdefault("trust_remote_code", args.trust_remote_code)
+    if loader is create_model_from_path and is_adapter(model):
+        loader = _load_adapter
     return loader(model, **init)
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a local folder holds an adapter and no whole model."""
+    path = Path(name).expanduser()
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
+def _load_adapter(path: str, *, dtype: Any = "float32", **init: Any) -> PeftModel:
+    # peft takes no names of types, unlike transformers
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    folder = str(Path(path).expanduser())
+    return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, dtype=dtype, **init)
 
 
 def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedTokenizerBase:
@@ -164,16 +187,20 @@ def add_adapter(model: PreTrainedModel | PeftModel, args: Any, peft_config: Peft
 def _copy_adapter(model: PeftModel) -> None:
     """Copy the active adapter's present weights into a second, frozen adapter."""
     trained = model.active_adapter
+    if why := _RESERVED_NAMES.get(trained):
+        raise ValueError(f"The model's adapter is called {trained!r}, {why}: load it under another `adapter_name`.")
     if REFERENCE_ADAPTER in model.peft_config:  # of an earlier trainer on this model
         model.delete_adapter(REFERENCE_ADAPTER)
     model.add_adapter(REFERENCE_ADAPTER, model.peft_config[trained])
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if f".{trained}" in name:
-            copied = parameters[name.replace(f".{trained}", f".{REFERENCE_ADAPTER}")]
-            with torch.no_grad():
-                copied.copy_(parameter)
-            copied.requires_grad_(False)
+    # by the containers that hold one entry an adapter, as adapters may be called like any module of the model
+    for container in model.modules():
+        if isinstance(container, (nn.ModuleDict, nn.ParameterDict)) and {trained, REFERENCE_ADAPTER} <= {*container}:
+            entries: list[Any] = [container[REFERENCE_ADAPTER], container[trained]]
+            weights = [[each] if isinstance(each, nn.Parameter) else each.parameters() for each in entries]
+            for copied, parameter in zip(*weights):
+                with torch.no_grad():
+                    copied.copy_(parameter)
+                copied.requires_grad_(False)
 
 
 def _choose_checkpointing(args: Any) -> None:

@@ -22,7 +22,7 @@ from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.logprobs import CompletionScores, score_completions
-from prefopt.trainers.base import BaseTrainer, describe_wrapping
+from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, describe_wrapping, evaluated
 from prefopt.trainers.collators import CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
@@ -406,10 +406,10 @@ class PreferenceTrainer(BaseTrainer):
         tokenizer: PreTrainedTokenizerBase,
     ) -> tuple[Dataset | None, Dataset | dict[str, Dataset] | None]:
         self._args_for_data = args, tokenizer
-        train_dataset = self._prepare(train_dataset, "train")
+        train_dataset = self._prepare(train_dataset, TRAINING)
         if isinstance(eval_dataset, dict):
-            return train_dataset, {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
-        return train_dataset, self._prepare(eval_dataset, "eval")
+            return train_dataset, {key: self._prepare(d, evaluated(key)) for key, d in eval_dataset.items()}
+        return train_dataset, self._prepare(eval_dataset, EVALUATION)
 
     def _prepare(self, dataset: Dataset | None, name: str) -> Dataset | None:
         """Tokenise `dataset` and check the columns that the method needs."""
@@ -453,20 +453,21 @@ class PreferenceTrainer(BaseTrainer):
     def _attach_scores_to_all(self, module: PreTrainedModel | PeftModel | None) -> None:
         # scores that came with the data may be those of any model
         self._scored_by_policy = not any(has_scores(dataset) for dataset in self._datasets())
-        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        datasets = {"train": self.train_dataset, **named}
-        done = self._attach_scores({name: d for name, d in datasets.items() if d is not None}, module)
-        self.train_dataset = done.pop("train", None)
-        self.eval_dataset = done if isinstance(self.eval_dataset, dict) else done.get("eval")
+        done = self._attach_scores(self._named_datasets(), module)
+        self.train_dataset = done.get(TRAINING)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {key: done.get(evaluated(key)) for key in self.eval_dataset}
+        else:
+            self.eval_dataset = done.get(EVALUATION)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate; a data set given here is prepared like the one of the constructor."""
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare_late(dataset, name) for name, dataset in eval_dataset.items()}
+            eval_dataset = {key: self._prepare_late(d, evaluated(key)) for key, d in eval_dataset.items()}
         elif isinstance(eval_dataset, Dataset) and eval_dataset not in self._datasets():
-            eval_dataset = self._prepare_late(eval_dataset, metric_key_prefix)
+            eval_dataset = self._prepare_late(eval_dataset, evaluated(metric_key_prefix))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _prepare_late(self, dataset: Dataset, name: str) -> Dataset:

@@ -157,8 +157,10 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
                 )
             score, count = (value[0] if isinstance(value, list) and value else value for value in (score, count))
             wrong = ""
-            if not isinstance(score, (int, float)):
+            if score is None:
                 wrong = f"has no {column}, though others have"
+            elif not is_number(score):
+                wrong = f"has {column} {score!r}, which is no number"
             elif not -math.inf < score <= LARGEST_LOGP:
                 wrong = f"has {column} {score:g}, which is no sum of log-probs"
             elif count is not None and count != len(ids):
@@ -171,6 +173,11 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
                     f"Row {row} of the {name} data {wrong}. Give every row its scores, or leave the columns out and "
                     "they are computed."
                 )
+
+
+def is_number(value: object) -> bool:
+    """Check whether a value is an int or a float; NaN and infinity are, True is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def has_scores(dataset: Dataset) -> bool:
@@ -229,7 +236,13 @@ def attach_scores(
     with adapter_of_reference(model) if module is None else contextlib.nullcontext():
         for name in missing:
             done[name], scored = cached_reference_scores(
-                datasets[name], score, scorer, folder, max_tokens=tokens, padded=layout.name == "padded"
+                datasets[name],
+                score,
+                scorer,
+                folder,
+                max_tokens=tokens,
+                padded=layout.name == "padded",
+                show_progress=not args.disable_tqdm,
             )
             if accelerator.is_main_process:
                 read = 2 * len(datasets[name]) - scored

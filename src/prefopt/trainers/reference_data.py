@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
 from prefopt.references.text import read_checks, text_scorer
 from prefopt.references.weights import fixed_weights
+from prefopt.trainers.base import TRAINING
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
+from prefopt.trainers.reference import is_number
 from prefopt.trainers.reference_weighting import ReferenceTable
 
 SMALL_SPREAD = 0.05  # nats; below it sigma(beta * margin) moves by about 1 % from one reference to another
@@ -48,7 +51,7 @@ def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> t
     Args:
         dataset: tokenised pairs, uncut.
         args: names the references and the cache.
-        name: of the set; the references' health is checked on "train".
+        name: of the set; the references' health is checked on the training set.
 
     Raises:
         ValueError: scores are missing or not usable, or a reference is quarantined.
@@ -62,37 +65,40 @@ def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> t
         if args.process_index == 0:
             print(f"{name}: scores of {len(scorers)} references taken from {root}; {report}.", flush=True)
     check_scores(dataset, args, name)
-    if name == "train":
+    if name == TRAINING:
         check_health(dataset, args, checks)
     return dataset, report
 
 
 def check_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> None:
     """Raise where scores are missing, not finite, or of another number of references."""
+    count = len(args.references or ())
     for column in REFERENCE_COLUMNS:
         if column not in dataset.column_names:
             raise ValueError(
                 f"The {name} data has no column {column!r}. Name the `references` and `ref_logps_dir`, or give data "
                 "with their scores."
             )
-        values = dataset[column]
-        if not isinstance(values[0], list):
+        values = list(dataset[column])
+        if not isinstance(values[0], list) or not values[0]:
             raise ValueError(
                 f"Column {column!r} of the {name} data must hold a list with one number for each reference."
             )
-        count = len(args.references) if args.references else len(dataset[0]["ref_chosen_logps"])
-        wrong = next((row for row, numbers in enumerate(values) if None in numbers or len(numbers) != count), None)
-        if wrong is None:
-            numbers = torch.tensor(values)
-            fine = (torch.isfinite(numbers) & ((numbers > 0) | column.endswith("logps"))).all(dim=1)
-            wrong = None if bool(fine.all()) else int((~fine).nonzero()[0])
+        count = count or len(values[0])  # without names, of the first row
+        least = 0.0 if column.endswith("counts") else -math.inf
+        wrong = next((row for row, numbers in enumerate(values) if not _are_numbers(numbers, count, least)), None)
         if wrong is not None:
             raise ValueError(
                 f"Column {column!r} of the {name} data, row_id {dataset[wrong]['row_id']}: {values[wrong]} should be "
-                f"{count} finite numbers" + (", above 0." if column.endswith("counts") else ".")
+                f"{count} finite numbers" + (", above 0." if least == 0 else ".")
             )
     if args.reference_weights is not None:
         fixed_weights(args.reference_weights, count)
+
+
+def _are_numbers(values: Any, count: int, least: float) -> bool:
+    right = isinstance(values, list) and len(values) == count
+    return right and all(is_number(each) and least < each < math.inf for each in values)
 
 
 def hold_out_by_prompt(

@@ -30,6 +30,7 @@ from prefopt.losses.reward import adversarial_reward_loss, bradley_terry_loss, r
 from prefopt.models.heads import ADAPTER_RECORD, HeadedModel
 from prefopt.models.reward import RewardModel
 from prefopt.scoring.logprobs import attention_mask_of
+from prefopt.trainers.base import TRAINING
 from prefopt.trainers.comparison import ComparisonConfig, ComparisonTrainer, as_table, ranked
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.policy import base_model_of, load_model
@@ -148,9 +149,8 @@ class HeadTrainer(ComparisonTrainer):
 
     def run_model(self, model: Any, batch: dict[str, Any], **inputs: Tensor) -> Any:
         """Run one forward over the batch's responses, through whatever wraps the model."""
-        mask = attention_mask_of(model, batch)
         shared = {name: batch[name] for name in ("input_ids", "position_ids", "last_index")}
-        return model(attention_mask=mask, **shared, **inputs)
+        return model(attention_mask=attention_mask_of(model, batch), **shared, **inputs)
 
     def why_not_packed(self) -> str | None:
         """Give each sequence a separate row for heads that read every token of it."""
@@ -376,7 +376,7 @@ class AdversarialRewardTrainer(RewardTrainer):
             raise ValueError(
                 f"The {name} set has margins, which the adversarial loss does not read; remove the column."
             )
-        if name != "train":
+        if name != TRAINING:
             return
         adversarial = sum(dataset["is_adversarial"])
         if not adversarial:
