@@ -31,14 +31,17 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from prefopt import files
 from prefopt._transformers import HookedTrainer, attention_of
+from prefopt.data.encoding import vocabulary_fingerprint
+from prefopt.data.rows import REFERENCE_COLUMNS
+from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import by_parts
 from prefopt.scoring.layouts import Layout, choose_layout
 from prefopt.scoring.plan import BatchPlan, GroupLengths
-from prefopt.trainers.checkpoints import check_saved_shapes, last_checkpoint
+from prefopt.trainers.checkpoints import check_origin, check_saved_shapes, last_checkpoint
 from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
-from prefopt.trainers.policy import base_model_of
+from prefopt.trainers.policy import base_model_of, weights_fingerprint
 
 CPU_ROW_TOKENS = 1024
 """Capacity of a packed row on a CPU where its mask is dense: it costs the square of the row."""
@@ -105,6 +108,7 @@ class BaseTrainer(HookedTrainer):
         self._watch = FiniteWatch()
         self._update_hook: Any = None
         self._tokens_seen = 0.0
+        self._origin: dict[str, str] = {}
         self._row_lengths: tuple[int, ...] = ()
         self._clock = time.perf_counter()
         super().__init__(
@@ -159,7 +163,20 @@ class BaseTrainer(HookedTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside model, optimizer and schedule (JSON values)."""
-        return {"num_tokens": self._tokens_seen + self._log_buffer.total("num_tokens")}
+        tokens = self._tokens_seen + self._log_buffer.total("num_tokens")
+        return {"num_tokens": tokens} | ({"origin": self._origin} if self._origin else {})
+
+    def origin(self) -> dict[str, str]:
+        """Return fingerprints of all that a run starts from, before it trains; all ranks call it."""
+        rows: Any = self.train_dataset
+        found = {
+            "the training data": rows_fingerprint(rows, set(rows.column_names) - set(REFERENCE_COLUMNS)),
+            "the tokenizer": vocabulary_fingerprint(self.processing_class),
+            "the chat template": files.content_hash(self.processing_class.chat_template),
+        }
+        if self.state.global_step == 0 and (policy := weights_fingerprint(self.model)) is not None:
+            found["the model that is trained"] = policy
+        return found
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Restore what `method_state` returned."""
@@ -277,8 +294,17 @@ class BaseTrainer(HookedTrainer):
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
-        if resume_from_checkpoint and (state := Path(resume_from_checkpoint) / METHOD_STATE_FILE).exists():
-            self.load_method_state(files.read_json(state))
+        if (
+            not self._origin
+            and self.train_dataset is not None
+            and (self.args.save_strategy != "no" or resume_from_checkpoint)
+        ):
+            self._origin = self.origin()
+        if resume_from_checkpoint and (file := Path(resume_from_checkpoint) / METHOD_STATE_FILE).exists():
+            state = files.read_json(file)
+            before = state.get("origin")
+            check_origin(str(resume_from_checkpoint), before, self._origin, may_change=self.args.resume_changed)
+            self.load_method_state(state)
         self.restart_clock()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -32,6 +33,33 @@ def is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def check_origin(
+    checkpoint: str, saved: Mapping[str, str] | None, now: Mapping[str, str], *, may_change: bool
+) -> None:
+    """Check that a run continues from what its checkpoint was made from.
+
+    Args:
+        checkpoint: its folder.
+        saved: name -> fingerprint of data, tokenizer, template, policy and reference; None in checkpoints of before.
+        now: the same of this run.
+        may_change: print what has changed instead of raising.
+
+    Raises:
+        ValueError: something has changed; the message names it.
+    """
+    if saved is None:
+        print_on_main(f"{checkpoint} does not say which data and models it was made from: they are not compared.")
+        return
+    changed = [name for name in saved if name in now and saved[name] != now[name]]
+    if changed and may_change:
+        print_on_main(f"Since {checkpoint} was made, this has changed: {', '.join(changed)}.")
+    elif changed:
+        raise ValueError(
+            f"Since {checkpoint} was made, this has changed: {', '.join(changed)}. Restore it, start afresh in "
+            "another `output_dir`, or continue with the change by `resume_changed: true`."
+        )
 
 
 def check_saved_shapes(folder: Path) -> None:

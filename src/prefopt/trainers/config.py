@@ -77,6 +77,11 @@ class BatchConfig(SecretsStayOut, _Mixin):
         "With `gradient_checkpointing`: keep the results of matrix products and attention and recompute only the "
         "rest; more memory, less time.",
     )
+    resume_changed: bool = setting(
+        False,
+        "Continue from a checkpoint although data, tokenizer, chat template, policy or reference have changed since.",
+        decides_result=False,
+    )
     schedule_epochs: float | None = setting(
         None,
         "Epochs that the learning-rate schedule (warm-up included) is laid out for, where training stops earlier, "
