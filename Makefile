@@ -5,6 +5,7 @@
 #   make test              the whole offline test suite
 #   make quality           what CI checks: lint, format, types, imports;  make style fixes the first two
 #   make fuzz              random inputs to everything that reads what others wrote, for two minutes
+#   make faults            kill every command at random times and compare the ends (ARGS='--kills 100 --seed 1')
 #   make bench             our padded path against TRL's DPOTrainer on this machine
 #   make test-oldest       the fast tests on the oldest versions that pyproject.toml allows (an environment of its own)
 #   make test-newest       the fast tests on the newest versions that the index has (an environment of its own)
@@ -22,10 +23,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 # Nothing is downloaded at run time.
 RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-SOURCES := src tests scripts benchmarks examples docs/file_tree.py
+SOURCES := src tests scripts benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup style quality test test-oldest test-newest quickstart fuzz bench clean
+.PHONY: help setup style quality test test-oldest test-newest quickstart fuzz faults bench clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -70,6 +71,9 @@ quickstart: $(READY)
 
 fuzz: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
+
+faults: $(READY)
+	$(RUN) $(BIN)/python -m tests.faults $(ARGS)
 
 bench: $(READY)
 	$(RUN) $(BIN)/python benchmarks/step_throughput.py --layouts padded $(ARGS)

@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prefopt import WPOConfig, WPOTrainer
 from prefopt.cli import main
 from prefopt.data import DataArguments, DataSource, load_datasets
+from tests.tiny import tiny_tokenizer
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
 
@@ -105,13 +106,22 @@ CASES = {
     "prompt as long as everything": ({"max_prompt_length": 96}, None, ["max_prompt_length", "96"]),
     "beta not positive": ({"beta": 0}, None, ["beta", "positive"]),
     "no output folder": ({"output_dir": None}, None, ["output_dir is missing"]),
-    "another model in the folder": ({}, earlier_run,
-        ["already holds a trained model: replace it with --overwrite_output_dir"]),
+    "another model in the folder": (
+        {},
+        earlier_run,
+        ["already holds a trained model: replace it with --overwrite_output_dir"],
+    ),
     "resuming another model": ({"resume_from_checkpoint": True}, earlier_run, ["a trained model of other settings"]),
-    "another run in the folder": ({}, earlier_checkpoint,
-        ["reached step 7: continue it with --resume_from_checkpoint"]),
-    "resuming another run": ({"resume_from_checkpoint": True}, earlier_checkpoint,
-        ["other settings", "learning_rate was 1.0"]),
+    "another run in the folder": (
+        {},
+        earlier_checkpoint,
+        ["reached step 7: continue it with --resume_from_checkpoint"],
+    ),
+    "resuming another run": (
+        {"resume_from_checkpoint": True},
+        earlier_checkpoint,
+        ["other settings", "learning_rate was 1.0"],
+    ),
     "overwriting the model": (
         {"model_name_or_path": "{folder}/model/", "output_dir": "{folder}", "overwrite_output_dir": True},
         without_template,
@@ -122,8 +132,11 @@ CASES = {
         lambda folder, model: LoraConfig(base_model_name_or_path="./nowhere").save_pretrained(folder / "adapter"),
         ["model_name_or_path './nowhere'"],
     ),
-    "resuming and overwriting": ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, None,
-        ["give one of them"]),
+    "resuming and overwriting": (
+        {"resume_from_checkpoint": True, "overwrite_output_dir": True},
+        None,
+        ["give one of them"],
+    ),
     "no such checkpoint": ({"resume_from_checkpoint": "{folder}/x"}, None, ["holds no whole checkpoint"]),
     "adapter on the head": (
         {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]},
@@ -131,10 +144,16 @@ CASES = {
         ["recipe.yaml, line", "lm_head", "lora_modules_to_save"],
     ),
     "adapter settings without adapter": ({"lora_r": 8}, None, ["lora_r needs use_peft: true"]),
-    "no pairs in a batch": ({"per_device_train_batch_size": 0}, None,
-        ["per_device_train_batch_size` must be at least 1"]),
-    "no accumulation step": ({"gradient_accumulation_steps": 0}, None,
-        ["gradient_accumulation_steps` must be at least 1"]),
+    "no pairs in a batch": (
+        {"per_device_train_batch_size": 0},
+        None,
+        ["per_device_train_batch_size` must be at least 1"],
+    ),
+    "no accumulation step": (
+        {"gradient_accumulation_steps": 0},
+        None,
+        ["gradient_accumulation_steps` must be at least 1"],
+    ),
     "negative learning rate": ({"learning_rate": -1}, None, ["learning_rate"]),
     "beta without end": ({"beta": float("inf")}, None, ["beta", "positive"]),
     "compressed data cut short": (
@@ -143,18 +162,22 @@ CASES = {
         ["rows.jsonl.gz", "could not be read"],
     ),
     "uncompressed data under a compressed name": (
-        {"dataset_name": "{folder}/rows.jsonl.gz"}, write("rows.jsonl.gz", ROW),
+        {"dataset_name": "{folder}/rows.jsonl.gz"},
+        write("rows.jsonl.gz", ROW),
         ["rows.jsonl.gz", "could not be read"],
     ),
     "uneven batch": ({"global_batch_size": 0}, None, ["global_batch_size 0"]),
-    "two batch sizes": ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, None,
-        ["two ways to say one thing"]),
+    "two batch sizes": (
+        {"global_batch_size": 8, "gradient_accumulation_steps": 2},
+        None,
+        ["two ways to say one thing"],
+    ),
     "attention that needs a GPU": ({"attn_implementation": "flash_attention_2"}, None, ["needs a GPU"]),
     "WPO without weights": ({"use_weighting": False}, None, ["use_weighting"]),
     "streamed data": ({"dataset_streaming": True}, None, ["dataset_streaming", "only False is possible"]),
     "reference scores of other data": (
         {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
-        write("rows.jsonl", SCORED.format(score="-3.5, \"ref_chosen_counts\": 9")),
+        write("rows.jsonl", SCORED.format(score='-3.5, "ref_chosen_counts": 9')),
         ["ref_chosen_logps of 9 tokens and 2 tokens to score", "other data"],
     ),
     "reference scores that are none": (
@@ -172,7 +195,7 @@ CASES = {
         write("rows.jsonl", SCORED.format(score="-3.5") + SCORED.format(score="null").replace('"a"', '"d"')),
         ["ref_chosen_logps"],
     ),
-}  # fmt: skip
+}
 
 
 # the model in the folder has no chat template either; the attention's package is not installed
@@ -273,3 +296,33 @@ def test_recipe_written_beside_the_model_is_never_half_there(tmp_path, model, da
     assert "the trainer cannot be built" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert yaml.safe_load(recipe.read_text())["output_dir"] == str(tmp_path / "out")
+
+
+def gpt2(folder, **settings):
+    tokenizer = tiny_tokenizer("llama3")
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=16, n_layer=1, n_head=2, **{"vocab_size": len(tokenizer), "n_positions": 512, **settings}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_positions": 24}, "learned 24 positions: set `max_length` to at most 24"),
+        ({"vocab_size": 100}, "but the model has 100 embeddings"),
+    ],
+)
+@pytest.mark.parametrize("command", ["wpo", "reward-model", "check"])
+def test_ids_and_lengths_beyond_the_models_tables(tmp_path, data, capsys, monkeypatch, settings, words, command):
+    """Found before weights are loaded: in training they are an IndexError, on a GPU a device assertion."""
+    gpt2(tmp_path / "model", **settings)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    recipe = tiny_recipe(tmp_path, tmp_path / "model", data, method=None if command == "reward-model" else "wpo")
+    if command == "reward-model":
+        recipe.write_text(recipe.read_text().replace("max_prompt_length: 48", "pooling: last"))
+    assert main([command, str(recipe)]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err + printed.out
+    assert "Traceback" not in printed.err

@@ -97,3 +97,10 @@ def test_a_lock_keeps_others_out_until_its_holder_ends_or_is_killed(tmp_path):
     holder.communicate()
     with locked(folder):
         pass
+
+
+def test_what_a_killed_writer_left_half_written_is_removed_under_the_lock(tmp_path):
+    (tmp_path / ".state.json.abc.partial").write_text("{")
+    (tmp_path / "kept.partial").write_text("not ours")
+    with locked(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "kept.partial"]

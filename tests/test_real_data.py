@@ -1,4 +1,4 @@
-"""WPO on real preference data through the real script: AlpacaEval's candidates as pairs, and HH dialogues. Skipped where the data is absent."""
+"""WPO on real preference data through the real script: AlpacaEval's candidates as pairs, and HH dialogues."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason="th
 
 
 def alpaca_pairs() -> list[dict]:
-    """The best candidate against the worst by the judge's win probability, ties as in WPO v2; all 603 prompts that do not tie throughout."""
+    """Best against worst candidate by the judge's win probability, ties as in WPO v2; all 603 prompts not all tied."""
     rows = []
     for record in files.read_jsonl(DATA / "alpaca_candidates.jsonl.gz"):
         texts = [candidate["text"] for candidate in record["candidates"]]
         scores = [candidate["win_prob"] for candidate in record["candidates"]]
-        for pair in select_pairs(texts, scores, policy="wpo_v2"):
-            rows.append(
-                {
-                    "prompt": [{"role": "user", "content": record["prompt"]}],
-                    "chosen": [{"role": "assistant", "content": texts[pair.chosen]}],
-                    "rejected": [{"role": "assistant", "content": texts[pair.rejected]}],
-                }
-            )
+        rows += [
+            {
+                "prompt": [{"role": "user", "content": record["prompt"]}],
+                "chosen": [{"role": "assistant", "content": texts[pair.chosen]}],
+                "rejected": [{"role": "assistant", "content": texts[pair.rejected]}],
+            }
+            for pair in select_pairs(texts, scores, policy="wpo_v2")
+        ]
     return rows
 
 
@@ -61,11 +61,26 @@ def test_wpo_trains_on_real_pairs_and_evaluates_on_a_held_out_tenth(name, tmp_pa
     tokenizer.save_pretrained(tmp_path / "model")
     files.write_jsonl(tmp_path / "pairs.jsonl", rows)
     recipe = {
-        "model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tmp_path / "pairs.jsonl"), "test_split_size": 0.1,
-        "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "num_train_epochs": 1,
-        "learning_rate": 1e-3, "beta": 0.1, "max_length": 512, "max_prompt_length": 256, "logging_steps": 10, "eval_strategy": "epoch",
-        "eval_on_start": True, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no",
-    }  # fmt: skip
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "test_split_size": 0.1,
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "beta": 0.1,
+        "max_length": 512,
+        "max_prompt_length": 256,
+        "logging_steps": 10,
+        "eval_strategy": "epoch",
+        "eval_on_start": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, str(ROOT / "scripts" / "run_wpo.py"), str(tmp_path / "recipe.yaml")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

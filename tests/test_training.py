@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.cli import arguments_of, main
+from prefopt.data import RowTokenizer
 from prefopt.recipes import build, read_recipe
 from prefopt.run import batch_sizes
 from tests.tiny import tiny_model
@@ -166,6 +168,36 @@ def test_global_batch(values, processes, expected):
 def test_a_global_batch_that_does_not_divide():
     with pytest.raises(ValueError, match="64 cannot be divided evenly over 6 processes"):
         batch_sizes({"global_batch_size": 64}, arguments_of("wpo")[0], 6)
+
+
+@pytest.mark.parametrize("command", ["wpo", "reward-model"])
+def test_each_row_is_visited_once(tmp_path, model, data, capsys, monkeypatch, command):
+    """Read, templated, encoded, cut and counted in one map; the trainer takes the result as it is."""
+    mapped, read = [], []
+    whole, one = datasets.Dataset.map, RowTokenizer.read
+
+    def map_rows(dataset, *args, **options):
+        mapped.append(len(dataset))
+        return whole(dataset, *args, **options)
+
+    def read_row(self, row, *args):
+        read.append(str(row))
+        return one(self, row, *args)
+
+    monkeypatch.setattr(datasets.Dataset, "map", map_rows)
+    monkeypatch.setattr(RowTokenizer, "read", read_row)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    mixer = {str(data / "train.jsonl"): 0.5, str(data / "test.jsonl"): 1.0}
+    recipe = tiny_recipe(
+        tmp_path, model, data, method=None, dataset_name=None, dataset_mixer=mixer, test_split_size=3, do_eval=True
+    )
+    if command == "reward-model":
+        recipe.write_text(recipe.read_text().replace("max_prompt_length: 48", "pooling: last"))
+    run(recipe, command=command, capsys=capsys)
+    printed = capsys.readouterr().out
+    assert "train: 7 rows read, 7 kept" in printed and "eval: 3 rows read, 3 kept" in printed
+    assert mapped == [6, 4]  # half of the first source, all of the second
+    assert len(read) == len(set(read)) == 10
 
 
 def test_one_file_has_no_test_split(tmp_path, model, data, capsys):

@@ -12,12 +12,13 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefopt import __version__
 from prefopt.arguments import masked
 from prefopt.launch import (
     USER_MISTAKE,
+    end_with_launcher,
     exit_process,
     is_launched,
     launch,
@@ -45,7 +46,7 @@ class Command:
     module: str
     arguments: tuple[str, ...] = ()
     function: str = "run"
-    rows: str = ""  # what a method trains on; tools have none
+    rows: Literal["", "pairs", "comparisons"] = ""  # what a method trains on; tools have none
     launched: bool = False  # a tool that may run on several processes, as every method may
     aliases: str = ""  # the module's table of older names of its keys
 
@@ -195,6 +196,7 @@ def _run(words: list[str]) -> int:
 
 
 def _run_command(name: str, words: list[str]) -> int:
+    end_with_launcher()
     for message in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     command = COMMANDS[name]
@@ -211,7 +213,7 @@ def _run_command(name: str, words: list[str]) -> int:
         return launch(launch_settings, [name, *without_launch_words(words)])
     for notice in recipe.notices:
         print_on_main(notice)
-    if command.is_method:
+    if command.rows:
         from prefopt.training import train
 
         train(name, function_of(name), command.rows, recipe, classes)

@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -119,7 +121,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
-    rows = []
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Read one JSON object a line from `path`, each when it is asked for; see `read_jsonl`."""
     with _opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -128,10 +134,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            except RecursionError:
+                raise ValueError(f"{path}, line {number}: JSON of too many levels.") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:
@@ -265,22 +272,58 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Seconds that a lock is waited for: what a killed command has left (workers that notice its end, a GPU's memory) takes
+# some to end.
+LOCK_WAIT = 5.0
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+
+
 @contextmanager
-def locked(folder: str | os.PathLike[str], *, name: str = ".lock") -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], *, name: str = ".lock", remove: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, made if absent, so that no second command writes there.
 
-    The operating system releases it when its holder ends, killed or not; the lock file itself stays.
+    It is released when its holder ends, however it ends; half-written files that a killed holder left are removed.
+    On a file system without locks a line says so, and the block runs without one.
+
+    Args:
+        folder: what is locked.
+        name: the lock's file in it.
+        remove: delete that file at the end; otherwise it stays, empty.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, and still does after `LOCK_WAIT` seconds.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder) / name)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"{folder}: another command is at work there. Wait for it, or give another folder.") from None
+    if not _acquired(lock):
+        raise ValueError(f"{folder}: another command is at work there. Wait for it, or give another folder.")
+    remove_partial_files(folder)
     try:
         yield
     finally:
+        if remove:  # before the release, so that nobody can be holding the file that is removed
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def remove_partial_files(folder: str | os.PathLike[str]) -> None:
+    """Remove half-written files that killed writers left in a folder; only the holder of its lock may."""
+    for leftover in Path(folder).glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
+def _acquired(lock: FileLock) -> bool:
+    deadline = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            lock.acquire(blocking=False)
+            return True
+        except Timeout:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            print(f"prefopt: {lock.lock_file}: no locks here, so a second command is not noticed.", file=sys.stderr)
+            return True

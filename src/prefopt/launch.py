@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 from typing import Any, NoReturn
@@ -26,6 +28,10 @@ LAUNCH_KEYS = frozenset(
         "gpu_ids",
     }
 )
+# Asked for at the first import: once a launcher has ended, its processes have another parent.
+PARENT = os.getppid()
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+LAUNCHER_ENDED = 1  # exit status of a process whose launcher has ended
 USER_MISTAKE = 2  # exit status of a process that has printed one line about it
 
 
@@ -42,6 +48,26 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end_with_launcher() -> None:
+    """Let this process end as soon as its launcher does; without a launcher nothing changes.
+
+    Ranks that outlive a killed launcher would train on, and write into the folder in which the run has been started
+    again. On Linux the kernel kills them, even in the middle of a collective; `check_launcher` serves elsewhere.
+    """
+    if is_launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    check_launcher()  # it may have ended before the signal was asked for
+
+
+def check_launcher() -> None:
+    """End this process at once if its launcher has ended."""
+    if is_launched() and os.getppid() != PARENT:
+        print(
+            f"prefopt: the launcher (process {PARENT}) has ended; so does rank {rank()}.", file=sys.stderr, flush=True
+        )
+        os._exit(LAUNCHER_ENDED)
 
 
 def exit_process(status: int) -> NoReturn:

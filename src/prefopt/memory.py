@@ -187,7 +187,9 @@ def estimate(
     if trained != shape.parameters:
         weights += size * trained  # the adapter
     copied = size == 4 and bf16 and not deepspeed and not launch.fsdp
-    states = optimizer_bytes(optimizer) + (4 if deepspeed and bf16 else 0)
+    # DeepSpeed's float32 master copies; ours of 16-bit weights, with their gradients during the optimizer's step
+    copies = 4 if deepspeed and bf16 else 8 if size == 2 and not launch.fsdp else 0
+    states = optimizer_bytes(optimizer) + copies
     on_gpu = 0 if launch.offload_weights else 1
     one_layer = tokens * (16 * shape.width + 6 * shape.feed_forward) * 2
     recomputed = 2 * tokens * shape.width * shape.layers + one_layer

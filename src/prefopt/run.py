@@ -39,7 +39,7 @@ from prefopt.trainers.policy import load_model
 
 # may differ between a run and its continuation: where it writes, what it reports, how long it goes on
 FREE_TO_CHANGE = names_without_effect(RunArguments) | {
-    "output_dir", "resume_from_checkpoint", "resume_changed", "num_train_epochs", "max_steps",
+    "output_dir", "resume_from_checkpoint", "resume_changed", "num_train_epochs", "max_steps", "master_weights",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
     "logging_strategy", "logging_steps", "logging_first_step",

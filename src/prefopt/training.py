@@ -1,12 +1,14 @@
 """One training run from a recipe: data first, then the model, then training, evaluation and what is kept.
 
-`train` is the whole of it; everything that can be wrong is looked at before any weights are loaded and before anything
+`train` is the whole of it; everything that can be wrong is checked before any weights are loaded and before anything
 is written.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,13 +17,21 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import get_token
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
-from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
-from prefopt.files import read_json, storage_fault
-from prefopt.launch import print_on_main, rank, world_size
+from prefopt.data import (
+    RowTokenizer,
+    TokenizationReport,
+    Truncation,
+    check_fits_model,
+    describe_sample,
+    load_tokenized,
+)
+from prefopt.data.rows import Kind
+from prefopt.files import locked, read_json, storage_fault
+from prefopt.launch import check_launcher, print_on_main, rank, world_size
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, before_training
@@ -33,6 +43,7 @@ from prefopt.run import (
     check_output,
     check_reference,
     data_warnings,
+    is_adapter,
     is_finished,
     load_tokenizer,
     missing_packages,
@@ -43,14 +54,18 @@ from prefopt.run import (
     single_model,
 )
 from prefopt.trainers.config import model_options
+from prefopt.waiting import announced_wait, watch_extension_locks
+
+# The Trainer's push to the hub leaves out files whose names begin with an underscore.
+LOCK_FILE = "_lock"
 
 
 def shared_arguments() -> tuple[type, ...]:
-    """The dataclasses whose keys every training method has, beside its own config."""
+    """Return the dataclasses whose keys every training method has, beside its own config."""
     return (DatasetArguments, ModelConfig, RunArguments)
 
 
-def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]) -> None:
+def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: Sequence[type]) -> None:
     """Run one training method.
 
     Args:
@@ -63,86 +78,121 @@ def train(method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: S
     Raises:
         ValueError: a user's mistake; nothing is left in output_dir.
     """
-    trainer, data_args, output_dir, start, resolved = _prepare(method, trainer_class, rows, recipe, classes)
-    trainer.accelerator.wait_for_everyone()
-    with writing_to(output_dir, trainer):
-        if trainer.is_world_process_zero():
-            open_folder(output_dir, resolved, overwrite=bool(recipe.values.get("overwrite_output_dir")))
-        trainer.accelerator.wait_for_everyone()
-        trained = fit(trainer, start)
-        if trainer.is_world_process_zero() and not (output_dir / RECIPE_FILE).exists():
-            open_folder(output_dir, resolved, overwrite=False)  # somebody has emptied the folder meanwhile
-        if not trained and is_finished(output_dir, evaluated=trainer.eval_dataset is not None):
-            print_on_main(f"{output_dir}: the run had reached its end already; its model and figures are unchanged.")
-            return
-        finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+    watch_extension_locks()
+    with _locked_output(recipe):
+        trainer, data_args, output_dir, start, resolved = _prepare(method, trainer_class, rows, recipe, classes)
+        with announced_wait("the other ranks to load model and data"):
+            trainer.accelerator.wait_for_everyone()
+        with writing_to(output_dir, trainer):
+            if trainer.is_world_process_zero():
+                open_folder(output_dir, resolved, overwrite=bool(recipe.values.get("overwrite_output_dir")))
+            with announced_wait("the first rank to open the run's folder"):
+                trainer.accelerator.wait_for_everyone()
+            trained = fit(trainer, start)
+            if trainer.is_world_process_zero() and not (output_dir / RECIPE_FILE).exists():
+                open_folder(output_dir, resolved, overwrite=False)  # somebody has emptied the folder meanwhile
+            if not trained and is_finished(output_dir, evaluated=trainer.eval_dataset is not None):
+                print_on_main(
+                    f"{output_dir}: the run had reached its end already; its model and figures are unchanged."
+                )
+                return
+            finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+
+
+@contextmanager
+def _locked_output(recipe: Recipe) -> Iterator[None]:
+    """Hold the lock of the run's folder, on the first process; folders that were made for it and are empty go again.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    output_dir = Path(recipe.values.get("output_dir") or ".").expanduser().absolute()
+    there = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if rank() != 0 or not recipe.values.get("output_dir") or not there.is_dir() or not os.access(there, os.W_OK):
+        yield  # `check_output` says what is wrong with the folder
+        return
+    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    try:
+        with locked(output_dir, name=LOCK_FILE, remove=True):
+            yield
+    finally:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+class EndWithLauncher(TrainerCallback):
+    """Ends the process at the next step after its launcher has ended, where the kernel has not."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the launcher."""
+        check_launcher()
 
 
 @before_training()
 def _prepare(
-    method: str, trainer_class: Any, rows: str, recipe: Recipe, classes: Sequence[type]
+    method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: Sequence[type]
 ) -> tuple[Any, DatasetArguments, Path, str | None, str]:
     """Make every check, and the trainer; return it with the data's settings, the folder, the start and the recipe."""
     resolved = resolved_recipe(recipe, classes)
     check_devices(recipe)
     output_dir, start = check_output(recipe, resolved)
-    existed = output_dir.exists()
-    try:
+    with announced_wait("the other ranks to start"):  # the first config connects them
         args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
-        set_seed(args.seed)
-        if run_args.method is not None and run_args.method.replace("_", "-") != method:
-            print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
-        for sentence in missing_packages(recipe):
-            raise ValueError(sentence)
-        trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
-    except BaseException:
-        if not existed and rank() == 0:
-            with suppress(OSError):  # not empty: not ours
-                output_dir.rmdir()
-        raise
+    set_seed(args.seed)
+    if run_args.method is not None and run_args.method.replace("_", "-") != method:
+        print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
+    for sentence in missing_packages(recipe):
+        raise ValueError(sentence)
+    trainer = make_trainer(trainer_class, rows, args, data_args, model_args, run_args)
+    trainer.add_callback(EndWithLauncher())
     return trainer, data_args, output_dir, start, resolved
 
 
 def make_trainer(
     trainer_class: Any,
-    rows: str,
+    rows: Kind,
     args: Any,
     data_args: DatasetArguments,
     model_args: ModelConfig,
     run_args: RunArguments,
 ) -> Any:
-    """Data, then weights, then the trainer.
+    """Prepare the data, load the weights and build the trainer, in this order.
 
     Raises:
-        ValueError: what a user can mend.
+        ValueError: a user's mistake.
     """
     name = model_args.model_name_or_path
     assert name is not None
     trainer_class.check_settings(args)
     check_reference(run_args, args, rows)
-    read_config(name, model_args, args)
+    config = read_config(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
-    train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args)
+    # an adapter may bring embeddings that its base's config does not know of
+    fits = None if is_adapter(name) else config
+    train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args, fits)
     if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
         print_on_main(
             "There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out)."
         )
         args.eval_strategy = type(args.eval_strategy)("no")
     args.model_init_kwargs = {**model_options(model_args), **(args.model_init_kwargs or {})}
-    models = (
-        pair_models(name, args, model_args, run_args)
-        if rows == "pairs"
-        else single_model(name, args, model_args, run_args)
-    )
+    load_models = pair_models if rows == "pairs" else single_model
+    models = load_models(name, args, model_args, run_args)
     return trainer_class(
         args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **models
     )
 
 
 def prepare_data(
-    trainer_class: Any, rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    trainer_class: Any,
+    rows: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    data_args: DatasetArguments,
+    model_config: Any = None,
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Tokenised training and evaluation rows; the counts and one decoded sample are printed."""
+    """Return tokenised training and evaluation rows, checked; print the counts and one decoded sample."""
     datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
@@ -150,7 +200,10 @@ def prepare_data(
             for warning in data_warnings(report, args.max_length):
                 print_on_main(f"Warning: {warning}")
         print(printable(describe_sample(tokenizer, datasets["train"][0])), flush=True)
-    if rows != "pairs":  # the pair trainers look at them before they load weights
+    if model_config is not None:
+        for name, dataset in datasets.items():
+            check_fits_model(dataset, model_config, name)
+    if rows != "pairs":  # the pair trainers check them before they load weights
         for name, dataset in datasets.items():
             trainer_class.check_data(dataset, args, name)
     train_dataset = datasets.pop("train")
@@ -158,9 +211,9 @@ def prepare_data(
 
 
 def tokenise_data(
-    rows: str, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    rows: Kind, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
 ) -> tuple[dict[str, Dataset], list[TokenizationReport]]:
-    """The rows that the recipe names as token ids, and what became of them.
+    """Tokenise the rows that the recipe names.
 
     Returns:
         Each data set by name ("train", "eval" if there is one, and the names of `eval_datasets`); a report for each.
@@ -226,10 +279,8 @@ def fit(trainer: Any, start: str | None) -> bool:
 
 
 def _raised_here(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(Path(__file__).parent) in trace.tb_frame.f_code.co_filename
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return str(Path(__file__).parent) in last.filename
 
 
 def finish(trainer: Any, data_args: DatasetArguments, *, push: bool) -> None:

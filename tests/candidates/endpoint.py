@@ -1,6 +1,7 @@
 """A real HTTP server in a thread that speaks /v1/completions and misbehaves on command."""
 
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ class Endpoint:
         self.lock = threading.Lock()
         self.answer = lambda body: ([7, 8, 9], "stop")
         self.delay, self.gather = 0.0, None
+        self.raw = lambda body: None  # or the text of an answer, whatever it is
+        self.said = None  # what an HTTP fault says
         self.over = threading.Event()
 
     def take_fault(self):
@@ -65,7 +68,10 @@ def handler_for(endpoint):
                 said = f"wrong key {self.headers.get('Authorization')}"
                 return self.reply(401, json.dumps({"error": said}).encode())
             if isinstance(fault, int):
-                return self.reply(fault, json.dumps({"error": "as told"}).encode(), {"Retry-After": "0"})
+                said = endpoint.said or json.dumps({"error": "as told"})
+                return self.reply(fault, said.encode(), {"Retry-After": "0"})
+            if (raw := endpoint.raw(body)) is not None:
+                return self.reply(200, raw.encode())
             ids, reason = endpoint.answer(body)
             choice = {"index": 0, "text": "from the server", "finish_reason": reason}
             if endpoint.return_ids:
@@ -92,6 +98,7 @@ def handler_for(endpoint):
                 bad = {
                     "text": b"<html>busy</html>",
                     "list": b"[1, 2]",
+                    "deep": b"[" * 100_000 + b"]" * 100_000,
                     "empty": b"{}",
                     "aborted": json.dumps({"choices": [choice], "usage": {"completion_tokens": 1}}).encode(),
                 }
@@ -124,3 +131,42 @@ def serving(endpoint):
         endpoint.over.set()
         server.shutdown()
         server.server_close()
+
+
+# what a server sends at once, and then again and again
+DRIPS = {
+    "nothing": (b"", b""),
+    "status line": (b"", b"H"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"),
+    "100 continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "chunk line": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+    "body": (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "),
+    "error body": (b"HTTP/1.1 500 No\r\nContent-Length: 100000\r\n\r\n", b"x"),
+    "redirect body": (b"HTTP/1.1 302 Go\r\nLocation: /\r\nContent-Length: 100000\r\n\r\n", b"x"),
+}
+
+
+@contextmanager
+def dripping(drip, *, seconds=20.0):
+    """The address of a server that sends a little now and then, and never all."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def serve():
+        try:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(drip[0])
+                end = time.monotonic() + seconds
+                while time.monotonic() < end and not over.wait(0.05):
+                    connection.sendall(drip[1])
+        except OSError:
+            pass  # the client had enough
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        over.set()
+        listener.close()

@@ -13,12 +13,11 @@ from prefopt.candidates.build_pairs import (
     TOO_FEW,
     TOO_FEW_LEFT,
     BuildPairsArguments,
-    PairRecord,
     length_bias,
     run,
     wilson_lower,
 )
-from prefopt.candidates.pairs import POLICIES, Pair, win_probabilities
+from prefopt.candidates.pairs import POLICIES, win_probabilities
 from prefopt.candidates.records import make_candidate, make_record, off_policy_candidates, write_records
 from prefopt.cli import main
 from prefopt.data.loading import DataArguments, load_datasets
@@ -206,11 +205,11 @@ def test_arguments_are_checked():
         ({"policy": "best"}, "policy must be one of"),
         ({"candidates": ""}, "candidates is missing"),
         ({"keep": ["short"]}, "keep takes empty, duplicate, length"),
-        ({"policy": "wpo_v2", "temperature": 2.0}, "temperature has no effect on the policy wpo_v2"),
-        ({"seed": 1}, "seed has no effect on the policy best_worst"),
-        ({"policy": "sppo_paper", "include_self": False}, "sppo_paper fixes"),
+        ({"policy": "wpo_v2", "temperature": 2.0}, "temperature is only read with policy best_worst or sppo or gpo"),
+        ({"seed": 1}, "seed is only read with policy best_random"),
+        ({"policy": "sppo_paper", "include_self": False}, "include_self is only read with policy sppo or gpo"),
         ({"policy": "sppo", "temperature": 0.0}, "above 0"),
-        ({"min_gap": -1.0}, "negative"),
+        ({"min_gap": -1.0}, "at least 0"),
         ({"hub_dataset_id": "me/pairs"}, "belong together"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -221,16 +220,6 @@ def test_arguments_are_checked():
 # ---------------------------------------------------------------------------------------------------------
 
 
-def lengths_of(*pairs, name="p{}"):
-    return [
-        PairRecord(
-            make_record(name.format(n), "x", [candidate("c" * chosen, 1.0), candidate("r" * rejected, 0.0)]),
-            Pair(0, 1, 1.0, 0.0, 1.0),
-        )
-        for n, (chosen, rejected) in enumerate(pairs)
-    ]
-
-
 def test_wilson_bound_by_hand():
     """p = 0.8, n = 100, z = 2: (0.8 + 0.02 - 2 sqrt(0.0016 + 0.0001)) / 1.04 = (0.82 - 0.0824621) / 1.04."""
     assert wilson_lower(80, 100, z=2.0) == pytest.approx((0.82 - 2 * 0.0017**0.5) / 1.04)
@@ -238,13 +227,23 @@ def test_wilson_bound_by_hand():
 
 
 def test_length_bias_needs_many_prompts_and_a_clear_share():
-    assert length_bias(lengths_of(*[(20, 10)] * 80, *[(10, 20)] * 20))["biased"]
-    assert not length_bias(lengths_of(*[(20, 10)] * 56, *[(10, 20)] * 44))["biased"]
-    assert not length_bias(lengths_of(*[(20, 10)] * 4))["biased"]
-    assert not length_bias(lengths_of(*[(20, 10)] * 20, *[(10, 20)] * 80))["biased"]
-    assert length_bias(lengths_of(*[(10, 10)] * 80)) == {**length_bias([]), "prompts": 0}
-    one_prompt = length_bias(lengths_of(*[(20, 10)] * 80, name="same"))
-    assert one_prompt["prompts"] == 1 and not one_prompt["biased"]  # pairs of one prompt are one observation
+    assert length_bias(80, 100)["biased"]
+    assert not length_bias(56, 100)["biased"]
+    assert not length_bias(4, 4)["biased"]
+    assert not length_bias(20, 100)["biased"]
+    assert length_bias(0, 0)["share"] is None and not length_bias(0, 0)["biased"]
+
+
+def test_pairs_of_one_prompt_are_one_observation_of_length(tmp_path):
+    """Four answers make six pairs of one prompt; in the second, differences cancel; in the third, lengths agree."""
+    rows = [
+        ("q", [candidate("c" * (10 - k), -float(k)) for k in range(4)]),
+        ("r", [candidate("aaaa", 2.0), candidate("bb", 1.0), candidate("cccc", 0.0)]),
+        ("s", [candidate("aa", 1.0), candidate("bb", 0.0)]),
+    ]
+    pairs = build(save(tmp_path / "in.jsonl", *rows), tmp_path / "out", policy="all_pairs", plots=False)
+    bias = report(tmp_path / "out")["length_bias"]
+    assert len(pairs) == 10 and (bias["prompts"], bias["chosen_longer"], bias["share"]) == (1, 1, 1.0)
 
 
 def test_the_warning_is_told(tmp_path, capsys):

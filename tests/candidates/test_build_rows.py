@@ -7,6 +7,8 @@ import json
 import pytest
 
 from prefopt.candidates.build_rows import BuildRowsArguments, run
+from prefopt.candidates.convert import ConvertArguments
+from prefopt.candidates.convert import run as convert
 from prefopt.candidates.records import make_candidate, make_record, write_records
 from prefopt.cli import main
 from prefopt.data.rows import normalise_comparison
@@ -107,8 +109,8 @@ def test_golden_answers_against_samples(tmp_path):
         ({"form": "pairs"}, "form must be one of sft, comparisons, adversarial"),
         ({"form": ""}, "form is missing"),
         ({"form": "adversarial"}, "golden is missing"),
-        ({"form": "sft", "golden": "g"}, "no effect on the form sft"),
-        ({"form": "adversarial", "golden": "g", "score": "rm"}, "score has no effect"),
+        ({"form": "sft", "golden": "g"}, "golden is only read with form adversarial"),
+        ({"form": "adversarial", "golden": "g", "score": "rm"}, "score is only read with form sft or comparisons"),
     ],
 )
 def test_bad_settings(settings, said):
@@ -128,3 +130,33 @@ def test_the_command(tmp_path, capsys):
     words = ["build-rows", f"--candidates={candidates}", f"--output_dir={tmp_path / 'rows'}", "--form=sft"]
     assert main(words) == 0
     assert "3 sft rows from 3 prompts" in capsys.readouterr().out
+
+
+def test_build_rows_and_convert_cut_answers_at_the_same_place(tmp_path):
+    """Whatever white space stands around the next human turn; words that begin alike are no turn."""
+    texts = [
+        "It is blue.\n Human : and then?",
+        "It is red.\n\nHuman: and?\n\nAssistant: so",
+        " It is green.\n\t\nHuman\t: x",
+        "Humans are odd\nHumans: no turn",
+        "\nHuman: nothing before",
+    ]
+    write_jsonl(tmp_path / "golden.jsonl", [{"query_id": "1", "golden": "Best.\n Human : more?"}])
+    samples = {"query_id": "1", "query": "\n\nHuman: colour?\n\nAssistant:"}
+    write_jsonl(tmp_path / "samples.jsonl", [{**samples, **{f"sample_{k}": text for k, text in enumerate(texts)}}])
+    convert(
+        ConvertArguments(
+            str(tmp_path / "samples.jsonl"),
+            str(tmp_path / "converted.jsonl"),
+            "apo_samples",
+            "apo_pairs",
+            golden=str(tmp_path / "golden.jsonl"),
+        )
+    )
+    converted = [[text.split("<sep>")[1] for text in row["text"]] for row in read_jsonl(tmp_path / "converted.jsonl")]
+    candidates = [make_candidate(text, source="m", k=k) for k, text in enumerate(texts)]
+    write_records(tmp_path / "candidates.jsonl", [make_record("1", samples["query"], candidates)])
+    settings = {"form": "adversarial", "golden": str(tmp_path / "golden.jsonl")}
+    built = read_jsonl(run(BuildRowsArguments(str(tmp_path / "candidates.jsonl"), str(tmp_path / "out"), **settings)))
+    assert [row["responses"] for row in built] == converted
+    assert converted == [["Best.", answer] for answer in ("It is blue.", "It is red.", "It is green.", texts[3])]

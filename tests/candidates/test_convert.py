@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, load_dataset
 
+import prefopt.candidates.convert as convert_module
 from prefopt.candidates.convert import FORMATS, ConvertArguments, run
 from prefopt.candidates.formats import clean_response, from_dialogue, to_dialogue
 from prefopt.candidates.generate import GenerateArguments
@@ -298,6 +299,53 @@ def test_bad_rows_are_counted(tmp_path, capsys):
         convert(tmp_path, rows[1:], "pairs", "ultrafeedback")
 
 
+@pytest.mark.parametrize("score", [None, "high", True, float("nan"), float("-inf"), 10**400, [1.0]])
+@pytest.mark.parametrize("form", ["sppo_generated", "apo_comparisons", "ultrafeedback_completions", "responses"])
+def test_a_score_that_is_no_number_is_one_line_that_names_the_row(tmp_path, form, score, monkeypatch):
+    good = {
+        "sppo_generated": generated_rows()[0],
+        "apo_comparisons": {"text": [f"{QUERY}<sep>a", f"{QUERY}<sep>b"], "scores": [1.0, 0.5]},
+        "ultrafeedback_completions": {"instruction": "q", "completions": [{"response": "a", "scores": {"rm": 1.0}}]},
+        "responses": {"prompt": "q", "answers": [{"text": "a", "scores": {"rm": 1.0}}]},
+    }[form]
+    bad = json.loads(json.dumps(good).replace('"q"', '"r"'))
+    if form == "sppo_generated":
+        bad["rm_scores"][1] = score
+    elif form == "apo_comparisons":
+        bad["scores"][1] = score
+    else:
+        bad["completions" if "completions" in bad else "answers"][0]["scores"] = score if score is not None else [None]
+    monkeypatch.setattr(convert_module, "open_rows", lambda source: [good, bad])
+    settings = {"columns": ["answers"]} if form == "responses" else {}
+    with pytest.raises(ValueError, match=r"Row 1.*(number|mapping)"):
+        convert(tmp_path, [good], form, "records", **settings)
+    assert not (tmp_path / "output.jsonl").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_nothing_that_is_not_finite_is_written(tmp_path, value, ending):
+    records = [make_record(f"p{n}", "q", [make_candidate("a", source="m")], extra=[1.0, 2.0]) for n in range(2)]
+    records[1]["extra"][1] = value
+    with pytest.raises(ValueError, match=r"Row 1 to write: `extra` holds (nan|inf), not a finite number"):
+        convert(tmp_path, records, "records", "records", ending=ending)
+    assert not (tmp_path / f"output{ending}").exists()
+
+
+def test_hh_rows_that_are_messages_already_stay_messages(tmp_path):
+    row = {"chosen": talk("Colour?", "Blue."), "rejected": talk("Colour?", " Red. ")}
+    (pair,) = convert(tmp_path, [row], "hh", "pairs", as_messages=True)
+    assert pair["prompt"] == [{"role": "user", "content": "Colour?"}]
+    assert (pair["chosen"], pair["rejected"]) == (row["chosen"][1:], row["rejected"][1:])
+
+
+def test_a_dialogue_without_text_is_one_line(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": [call], "rejected": talk("q", "b")[1:]}
+    with pytest.raises(ValueError, match="which has no text"):
+        convert(tmp_path, [row], "pairs", "hh")
+
+
 @pytest.mark.parametrize("ending", [".parquet", ".json", ".jsonl"])
 def test_every_kind_of_file_is_read_by_datasets(tmp_path, ending):
     output = tmp_path / f"output{ending}"
@@ -316,10 +364,10 @@ def test_every_kind_of_file_is_read_by_datasets(tmp_path, ending):
         ({"to_format": "responses"}, "to_format must be one of"),
         ({"output": "x.txt"}, "output must end in one of"),
         ({"to_format": "sppo"}, "`prefopt build-pairs`"),
-        ({"golden": "g"}, "golden plays no part"),
-        ({"as_messages": True}, "as_messages plays no part"),
-        ({"one_sample": True}, "one_sample plays no part"),
-        ({"columns": ["x"]}, "columns plays no part"),
+        ({"golden": "g"}, "golden is only read with from_format apo_samples"),
+        ({"as_messages": True}, "as_messages is only read with from_format hh"),
+        ({"one_sample": True}, "one_sample is only read with to_format apo_pairs"),
+        ({"columns": ["x"]}, "columns is only read with from_format responses"),
     ],
 )
 def test_mistakes_are_told(changes, reason):

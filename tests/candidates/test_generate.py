@@ -497,6 +497,66 @@ def test_an_adapter_answers_as_the_merged_model(tmp_path, model_folder):
         generate(tmp_path, str(tmp_path / "adapter"), ["hello"], backend="vllm", output_dir=str(tmp_path / "c"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [  # peft merges an adapter on tied embeddings into the head as well, so that the two would differ
+        ("saved embeddings", False),
+        ("saved embeddings", True),
+        ("modules to save", False),
+        ("modules to save", True),
+        ("adapter on embeddings", False),
+    ],
+)
+def test_an_adapter_with_resized_embeddings_answers_as_the_merged_model(tmp_path, kind, tied):
+    folder = save_tiny(tmp_path / "base", tie_word_embeddings=tied)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(len(tokenizer) + 5)
+    assert base.get_input_embeddings().weight.shape[0] != base.config.get_text_config().vocab_size - 5
+    options = {
+        "saved embeddings": {"target_modules": ["v_proj"]},
+        "modules to save": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        "adapter on embeddings": {"target_modules": ["v_proj", "embed_tokens"]},
+    }[kind]
+    if tied and kind == "modules to save":
+        options["modules_to_save"] = ["embed_tokens"]
+    model = get_peft_model(base, LoraConfig(init_lora_weights=False, lora_alpha=64, **options))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-7:].normal_(0, 1)
+    answers = {}
+    for name, saved in (("adapter", model), ("merged", copy.deepcopy(model).merge_and_unload())):
+        saved.save_pretrained(tmp_path / name, save_embedding_layers=kind == "saved embeddings" or "auto")
+        tokenizer.save_pretrained(tmp_path / name)
+        records = generate(
+            tmp_path,
+            str(tmp_path / name),
+            ["hello <new>", "fox"],
+            num_samples=1,
+            temperature=0,
+            output_dir=str(tmp_path / f"{name}_out"),
+        )
+        answers[name] = [record["candidates"][0]["text"] for record in records]
+    assert answers["adapter"] == answers["merged"]
+
+
+def test_an_adapter_that_names_no_model_is_one_line(tmp_path, model_folder):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**read_json(config), "base_model_name_or_path": None}))
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="adapter that does not name its model"):
+        generate(tmp_path, str(tmp_path / "adapter"), ["hello"])
+
+
+def test_a_missing_package_is_found_before_the_first_shard(tmp_path, model_folder):
+    with pytest.raises(ValueError, match=r"cannot be loaded here") as caught:
+        generate(tmp_path, model_folder, ["hello"], attn_implementation="flash_attention_3")
+    assert not isinstance(caught.value, ShardFailed)
+    assert not (tmp_path / "out" / "generate_shards").exists()
+
+
 def test_the_command_takes_a_recipe_and_the_older_flags(tmp_path, model_folder, capsys):
     prompts = save_prompts(tmp_path / "prompts.jsonl", ["hello", "fox"])
     recipe = {"model_name_or_path": model_folder, "prompts": prompts, "num_samples": 2, "max_new_tokens": 6, "seed": 1}

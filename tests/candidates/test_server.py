@@ -1,20 +1,26 @@
 """The server backend against a real HTTP server on this machine, well and badly behaved."""
 
-import _thread
+import html
+import json
 import logging
+import os
+import signal
 import socket
 import threading
+import time
 import traceback
+from email.utils import formatdate
+from urllib.parse import quote
 
 import pytest
 
 from prefopt.candidates.backends import AnswerRequest, Sampling, http
-from prefopt.candidates.backends.http import Call, JsonClient, ServerError
+from prefopt.candidates.backends.http import Call, JsonClient, ServerError, seconds_to_wait
 from prefopt.candidates.backends.server import ServerBackend, find_model
 from prefopt.candidates.generate import GenerateArguments, run
 from prefopt.candidates.records import read_records
 from prefopt.candidates.shards import ShardFailed
-from tests.candidates.endpoint import Endpoint, serving
+from tests.candidates.endpoint import DRIPS, Endpoint, dripping, serving
 from tests.candidates.folders import HARD_PROMPTS, save_prompts, save_tiny
 from tests.tiny import tiny_tokenizer
 
@@ -28,10 +34,14 @@ def backend_for(address, *, timeout=30.0, retries=3, concurrency=4, tokenizer=No
     return ServerBackend(client, "tiny", tokenizer or tiny_tokenizer("llama3"), sampling, concurrency=concurrency)
 
 
+def no_progress(answers, tokens):
+    pass
+
+
 def complete(endpoint, number=1, **changes):
     with serving(endpoint) as address:
         requests = [AnswerRequest([1, 20 + n], 16, seed=100 + n) for n in range(number)]
-        return backend_for(address, **changes).complete(requests, 0, lambda answers, tokens: None)
+        return backend_for(address, **changes).complete(requests, 0, no_progress)
 
 
 def test_every_setting_is_sent_with_token_ids():
@@ -86,12 +96,90 @@ def test_a_request_has_a_time_limit(fault):
         complete(Endpoint(always=fault), timeout=0.3, retries=1)
 
 
+@pytest.mark.parametrize("drip", DRIPS)
+def test_a_dripping_server_cannot_stretch_the_time_limit(drip):
+    """Whatever it drips (address kept open, headers, 100 Continue, chunks, a status with its body) for 20 seconds."""
+    with dripping(DRIPS[drip]) as address:
+        started = time.monotonic()
+        with pytest.raises(ServerError, match=r"failed once; the last time: no answer within 0\.4 s"):
+            backend_for(address, timeout=0.4, retries=0).complete([AnswerRequest([1], 4, 0)], 0, no_progress)
+        assert time.monotonic() - started < 4
+
+
+BAD_ANSWERS = {
+    "count below zero": {"count": -1},
+    "count above the limit": {"count": 10**12},
+    "count that is no number": {"count": True},
+    "id below zero": {"ids": [-1, 9]},
+    "id beyond the vocabulary": {"ids": [10**12, 9]},
+    "id that is no number": {"ids": ["7", 9]},
+    "ids that are no list": {"ids": "789"},
+    "more ids than asked for": {"ids": [7] * 1000},
+    "lone surrogate": {"ids": None, "text": "half \ud83d"},
+    "text that is no text": {"ids": None, "text": ["a"]},
+    "another reason": {"reason": {"a": 1}},
+}
+
+
+def bad_answer(body, kind):
+    """A reply to one request with what `kind` names in it."""
+    good = {"ids": [7, 8, 9], "text": "x", "reason": "stop", "count": 3}
+    change = {**good, **BAD_ANSWERS[kind]}
+    choice = {"text": change["text"], "finish_reason": change["reason"], "token_ids": change["ids"]}
+    return {"choices": [choice], "usage": {"completion_tokens": change["count"]}}
+
+
+@pytest.mark.parametrize("kind", [*BAD_ANSWERS, "deep JSON"])
+def test_nonsense_is_a_fault_of_one_answer(kind, capsys):
+    """It is asked for again; where it stays nonsense that answer is left out, and the others are kept."""
+    for lasting in (False, True):
+        endpoint = Endpoint()
+        seen = []
+
+        def raw(body, lasting=lasting, seen=seen):
+            if body["seed"] != 101 or (seen and not lasting):
+                return None
+            seen.append(body["seed"])
+            return "[" * 100_000 + "]" * 100_000 if kind == "deep JSON" else json.dumps(bad_answer(body, kind))
+
+        endpoint.raw = raw
+        answers = complete(endpoint, 4, retries=1)
+        assert [answer is None for answer in answers] == [False, lasting, False, False]
+        assert ("1 unusable answers are left out" in capsys.readouterr().err) == lasting
+
+
+def test_a_server_that_answers_mostly_nonsense_ends_the_run():
+    endpoint = Endpoint()
+    endpoint.raw = lambda body: "{}" if body["seed"] < 103 else None
+    with pytest.raises(ServerError, match="failed 2 times; the last time: its reply has not one choice"):
+        complete(endpoint, 4, retries=1)
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("7", 7, 7),
+        ("0.5", 0.5, 0.5),
+        pytest.param(formatdate(time.time() + 9000, usegmt=True), 5000, 9000, id="a date to come"),
+        pytest.param(formatdate(time.time() - 30, usegmt=True), 0, 0, id="a date gone by"),
+        ("-3", 0, 0),
+        ("soon", 0, 0),
+        ("nan", 0, 0),
+        ("Fri, 99 Abc 99999 99:99:99 GMT", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_retry_after_is_seconds_a_fraction_or_a_date(header, least, most):
+    assert least <= seconds_to_wait(header) <= most
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
         (500, r"failed 3 times; the last time: HTTP 500, '\{\"error\": \"as told\"\}'"),
         ("text", "not JSON"),
         ("list", "not a JSON object"),
+        ("deep", "JSON of too many levels"),
         ("empty", "its reply has not one choice"),
         ("aborted", "it ended an answer with 'abort'"),
         ("close", "the connection broke"),
@@ -137,7 +225,7 @@ def test_one_request_that_fails_for_good_ends_the_others():
 def test_an_interrupted_run_waits_for_no_request_that_has_not_begun():
     endpoint = Endpoint()
     endpoint.delay = 0.05
-    threading.Timer(0.3, _thread.interrupt_main).start()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         complete(endpoint, 100, concurrency=2)
     assert len(endpoint.bodies) < 50
@@ -167,6 +255,29 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, capl
     assert SECRET not in caplog.text + output.out + output.err
 
 
+@pytest.mark.parametrize(
+    "echo",
+    [
+        lambda key: json.dumps(key),
+        lambda key: "".join(f"\\u{ord(c):04X}" for c in key),
+        lambda key: key.replace("/", "\\/"),
+        lambda key: repr(key) + " and " + json.dumps(json.dumps(key)),
+        lambda key: html.escape(key),
+        lambda key: "".join(f"&#{ord(c)};" for c in key),
+        quote,
+    ],
+)
+def test_an_escaped_echo_of_the_key_is_masked(monkeypatch, echo):
+    key = 'sk-"quoted"/and\\slashed&more'
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    endpoint = Endpoint(always=400)
+    endpoint.said = f"bad key {echo(key)} given"
+    with pytest.raises(ServerError, match="HTTP 400") as caught:
+        complete(endpoint)
+    assert "bad key" in str(caught.value) and "[key]" in str(caught.value) and "given" in str(caught.value)
+    assert not any(part in str(caught.value) for part in ("quoted", "slashed", "0073", "#115"))
+
+
 def test_a_redirect_is_refused_and_carries_no_key(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, SECRET)
     endpoint = Endpoint(always="redirect")
@@ -180,6 +291,8 @@ def test_a_redirect_is_refused_and_carries_no_key(monkeypatch):
     [
         ("localhost:8000", "is not an address"),
         ("ftp://host/v1", "is not an address"),
+        ("http://host:port/v1", "is not an address"),
+        ("http://host:99999/v1", "is not an address"),
         (f"http://me:{SECRET}@host/v1", "holds a password"),
     ],
 )

@@ -115,6 +115,29 @@ def test_a_foreign_manifest_is_refused(tmp_path, content):
     assert (folder / "00001.json").read_text() == content
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"settings": None},
+        {"settings": ["x"]},
+        {"counts": None},
+        {"counts": [1]},
+        {"counts": {"tokens": "many"}},
+        {"row_ids": 3},
+        {"seconds": "long"},
+        {"seconds": None},
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, damage):
+    run(tmp_path, Worker())
+    path = sorted((tmp_path / "generate_shards").glob("*.json"))[1]
+    path.write_text(json.dumps({**read_json(path), **damage}))
+    with pytest.raises(ValueError, match=rf"{path.name}: damaged, as its `{next(iter(damage))}` is"):
+        run(tmp_path, Worker())
+    path.unlink()
+    run(tmp_path, Worker())
+
+
 def test_notes_do_not_bind(tmp_path):
     run(tmp_path, Worker(), notes={"batch_size": 8})
     worker = Worker()

@@ -74,8 +74,16 @@ def test_tools_and_template_settings_reach_the_template():
     tools = [{"type": "function", "function": {"name": "f"}}]
     group = TextGroup(turns("a"), [answer("b"), answer("c")], tools, {"mood": "calm"})
     (encoded,) = encode_groups([group], tokenizer)
-    rows = [{**MESSAGE_ROWS[0], "prompt": turns("a"), "chosen": answer("b"), "rejected": answer("c"), "tools": tools,
-             "chat_template_kwargs": {"mood": "calm"}}]  # fmt: skip
+    rows = [
+        {
+            **MESSAGE_ROWS[0],
+            "prompt": turns("a"),
+            "chosen": answer("b"),
+            "rejected": answer("c"),
+            "tools": tools,
+            "chat_template_kwargs": {"mood": "calm"},
+        }
+    ]
     assert [(encoded.prompt_ids, encoded.completion_ids)] == trls(rows, tokenizer)
     assert tokenizer.decode(encoded.prompt_ids).startswith('[{"type": "function", "function": {"name": "f"}}]calm')
 
@@ -141,7 +149,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_not_doubled():
 
 
 def test_tokens_that_merge_across_the_boundary():
-    """ "bl" + "ue" is one token in context: the split goes back to where all sequences agree, and the row is marked."""
+    """ "bl" + "ue" is one token in context: the split goes back to where all agree, and the row is marked."""
     tokenizer = tiny_tokenizer(None, adds_bos=False, corpus=["The sky is blue, is blue, is black"])
     (merged,) = encode_groups([TextGroup("The sky is bl", ["ue", "ack"])], tokenizer)
     assert not merged.prompt_is_prefix

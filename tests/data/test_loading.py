@@ -55,13 +55,17 @@ WRITERS = {
     "rows.tsv": lambda path: write_csv(path, "\t"),
     "rows.arrow": lambda path: _write_arrow(path),
     "saved": lambda path: Dataset.from_list(ROWS).save_to_disk(str(path)),
-    "saved_splits": lambda path: DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(str(path)),
+    "saved_splits": lambda path: DatasetDict(
+        {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
+    ).save_to_disk(str(path)),
     "split_folders": lambda path: Dataset.from_list(ROWS).save_to_disk(str(path / "train")),
     "folder": lambda path: write_jsonl(path / "train.jsonl", ROWS),
     "folder_gz": lambda path: write_jsonl(path / "train.jsonl.gz", ROWS),
-    "shards": lambda path: [write_jsonl(path / "data" / f"train-{k:05}-of-00002.jsonl", ROWS[5 * k : 5 * k + 5]) for k in range(2)],
+    "shards": lambda path: [
+        write_jsonl(path / "data" / f"train-{k:05}-of-00002.jsonl", ROWS[5 * k : 5 * k + 5]) for k in range(2)
+    ],
     "unnamed": lambda path: write_jsonl(path / "whatever.jsonl", ROWS),
-}  # fmt: skip
+}
 
 
 def _write_arrow(path):
@@ -314,16 +318,31 @@ def test_mistakes_in_sources(tmp_path):
         ({"path": "nobody/nothing-of-this-name"}, "'nobody/nothing-of-this-name' .*hub"),
         ({"path": str(tmp_path / "empty.jsonl")}, "empty.jsonl is empty"),
         ({"path": str(tmp_path / "broken.jsonl")}, "broken.jsonl' could not be read: "),
-        ({"path": str(tmp_path / "rows.xml")}, "unknown kind of file; known are .jsonl, .json, .parquet, .csv, .tsv, .arrow"),
+        (
+            {"path": str(tmp_path / "rows.xml")},
+            "unknown kind of file; known are .jsonl, .json, .parquet, .csv, .tsv, .arrow",
+        ),
         ({"path": str(tmp_path / "nothing")}, "the folder holds no json"),
         ({"path": str(tmp_path / "norows")}, r"norows' \(split 'train'\) has no rows"),
-        ({"path": str(tmp_path / "good.jsonl"), "split": "test"}, r"good.jsonl' has no split 'test'; it has \['train'\]"),
+        (
+            {"path": str(tmp_path / "good.jsonl"), "split": "test"},
+            r"good.jsonl' has no split 'test'; it has \['train'\]",
+        ),
         ({"path": str(tmp_path / "norows"), "split": "dev"}, r"norows' has no split 'dev'; it has \['train'\]"),
-        ({"path": str(tmp_path), "split": "dev"}, r"has no split 'dev'; it has \['broken', 'empty', 'good', 'norows'\]"),
-        ({"path": str(tmp_path / "good.jsonl"), "columns": ["prompt", "answer"]}, r"has no column 'answer'; it has \['chosen'"),
-        ({"path": str(tmp_path / "good.jsonl"), "columns": ["prompt"]}, r"has the columns \['prompt'\]\. Rows of pairs need one of"),
+        (
+            {"path": str(tmp_path), "split": "dev"},
+            r"has no split 'dev'; it has \['broken', 'empty', 'good', 'norows'\]",
+        ),
+        (
+            {"path": str(tmp_path / "good.jsonl"), "columns": ["prompt", "answer"]},
+            r"has no column 'answer'; it has \['chosen'",
+        ),
+        (
+            {"path": str(tmp_path / "good.jsonl"), "columns": ["prompt"]},
+            r"has the columns \['prompt'\]\. Rows of pairs need one of",
+        ),
         ({"path": str(tmp_path / "good.jsonl"), "fraction": 0.05}, "fraction 0.05 of 10 rows leaves none"),
-    ]  # fmt: skip
+    ]
     for source, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
             load_datasets(DataArguments([DataSource(**source)]))
@@ -341,10 +360,19 @@ def test_mistakes_in_arguments():
         (lambda: DataArguments([]), "No training data"),
         (lambda: DataArguments([source], mixing="blend"), "mixing must be one of head, sample, share, not 'blend'"),
         (lambda: DataArguments([source], [source], test_split_size=0.1), "Both a test dataset and test_split_size"),
-        (lambda: DataArguments([source], [DataSource("y", fraction=0.5)]), "Test dataset 'y': test sets are used whole"),
-        (lambda: DataArguments([source, DataSource("y", fraction=0.5)], mixing="share"), "for every dataset of the mixture, or for none"),
-        *((lambda size=size: DataArguments([source], test_split_size=size), f"not {size!r}") for size in (0, 1.0, 1.5, -1, True)),
-    ]  # fmt: skip
+        (
+            lambda: DataArguments([source], [DataSource("y", fraction=0.5)]),
+            "Test dataset 'y': test sets are used whole",
+        ),
+        (
+            lambda: DataArguments([source, DataSource("y", fraction=0.5)], mixing="share"),
+            "for every dataset of the mixture, or for none",
+        ),
+        *(
+            (lambda size=size: DataArguments([source], test_split_size=size), f"not {size!r}")
+            for size in (0, 1.0, 1.5, -1, True)
+        ),
+    ]
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()

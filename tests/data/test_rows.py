@@ -29,18 +29,30 @@ QUESTION, YES, NO = [user("Is it?")], [assistant("Yes.")], [assistant("No.")]
 SHAPES = {
     "explicit messages": {"prompt": QUESTION, "chosen": YES, "rejected": NO},
     "implicit messages": {"chosen": QUESTION + YES, "rejected": QUESTION + NO},
-    "string prompt beside whole conversations": {"prompt": "Is it?", "chosen": QUESTION + YES, "rejected": QUESTION + NO},
+    "string prompt beside whole conversations": {
+        "prompt": "Is it?",
+        "chosen": QUESTION + YES,
+        "rejected": QUESTION + NO,
+    },
     "string prompt beside answers": {"prompt": "Is it?", "chosen": YES, "rejected": NO},
-    "message prompt beside whole conversations": {"prompt": QUESTION, "chosen": QUESTION + YES, "rejected": QUESTION + NO},
+    "message prompt beside whole conversations": {
+        "prompt": QUESTION,
+        "chosen": QUESTION + YES,
+        "rejected": QUESTION + NO,
+    },
     "message prompt beside strings": {"prompt": QUESTION, "chosen": "Yes.", "rejected": "No."},
     "messages and rejected_response": {"messages": QUESTION + YES, "rejected_response": "No."},
-    "text parts": {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Is it?"}]}], "chosen": YES, "rejected": NO},
+    "text parts": {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "Is it?"}]}],
+        "chosen": YES,
+        "rejected": NO,
+    },
     "keys that Arrow filled with None": {
         "prompt": [{**QUESTION[0], "tool_calls": None}],
         "chosen": [{**YES[0], "name": None}],
         "rejected": NO,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -144,7 +156,11 @@ FAULTS = [
     ({"prompt": "a", "chosen": "b", "rejected": None}, "missing field", "`rejected` is missing"),
     ({"prompt": None, "chosen": "b", "rejected": "c"}, "missing field", "`prompt` is missing"),
     ({"prompt": "a", "chosen": "b"}, "missing field", "`rejected` is missing"),
-    ({"prompt": "a", "chosen": 5, "rejected": "c"}, "wrong type", "`chosen` is neither a string nor a list of messages"),
+    (
+        {"prompt": "a", "chosen": 5, "rejected": "c"},
+        "wrong type",
+        "`chosen` is neither a string nor a list of messages",
+    ),
     ({"prompt": "a", "chosen": [{"content": "x"}], "rejected": "c"}, "wrong type", "a list of messages with a role"),
     ({"prompt": "a", "chosen": "b", "rejected": NO}, "wrong type", "one completion is a string"),
     ({"prompt": "a", "chosen": [{"role": "assistant", "content": 5}], "rejected": NO}, "wrong type", "is not text"),
@@ -159,12 +175,16 @@ FAULTS = [
     ({"prompt": [], "chosen": YES, "rejected": NO}, "empty prompt", "empty list"),
     ({"messages": QUESTION, "rejected_response": "x"}, "missing field", "does not end with an assistant turn"),
     ({"messages": QUESTION + YES, "rejected_response": None}, "missing field", "`rejected_response` is missing"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "wide"}, "wrong type", "`margin` is not a number: 'wide'"),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "wide"},
+        "wrong type",
+        "`margin` is not a number: 'wide'",
+    ),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": "[{"}, "wrong type", "`tools` is not JSON"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": {"x": 1}}, "wrong type", "`tools` is not a list"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": "{"}, "wrong type", "is not JSON"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": [1]}, "wrong type", "is not a mapping"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("row, reason, detail", FAULTS)
@@ -186,7 +206,8 @@ def test_pictures_are_refused():
 
 
 def test_wrong_columns_are_listed_with_what_is_accepted():
-    message = r"Data has the columns \['chosen', 'prompt', 'text'\]\. Rows of pairs need one of: prompt \+ chosen \+ rejected; "
+    message = r"Data has the columns \['chosen', 'prompt', 'text'\]\. Rows of pairs need one of: "
+    message += r"prompt \+ chosen \+ rejected; "
     with pytest.raises(ValueError, match=message + r"chosen \+ rejected; messages \+ rejected_response; prompt_ids"):
         check_columns(["text", "prompt", "chosen"], "pairs", where="Data")
     with pytest.raises(

@@ -36,18 +36,32 @@ def letters(count, first=0):
 
 
 def string_row(prompt, chosen, rejected):
-    """A row of so many tokens, for LETTERS: one more in the prompt for the BOS, one more in each completion for the end."""
+    """A row of so many tokens, for LETTERS: one more in the prompt (BOS) and in each completion (end)."""
     return {"prompt": letters(prompt), "chosen": letters(chosen, 1), "rejected": letters(rejected, 2)}
 
 
 def test_columns():
-    row = {"prompt": user("Is it?"), "chosen": answer("Ja, schön."), "rejected": answer("No."), "chosen_probs": 0.75, "source": "x",
-           "ref_chosen_logps": [-1.0, -2.0], "ref_rejected_logps": [-3.0, -4.0]}  # fmt: skip
+    row = {
+        "prompt": user("Is it?"),
+        "chosen": answer("Ja, schön."),
+        "rejected": answer("No."),
+        "chosen_probs": 0.75,
+        "source": "x",
+        "ref_chosen_logps": [-1.0, -2.0],
+        "ref_rejected_logps": [-3.0, -4.0],
+    }
     dataset, report = tokenize_pairs(Dataset.from_list([row]), CHAT, max_length=64)
     assert dataset.column_names == [
-        "row_id", "prompt_ids", "chosen_ids", "rejected_ids", "chosen_bytes", "rejected_bytes",
-        "chosen_over_rejected_prob", "ref_chosen_logps", "ref_rejected_logps",
-    ]  # fmt: skip
+        "row_id",
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "chosen_bytes",
+        "rejected_bytes",
+        "chosen_over_rejected_prob",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    ]
     out = dataset[0]
     assert CHAT.decode(out["prompt_ids"]) == "<s><start_of_turn>user\nIs it?<end_of_turn>\n<start_of_turn>model\n"
     assert CHAT.decode(out["chosen_ids"]) == "Ja, schön.<end_of_turn>\n"
@@ -64,8 +78,11 @@ def test_cutting_is_counted_and_cut_completions_have_no_end():
     # 4 + 3 fits; 7 + 5 cuts the prompt to 4; 3 + 10 cuts both completions to 7; 9 + 10 cuts prompt and chosen
     assert lengths == [(4, 3, 3), (4, 5, 2), (3, 7, 7), (4, 6, 3)]
     assert [(row["chosen_ids"][-1] == 2, row["rejected_ids"][-1] == 2) for row in dataset] == [
-        (True, True), (True, True), (False, False), (False, True),
-    ]  # fmt: skip
+        (True, True),
+        (True, True),
+        (False, False),
+        (False, True),
+    ]
     assert all(row["prompt_ids"][0] == 1 and row["prompt_ids"].count(1) == 1 for row in dataset)
     assert LETTERS.decode(dataset[1]["prompt_ids"]) == "<s> d e f"
     assert report.cut == {"prompt": 2, "chosen": 2, "rejected": 1} and report.rows_cut == 3
@@ -225,19 +242,35 @@ def test_tokenised_rows_pass_through_and_are_still_cut():
     assert filled.remove_columns("row_id").to_list() == once.remove_columns("row_id").to_list()
     assert len(set(filled["row_id"])) == 2
     _, report = tokenize_pairs(
-        Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [3], "rejected_ids": [4]}, {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [4]}]),
-        LETTERS, max_length=8,
-    )  # fmt: skip
+        Dataset.from_list(
+            [
+                {"prompt_ids": [1], "chosen_ids": [3], "rejected_ids": [4]},
+                {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [4]},
+            ]
+        ),
+        LETTERS,
+        max_length=8,
+    )
     assert report.dropped == {"empty completion": 1}
 
 
 def test_comparisons():
     rows = [
-        {"prompt": letters(3), "responses": [letters(2, 1), letters(9, 2), letters(1, 3)], "scores": [0.5, 2.0, 1.0], "is_adversarial": True},
-        {"prompt": letters(6), "responses": [letters(1, 1), letters(4, 2)], "scores": [1.0, 0.0], "is_adversarial": False},
+        {
+            "prompt": letters(3),
+            "responses": [letters(2, 1), letters(9, 2), letters(1, 3)],
+            "scores": [0.5, 2.0, 1.0],
+            "is_adversarial": True,
+        },
+        {
+            "prompt": letters(6),
+            "responses": [letters(1, 1), letters(4, 2)],
+            "scores": [1.0, 0.0],
+            "is_adversarial": False,
+        },
         {"prompt": letters(1), "responses": [" a", " b"], "scores": [1.0, 1.0], "is_adversarial": False},
         {"prompt": letters(1), "responses": [" a"], "scores": [1.0], "is_adversarial": False},
-    ]  # fmt: skip
+    ]
     dataset, report = tokenize_comparisons(Dataset.from_list(rows), LETTERS, max_length=10, max_prompt_length=4)
     assert dataset.column_names == ["row_id", "prompt_ids", "response_ids", "scores", "is_adversarial"]
     assert [[len(ids) for ids in row["response_ids"]] for row in dataset] == [[3, 6, 2], [2, 5]]
@@ -315,6 +348,28 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     assert len(calls) == 2
     run(strict_prefix=True)
     assert len(calls) == 3
+
+
+def test_what_was_tokenised_here_with_the_same_settings_is_taken_as_it_is(monkeypatch):
+    dataset, report = tokenize_pairs(Dataset.from_list(BAD_ROWS), LETTERS, max_length=16, name="first")
+
+    def fail(*args, **settings):
+        raise AssertionError("mapped again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "map", fail)
+        again, told = tokenize_pairs(dataset, LETTERS, max_length=16, name="second")
+        assert again is dataset
+        assert told.name == "second" and told.dropped == report.dropped and told.lengths == report.lengths
+        for other in (dataset.select([0]), dataset.remove_columns("row_id")):  # another set
+            with pytest.raises(AssertionError, match="mapped again"):
+                tokenize_pairs(other, LETTERS, max_length=16)
+        for settings in ({"max_length": 15}, {"max_length": 16, "strict_prefix": True}):
+            with pytest.raises(AssertionError, match="mapped again"):
+                tokenize_pairs(dataset, LETTERS, **settings)
+        with pytest.raises(AssertionError, match="mapped again"):
+            tokenize_pairs(dataset, PLAIN, max_length=16)
+    assert tokenize_pairs(dataset, LETTERS, max_length=15)[0].to_list() == dataset.to_list()
 
 
 def test_several_processes_give_the_same(tmp_path):

@@ -1,4 +1,4 @@
-"""Cutting, against tables written by hand: prompts are 1..p, chosen 101.., rejected 201..; 1 is the BOS where there is one."""
+"""Cutting, against tables written by hand: prompts are 1..p, chosen 101.., rejected 201..; 1 is the BOS if any."""
 
 import pytest
 from hypothesis import given

@@ -301,7 +301,7 @@ def test_the_script_holds_every_command(tmp_path):
             ["--evaluation.prompts.split=train[:9]"],
             "the split 'train.:9.' of outputs/self-play-start/prompts is trained",
         ),
-        (["--evaluation.min_win_rate=55"], "`min_win_rate` is a share and must lie in"),
+        (["--evaluation.min_win_rate=55"], "min_win_rate is 55.0; it must be at most 1"),
         (["--training.loss_type=sigmoid"], "iteration-1/train: Unknown loss_type 'sigmoid' for SPPOTrainer"),
         (["--training.max_target=5"], "iteration-1/train: `max_target`"),
         (["--training.max_length=64", "--training.max_prompt_length=64"], "iteration-1/train: `max_prompt_length`"),
@@ -316,6 +316,21 @@ def test_the_script_holds_every_command(tmp_path):
         (["--from=iteration-9", "--dry_run"], "--from iteration-9: there is no such stage"),
         (["--pipeline=selfplay"], "unknown pipeline 'selfplay'; did you mean 'self-play'"),
         (["--seed.x=1"], "what is before 'x' is no mapping"),
+        (["--seed=-1"], "seed is -1; it must be at least 0"),
+        (["--pipeline", "self-play", "x"], r"pipeline: expected one name, found \['self-play', 'x'\]"),
+        (["--pipeline"], "--pipeline needs a value"),
+        (["--from"], "--from needs a value"),
+        (["--training.beta", "@x"], "the command line: training.beta: .*not valid YAML"),
+        (["--training.beta=[1"], "the command line: training.beta: .*not valid YAML"),
+        (["--training.method=[a]"], r"method: expected the name of a training method, found \['a'\]"),
+        (["--training.recipe=5"], "iteration-1/train: recipe: expected the name or path of a recipe, found 5"),
+        (["--training.num_processes=two"], "iteration-1/train: --num_processes must be a whole number, found 'two'"),
+        (["--ranking.num_processes=0"], "base/rank: --num_processes must be at least 1"),
+        (["--training.accelerate_config=nope"], "iteration-1/train: nope is neither a file nor one of the packaged"),
+        (["--ranking.model_name_or_path=[a]"], r"base/rank: expected a name or a path, found \['a'\]"),
+        (["--launchers={train: 'a \"b'}"], "launchers: train: .* is no command line"),
+        (["--launchers={train: ''}"], "launchers: train: '' is no command line"),
+        (["--write_script=/"], "write_script / is a folder; name a file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -353,3 +368,18 @@ def test_a_pipeline_needs_its_kind_and_a_folder(tmp_path, capsys):
         recipe.write_text(yaml.safe_dump(values))
         assert cli.main(["pipeline", str(recipe), "--dry_run"]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_secrets_are_in_no_file_of_a_run_and_decide_no_result(tmp_path, capsys):
+    secrets = ["--training.hub_token=quiteSecret", '--training.model_init_kwargs={"token": "otherSecret"}']
+    run_dir, script = tmp_path / "run", tmp_path / "plan.sh"
+    words = ["pipeline", str(TOY), f"--run_dir={run_dir}", f"--write_script={script}", "--dry_run", *secrets]
+    assert cli.main(words) == 0
+    arguments, loop, resolved = read_pipeline(*load_settings(words[1:]))
+    stages = {stage.name: stage for stage in stages_of(loop, Commands(run_dir, arguments.launchers))}
+    assert "--hub_token=quiteSecret" in stages["iteration-1/train"].command
+    written = capsys.readouterr().out + script.read_text() + resolved + str([s.settings for s in stages.values()])
+    assert "quiteSecret" not in written and "otherSecret" not in written
+    assert "*** stands for a secret" in script.read_text()
+    before, _ = plan(f"--run_dir={run_dir}", "--training.model_init_kwargs={}")
+    assert before["iteration-1/train"].settings == stages["iteration-1/train"].settings

@@ -16,8 +16,10 @@ import psutil
 import pytest
 
 from prefopt import files
+from prefopt.files import read_json, write_json
 from prefopt.pipelines import state
-from prefopt.pipelines.stages import Runner, Stage
+from prefopt.pipelines.commands import as_script
+from prefopt.pipelines.stages import Runner, Stage, table
 from prefopt.pipelines.state import LOCK_FILE, PREVIOUS_FILE, STATE_FILE, RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +218,13 @@ def test_a_damaged_state_says_how_to_go_on(tmp_path):
     runner(chain(tmp_path), tmp_path).run()
     state = tmp_path / STATE_FILE
     whole = state.read_text()
-    for damaged in (whole[: len(whole) // 2], "[]", '{"version": 1, "stages": {"a": {"status": "done"}}}', "\0"):
+    record = '{"version": 1, "stages": {"a": {"status": "done", "settings": %s, "inputs": {}, "consumed": {}%s}}}'
+    for damaged in (
+        *(whole[: len(whole) // 2], "", "\0", "[]", "null", "1", '{"version": 1}', '{"version": 1, "stages": []}'),
+        *('{"version": 1, "stages": {"a": {"status": "done"}}}', '{"version": 1, "stages": {"a": null}}'),
+        *(record % ("null", ""), record % ("{}", ', "more": 1'), record % ("{}", ', "files": {"a/result": 1}')),
+        *(record.replace("done", "odd") % ("{}", ""), record % ("{}", ', "digest": 7'), "[" * 100_000),
+    ):
         state.write_text(damaged)
         with pytest.raises(ValueError, match=rf"{STATE_FILE} is damaged .*{PREVIOUS_FILE}"):
             runner(chain(tmp_path), tmp_path).run()
@@ -228,6 +236,20 @@ def test_a_damaged_state_says_how_to_go_on(tmp_path):
     state.write_text((tmp_path / PREVIOUS_FILE).read_text())
     runner(chain(tmp_path), tmp_path).run()
     assert calls(tmp_path) == ["d"]
+
+
+@pytest.mark.parametrize("content", ["", "\0", "[1]", "null", '{"x": 1}', '{"x": ["a", 2, 3]}', "[" * 100_000])
+def test_damaged_notes_cost_time_only(tmp_path, content):
+    """Hashes of inputs, and who holds the lock."""
+    (tmp_path / "in").write_text("1")
+    run_dir = tmp_path / "run"
+    stages = [shell(run_dir, "a", "echo 1 > $OUT/result", inputs=[tmp_path / "in"])]
+    runner(stages, run_dir).run()
+    (run_dir / "input_hashes.json").write_text(content.replace("x", str(tmp_path / "in")))
+    (run_dir / LOCK_FILE).write_text(content or '{"pid": "x", "born": null}')
+    calls(run_dir)
+    runner(stages, run_dir).run()
+    assert calls(run_dir) == []
 
 
 def test_a_full_disk_stops_the_run_and_harms_nothing(tmp_path, monkeypatch):
@@ -379,3 +401,27 @@ def test_output_is_shown_line_by_line(tmp_path):
 
     stage = Stage("a", ("sh", "-c", f'cd {tmp_path} && {sys.executable} -c "{code}"'), {})
     Runner([stage], tmp_path, console=Console()).run()
+
+
+def test_secrets_of_a_stage_reach_its_command_and_no_file(tmp_path):
+    """Of its settings, its command line, its output, and of a state that an earlier version wrote."""
+    secret = "hf_aVerySecretToken1234567"
+    script = "echo $0 > $RUN/../told; echo $0; env | grep MY_TOKEN; echo 1 > $OUT/result"
+    plain = shell(tmp_path / "run", "a", script)
+    words = (*plain.command, f"--hub_token={secret}")
+    stage = dataclasses.replace(plain, command=words, settings={"script": script})
+    run = runner([stage], tmp_path / "run")
+    run.run()
+    assert (tmp_path / "told").read_text().strip() == f"--hub_token={secret}"
+    state = read_json(tmp_path / "run" / STATE_FILE)
+    state["stages"]["a"]["settings"]["hub_token"] = secret
+    write_json(tmp_path / "run" / STATE_FILE, state)
+    (planned,) = runner([stage], tmp_path / "run").plan()
+    assert planned.action == "done"
+    runner([stage], tmp_path / "run").run(first="a")
+    shown = run.console.getvalue() + as_script([stage]) + table([planned])
+    files = {path: path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert len(files) > 4
+    for name, text in {**files, "shown": shown}.items():
+        assert secret not in text, name
+    assert "--hub_token=***" in shown

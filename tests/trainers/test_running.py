@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 import prefopt
 from benchmarks.trajectories import COMMON, comparison_rows, make_model, make_tokenizer, pair_rows, scored
 from prefopt.trainers.metrics import MetricLog
-from tests.trainers.pairs import make_trainer, preference_rows, weights_of
+from prefopt.trainers.precision import round_stochastically
+from tests.trainers.pairs import history, make_trainer, preference_rows, weights_of
 
 ROWS = {
     "DPO": pair_rows,
@@ -134,3 +136,99 @@ def test_training_twice_checks_each_step_once(tmp_path):
     poison(trainer, call=2, make_bad=lambda loss: loss * math.nan)
     with pytest.raises(FloatingPointError, match="in step 2"):
         trainer.train()
+
+
+# ---- 16-bit weights
+
+
+def half(dtype=torch.bfloat16):
+    return make_model().to(dtype)
+
+
+def trained(tmp_path, name="DPO", **settings):
+    settings = {"learning_rate": 2e-5, "lr_scheduler_type": "constant", "max_steps": 60, "beta": 1.0} | settings
+    trainer = any_trainer(tmp_path, name, **settings)
+    trainer.train()
+    return trainer
+
+
+def fall(trainer) -> float:
+    losses = history(trainer)
+    return sum(losses[:4]) / 4 - sum(losses[-4:]) / 4
+
+
+def test_bf16_weights_train_as_float32_ones(tmp_path, capsys):
+    """The loss falls as far as in float32, by default, and no update is lost; without a remedy it falls less."""
+    full, kept = trained(tmp_path), trained(tmp_path, model=half())
+    assert "trainable weights are bfloat16" in (printed := capsys.readouterr().out)
+    assert "float32 master copies" in printed
+    assert all(p.dtype == torch.bfloat16 for p in kept.model.parameters())
+    assert fall(kept) == pytest.approx(fall(full), rel=0.05)
+    rounded = trained(tmp_path, model=half(), master_weights="stochastic")
+    assert fall(rounded) == pytest.approx(fall(full), rel=0.1)
+    with pytest.warns(UserWarning, match=r"trainable weights are bfloat16.*in \d+\.\d% of them"):
+        plain = trained(tmp_path, model=half(), master_weights="none")
+    assert fall(plain) < 0.8 * fall(full)
+    lost = {trainer: history(trainer, "perf/updates_lost") for trainer in (full, kept, plain)}
+    assert len(lost[full]) == 10  # steps
+    assert lost[full][-1] < 0.01 and lost[kept][-1] < 0.01 and lost[plain][-1] > 0.2
+
+
+@pytest.mark.parametrize("name", ["Reward", "RRHF"])
+def test_other_trainers_keep_their_updates_too(tmp_path, name):
+    trainer = any_trainer(tmp_path, name, model=half(), learning_rate=1e-6, max_steps=3)
+    trainer.train()
+    assert history(trainer, "perf/updates_lost")[-1] < 0.01
+
+
+def test_bf16_adapters_train_as_float32_ones(tmp_path):
+    options = {"peft_config": LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])}
+    runs = [
+        trained(tmp_path, model=model, trainer_options=options, learning_rate=1e-4) for model in (make_model(), half())
+    ]
+    assert all(p.dtype == torch.bfloat16 for p in runs[1].model.parameters())
+    assert fall(runs[1]) == pytest.approx(fall(runs[0]), rel=0.1)
+
+
+@pytest.mark.parametrize("remedy", ["float32", "stochastic"])
+def test_resumed_equals_uninterrupted_with_bf16_weights(tmp_path, remedy):
+    settings = {"master_weights": remedy, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trained(tmp_path, model=half(), **settings)
+    resumed = any_trainer(
+        tmp_path, "DPO", model=half(), learning_rate=2e-5, lr_scheduler_type="constant", beta=1.0, **settings
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert history(resumed) == history(whole)
+    assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
+    masters = [group["params"] for trainer in (whole, resumed) for group in trainer.optimizer.param_groups]
+    for mine, theirs in zip(masters[: len(masters) // 2], masters[len(masters) // 2 :]):
+        assert all(torch.equal(p, q) for p, q in zip(mine, theirs))
+
+
+def test_weights_that_are_changed_between_two_trainings_stay_changed(tmp_path):
+    trainer = trained(tmp_path, model=half(), max_steps=1)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.zero_()
+    trainer.args.max_steps, trainer.args.learning_rate = 1, 0.0
+    trainer.train()
+    assert trainer.model.lm_head.weight.detach().abs().max().item() < 1e-3
+
+
+def test_stochastic_rounding_is_exact_in_the_mean_and_the_same_for_one_seed():
+    values = torch.full((100_000,), 1.0 + 2.0**-10)  # an eighth of the way from 1 to the next bfloat16
+    rounded = [round_stochastically(values, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(rounded[0], rounded[1]) and not torch.equal(rounded[0], rounded[2])
+    assert set(rounded[0].tolist()) == {1.0, 1.0 + 2.0**-7}
+    assert rounded[0].double().mean().item() == pytest.approx(values[0].item(), abs=1e-4)
+    edge = torch.tensor([math.inf, -math.inf, 0.0, -1.0])
+    assert torch.equal(round_stochastically(edge, torch.Generator()), edge)
+
+
+def test_copies_that_do_not_fit_give_way_to_stochastic_rounding(tmp_path, monkeypatch, capsys):
+    from prefopt.trainers import precision
+
+    monkeypatch.setattr(precision, "_copies_fit", lambda device, numbers: False)
+    trained(tmp_path, model=half(), max_steps=1)
+    assert "rounded stochastically" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="DeepSpeed"):
+        trained(tmp_path, model=half(torch.float16), max_steps=1)

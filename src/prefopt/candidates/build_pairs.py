@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, Features
+from datasets import Features, List, Value
 
 from prefopt.arguments import HubArguments, check_settings, check_together, setting
 from prefopt.candidates.pairs import POLICIES, Pair, check_policy, select_pairs
 from prefopt.candidates.records import (
+    MESSAGE,
+    PromptKind,
     Record,
+    Records,
     context_as_text,
     output_file,
-    prompt_feature,
     push_to_hub,
-    read_records,
-    score_names,
 )
-from prefopt.data.messages import as_messages
+from prefopt.candidates.tables import Again, to_dataset, write_parquet
+from prefopt.data.rows import Row
 from prefopt.files import atomic_path, content_hash, write_json, write_jsonl, write_text
 from prefopt.intervals import wilson_interval
 from prefopt.pages import escape
@@ -36,6 +37,7 @@ ALL_TIED = "all candidates tie"
 GAP_TOO_SMALL = "gap below min_gap"
 SAME_TEXT = "chosen and rejected are the same text"
 
+SIDES = ("chosen", "rejected")
 NUMBERS = ("chosen_win_prob", "rejected_win_prob", "chosen_over_rejected_prob", "chosen_score", "rejected_score")
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 BIAS_SHARE = 0.55
@@ -106,21 +108,52 @@ class BuildPairsArguments(HubArguments):
         return () if self.policy == "sppo_paper" else tuple(name for name in FILTERS if name not in self.keep)
 
 
-@dataclass(frozen=True)
-class PairRecord:
-    """A pair and the record that it was chosen from."""
+class FoundPairs:
+    """The pairs of all records as columns of numbers, so that a million of them take little memory.
 
-    record: Record
-    pair: Pair
+    Attributes:
+        places: for each pair the number of its record, and the indices of chosen and rejected.
+        numbers: `NUMBERS` and the gap of each pair.
+        lengths: characters of chosen and of rejected.
+        sources: how often each source wrote the chosen and the rejected answer.
+        longer, differ: prompts whose chosen answers are on average longer, and of different length at all.
+        prompts: the kind of the prompts.
+        context: further columns (`tools`, `chat_template_kwargs`) that some record has.
+    """
 
-    def length(self, index: int) -> int:
-        """Characters of candidate `index`."""
-        return len(self.record["candidates"][index]["text"])
+    def __init__(self) -> None:
+        self.places = {name: array("q") for name in ("record", "chosen", "rejected")}
+        self.numbers = {name: array("d") for name in (*NUMBERS, "gap")}
+        self.lengths = {side: array("d") for side in SIDES}
+        self.sources: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
+        self.longer = self.differ = self.records = 0
+        self.prompts = PromptKind()
+        self.context: dict[str, None] = {}
 
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Characters of chosen and rejected."""
-        return self.length(self.pair.chosen), self.length(self.pair.rejected)
+    def __len__(self) -> int:
+        return len(self.places["record"])
+
+    def add(self, number: int, record: Record, pairs: Sequence[Pair]) -> None:
+        """Add the pairs of record `number`."""
+        if not pairs:
+            return
+        self.records += 1
+        self.prompts.add(record["prompt"])
+        self.context |= dict.fromkeys(context_as_text(record))
+        difference = 0
+        for pair in pairs:
+            for name, value in (("record", number), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+                self.places[name].append(value)
+            for name, values in self.numbers.items():
+                values.append(getattr(pair, name))
+            lengths = {side: len(record["candidates"][getattr(pair, side)]["text"]) for side in SIDES}
+            for side, length in lengths.items():
+                self.lengths[side].append(length)
+                self.sources[side][record["candidates"][getattr(pair, side)]["source"]] += 1
+            difference += lengths["chosen"] - lengths["rejected"]
+        # pairs of one prompt count once: they are not independent
+        self.longer += difference > 0
+        self.differ += difference != 0
 
 
 def run(args: BuildPairsArguments) -> Path:
@@ -133,15 +166,13 @@ def run(args: BuildPairsArguments) -> Path:
         ValueError: a candidate without the score, no pair at all, or pairs of another format in the folder.
     """
     path = output_file(args.output_dir, args.output_format, stem="train")
-    records = read_records(args.candidates, split=args.split)
+    records = Records(args.candidates, split=args.split)
     score = _score_name(records, args)
     dropped: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
-    found = [
-        PairRecord(record, pair)
-        for record in records
-        for pair in pairs_of(record, score, args, dropped=dropped, filtered=filtered)
-    ]
+    found = FoundPairs()
+    for number, record in enumerate(records):
+        found.add(number, record, pairs_of(record, score, args, dropped=dropped, filtered=filtered))
     if not found:
         reasons = ", ".join(f"{number} x {reason}" for reason, number in dropped.most_common())
         raise ValueError(f"{args.candidates}: none of {len(records)} prompts gives a pair ({reasons}).")
@@ -150,7 +181,12 @@ def run(args: BuildPairsArguments) -> Path:
     settings = {name: getattr(args, name) for name in names}
     summary["settings"] = {**settings, "score": score, "filters": list(args.filters)}
     write_report(args.output_dir, summary, found, plots=args.plots)
-    dataset = _write(path, pair_rows(found, POLICIES[args.policy].columns), args.output_format)
+    columns = POLICIES[args.policy].columns
+    rows, features = Again(lambda: pair_rows(records, found, columns)), _features(found, columns)
+    if args.output_format == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        write_parquet(path, rows, features)
     print(f"build-pairs: {len(found)} pairs from {summary['prompts_with_pairs']} of {len(records)} prompts -> {path}")
     for name, number in dropped.items():
         print(f"build-pairs: {number} {name}")
@@ -158,12 +194,12 @@ def run(args: BuildPairsArguments) -> Path:
         print(f"build-pairs: {number} candidates not eligible: {name}")
     for warning in summary["warnings"]:
         print(f"build-pairs: warning: {warning}", file=sys.stderr)
-    push_to_hub(args, lambda: dataset)
+    push_to_hub(args, path, lambda: to_dataset(rows, features))
     return path
 
 
-def _score_name(records: Sequence[Record], args: BuildPairsArguments) -> str:
-    names = sorted({name for record in records for name in score_names(record)})
+def _score_name(records: Records, args: BuildPairsArguments) -> str:
+    names = sorted(records.score_names)
     if args.score is not None and args.score not in names:
         raise ValueError(
             f"{args.candidates} has no scores named {args.score!r}; it has "
@@ -243,43 +279,32 @@ def _eligible(candidates: Sequence[dict[str, Any]], filters: Sequence[str], filt
     return eligible
 
 
-def pair_rows(found: Sequence[PairRecord], columns: Sequence[str]) -> list[dict[str, Any]]:
+def pair_rows(records: Iterable[Record], found: FoundPairs, columns: Sequence[str]) -> Iterator[Row]:
     """Make rows in the trainers' columns: `prompt_id`, `prompt`, `chosen`, `rejected`, the policy's, and both sources.
 
     Completions are messages where prompts are; a column has one type, so where any prompt is a message list, all
     become one.
     """
-    as_lists = any(isinstance(item.record["prompt"], list) for item in found)
-    rows = []
-    for item in found:
-        record, pair = item.record, item.pair
-        row: dict[str, Any] = {
-            "prompt_id": record["prompt_id"],
-            "prompt": as_messages(record["prompt"]) if as_lists else record["prompt"],
-        }
-        for side, index in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            text = record["candidates"][index]["text"]
-            row[side] = [{"role": "assistant", "content": text}] if as_lists else text
-        row |= {column: getattr(pair, column) for column in columns}
-        row |= {
-            f"{side}_source": record["candidates"][getattr(pair, side)]["source"] for side in ("chosen", "rejected")
-        }
-        row |= context_as_text(record)
-        rows.append(row)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return [{name: row.get(name) for name in names} for row in rows]
+    place = 0
+    for number, record in enumerate(records):
+        while place < len(found) and found.places["record"][place] == number:
+            sides = {side: record["candidates"][found.places[side][place]] for side in SIDES}
+            row: Row = {"prompt_id": record["prompt_id"], "prompt": found.prompts.form(record["prompt"])}
+            for side, candidate in sides.items():
+                text = candidate["text"]
+                row[side] = [{"role": "assistant", "content": text}] if found.prompts.messages else text
+            row |= {column: found.numbers[column][place] for column in columns}
+            row |= {f"{side}_source": candidate["source"] for side, candidate in sides.items()}
+            yield row | {**dict.fromkeys(found.context), **context_as_text(record)}
+            place += 1
 
 
-def _write(path: Path, rows: list[dict[str, Any]], output_format: str) -> Dataset:
-    others = Dataset.from_list([{name: value for name, value in row.items() if name != "prompt"} for row in rows])
-    features = {name: prompt_feature(rows) if name == "prompt" else others.features[name] for name in rows[0]}
-    dataset = Dataset.from_list(rows, features=Features(features))
-    if output_format == "jsonl":
-        write_jsonl(path, rows)
-    else:
-        with atomic_path(path) as temporary:
-            dataset.to_parquet(str(temporary))
-    return dataset
+def _features(found: FoundPairs, columns: Sequence[str]) -> Features:
+    text = Value("string")
+    side = List(MESSAGE) if found.prompts.messages else text
+    known: dict[str, Any] = {"prompt_id": text, "prompt": found.prompts.feature, "chosen": side, "rejected": side}
+    known |= {column: Value("float64") for column in columns}
+    return Features(known | dict.fromkeys(("chosen_source", "rejected_source", *found.context), text))
 
 
 def wilson_lower(successes: int, trials: int, *, z: float = BIAS_Z) -> float:
@@ -287,35 +312,29 @@ def wilson_lower(successes: int, trials: int, *, z: float = BIAS_Z) -> float:
     return wilson_interval(successes, trials, z=z)[0] if trials else 0.0
 
 
-def length_bias(found: Sequence[PairRecord]) -> dict[str, Any]:
+def length_bias(longer: int, differ: int) -> dict[str, Any]:
     """Test whether chosen answers are systematically longer; see `BIAS_TEST`.
 
-    Pairs of one prompt count once: they are not independent.
+    Args:
+        longer: prompts whose chosen answers are on average longer than their rejected ones.
+        differ: prompts whose answers differ in length at all.
     """
-    differences: dict[str, list[int]] = {}
-    for item in found:
-        chosen, rejected = item.lengths
-        differences.setdefault(item.record["prompt_id"], []).append(chosen - rejected)
-    signs = [math.copysign(1, sum(values)) for values in differences.values() if sum(values) != 0]
-    longer = sum(sign > 0 for sign in signs)
-    lower = wilson_lower(longer, len(signs))
-    share = longer / len(signs) if signs else None
+    lower = wilson_lower(longer, differ)
     return {
         "test": BIAS_TEST,
-        "prompts": len(signs),
+        "prompts": differ,
         "chosen_longer": longer,
-        "share": share,
+        "share": longer / differ if differ else None,
         "lower_bound": lower,
         "biased": lower > BIAS_SHARE,
     }
 
 
 def summarise(
-    found: Sequence[PairRecord], *, prompts: int, dropped: Mapping[str, int], filtered: Mapping[str, int]
+    found: FoundPairs, *, prompts: int, dropped: Mapping[str, int], filtered: Mapping[str, int]
 ) -> dict[str, Any]:
     """Summarise counts, lengths, gaps, means of the pairs' numbers and sources of either side, with warnings."""
-    lengths = np.array([item.lengths for item in found], dtype=float)
-    bias = length_bias(found)
+    bias = length_bias(found.longer, found.differ)
     warnings = []
     if bias["biased"]:
         warnings.append(
@@ -324,30 +343,26 @@ def summarise(
         )
     return {
         "prompts": prompts,
-        "prompts_with_pairs": len({item.record["prompt_id"] for item in found}),
+        "prompts_with_pairs": found.records,
         "pairs": len(found),
         "dropped_prompts": dict(dropped),
         "filtered_candidates": dict(filtered),
-        "characters": {side: _spread(lengths[:, place]) for place, side in enumerate(("chosen", "rejected"))},
-        "gap": _spread(np.array([item.pair.gap for item in found], dtype=float)),
-        "means": {name: float(np.mean([getattr(item.pair, name) for item in found])) for name in NUMBERS},
-        "sources": {
-            side: dict(
-                Counter(item.record["candidates"][getattr(item.pair, side)]["source"] for item in found).most_common()
-            )
-            for side in ("chosen", "rejected")
-        },
+        "characters": {side: _spread(lengths) for side, lengths in found.lengths.items()},
+        "gap": _spread(found.numbers["gap"]),
+        "means": {name: float(np.mean(found.numbers[name])) for name in NUMBERS},
+        "sources": {side: dict(counts.most_common()) for side, counts in found.sources.items()},
         "length_bias": bias,
         "warnings": warnings,
     }
 
 
-def _spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
+def _spread(numbers: array[float]) -> dict[str, float]:
+    values = np.asarray(numbers)
     quantiles = {f"{round(100 * q)}%": float(value) for q, value in zip(QUANTILES, np.quantile(values, QUANTILES))}
     return {"mean": float(values.mean()), **quantiles}
 
 
-def write_report(folder: str | Path, summary: dict[str, Any], found: Sequence[PairRecord], *, plots: bool) -> None:
+def write_report(folder: str | Path, summary: dict[str, Any], found: FoundPairs, *, plots: bool) -> None:
     """Write `pairs_report.json`, `pairs_report.md` and, where `plots` and matplotlib is there, `pairs_report.png`."""
     folder = Path(folder)
     drawn = plots and _draw(folder / "pairs_report.png", summary, found)
@@ -369,7 +384,7 @@ def markdown(summary: Mapping[str, Any], *, picture: str | None = None) -> str:
     counts |= {f"candidate not eligible: {reason}": n for reason, n in summary["filtered_candidates"].items()}
     if counts:
         lines += _table(("not used", "number"), ([name, str(number)] for name, number in counts.items()))
-    characters = {f"characters of {side}": summary["characters"][side] for side in ("chosen", "rejected")}
+    characters = {f"characters of {side}": summary["characters"][side] for side in SIDES}
     spreads = {**characters, "gap": summary["gap"]}
     lines += _table(
         ("", *summary["gap"]),
@@ -406,7 +421,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *body, ""]
 
 
-def _draw(path: Path, summary: Mapping[str, Any], found: Sequence[PairRecord]) -> bool:
+def _draw(path: Path, summary: Mapping[str, Any], found: FoundPairs) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -414,13 +429,13 @@ def _draw(path: Path, summary: Mapping[str, Any], found: Sequence[PairRecord]) -
         return False
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    lengths = np.maximum(np.array([item.lengths for item in found], dtype=float), 1)
+    lengths = np.maximum(np.array([found.lengths[side] for side in SIDES]), 1)
     bins = np.geomspace(lengths.min(), lengths.max() * 1.001, 40)
-    for place, side in enumerate(("chosen", "rejected")):
-        left.hist(lengths[:, place], bins=bins, alpha=0.55, label=side)
+    for place, side in enumerate(SIDES):
+        left.hist(lengths[place], bins=bins, alpha=0.55, label=side)
     left.set(xscale="log", xlabel="characters", ylabel="pairs", title="Length of the answers")
     left.legend()
-    right.hist([item.pair.gap for item in found], bins=40)
+    right.hist(np.asarray(found.numbers["gap"]), bins=40)
     right.set(xlabel="gap between chosen and rejected", ylabel="pairs", title="Gaps")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

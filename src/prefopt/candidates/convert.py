@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from datasets import Dataset
+from typing import Any
 
 from prefopt.arguments import check_settings, setting
-from prefopt.candidates.formats import FORMATS, Context, pairs_to_records, read_golden
-from prefopt.candidates.records import read_records, write_records
+from prefopt.candidates.formats import FORMATS, Context, Converter, pairs_to_records, read_golden
+from prefopt.candidates.records import Records, write_records
+from prefopt.candidates.tables import Again, infer_features, open_rows, write_parquet
 from prefopt.data.messages import without_none
 from prefopt.data.rows import Row
 from prefopt.data.sources import DataSource, load_source
-from prefopt.files import atomic_path, write_json, write_jsonl
+from prefopt.files import atomic_path, write_jsonl
 
 READABLE = tuple(name for name, form in FORMATS.items() if form.read is not None)
 WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
@@ -69,38 +72,96 @@ def run(args: ConvertArguments) -> Path:
     Raises:
         ValueError: a row that is not of the format, or nothing left to write.
     """
-    rows: Sequence[Row]
-    if args.from_format == "records":
-        rows = read_records(args.input, split=args.split)
-    else:
-        rows = [without_none(row) for row in load_source(DataSource(args.input, split=args.split))]
-    golden = None if args.golden is None else read_golden(load_source(DataSource(args.golden)))
-    context = Context(args.columns, golden, args.score, args.one_sample, args.seed, args.as_messages)
     source, target = FORMATS[args.from_format], FORMATS[args.to_format]
     assert source.read is not None and target.write is not None
-    found = list(source.read(rows, context))
+    golden = None if args.golden is None else read_golden(load_source(DataSource(args.golden)))
+    reading = Context(args.columns, golden, args.score, args.one_sample, args.seed, args.as_messages)
+    writing = replace(reading, counts=Counter())
+    if args.from_format == "records":
+        rows: Sequence[Row] = Records(args.input, split=args.split)
+    else:
+        rows = open_rows(DataSource(args.input, split=args.split))
+    read_from = Again(lambda: (without_none(row) for row in rows)) if args.from_format != "records" else rows
+    found: Iterable[Row] = _Counted(source.read, read_from, reading)
     if source.kind == "pairs" and target.kind == "records":
-        found = pairs_to_records(found)
-    written = list(target.write(found, context))
-    if not written:
-        reasons = ", ".join(f"{number} {name}" for name, number in context.counts.items() if number)
-        raise ValueError(f"{args.input}: none of {len(rows)} rows is left to write ({reasons or 'none was read'}).")
+        pairs = found
+        found = Again(lambda: pairs_to_records(pairs))
+    written = _Counted(target.write, found, writing)
     output = Path(args.output)
-    _write(output, written, is_records=args.to_format == "records")
-    print(f"convert: {len(rows)} rows of {args.from_format} -> {len(written)} rows of {args.to_format} in {output}")
-    for name, number in context.counts.items():
-        if number:
-            print(f"convert: {number} {name}")
+    try:
+        _write(output, written, is_records=args.to_format == "records")
+    except _NothingToWrite:
+        reasons = ", ".join(_counted(reading, writing)) or "none was read"
+        raise ValueError(f"{args.input}: none of {len(rows)} rows is left to write ({reasons}).") from None
+    print(f"convert: {len(rows)} rows of {args.from_format} -> {written.number} rows of {args.to_format} in {output}")
+    for line in _counted(reading, writing):
+        print(f"convert: {line}")
     return output
 
 
-def _write(path: Path, rows: list[Row], *, is_records: bool) -> None:
+def _counted(*contexts: Context) -> list[str]:
+    return [f"{number} {name}" for context in contexts for name, number in context.counts.items() if number]
+
+
+class _NothingToWrite(Exception):
+    pass
+
+
+class _Counted(Iterable[Row]):
+    """Converted rows, made anew each time they are iterated over; the counts are those of the last time."""
+
+    def __init__(self, convert: Converter, rows: Iterable[Row], context: Context) -> None:
+        self.convert, self.rows, self.context = convert, rows, context
+        self.number = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        self.context.counts.clear()
+        self.number = 0
+        for row in self.convert(self.rows, self.context):
+            self.number += 1
+            yield row
+
+
+def _finite(row: Row, number: int) -> Row:
+    """Return a row unchanged.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON does not know and no loss can read.
+    """
+    found = next(((name, fault) for name, value in row.items() for fault in _not_finite(value)), None)
+    if found is not None:
+        raise ValueError(f"Row {number} to write: `{found[0]}` holds {found[1]}, not a finite number.")
+    return row
+
+
+def _not_finite(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _not_finite(item)
+
+
+def _write(path: Path, rows: Iterable[Row], *, is_records: bool) -> None:
+    first = next((row for row in rows), None)
+    if first is None:
+        raise _NothingToWrite
+    finite = Again(lambda: (_finite(row, number) for number, row in enumerate(rows)))
     if path.name.endswith(".json"):
-        write_json(path, rows)
+        _write_array(path, finite)
     elif is_records:
-        write_records(path, rows)
+        write_records(path, finite)
     elif path.name.endswith(".parquet"):
-        with atomic_path(path) as temporary:
-            Dataset.from_list(rows).to_parquet(str(temporary))
+        write_parquet(path, finite, infer_features(finite, list(first)))
     else:
-        write_jsonl(path, rows)
+        write_jsonl(path, finite)
+
+
+def _write_array(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as one indented JSON array, one at a time."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for number, row in enumerate(rows):
+            text = json.dumps(row, indent=2, ensure_ascii=False)
+            file.write(("[" if number == 0 else ",") + "\n  " + text.replace("\n", "\n  "))
+        file.write("\n]\n")

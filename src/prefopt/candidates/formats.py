@@ -7,12 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from prefopt.candidates.pairs import win_probabilities
 from prefopt.candidates.records import (
     Candidate,
     Record,
+    answer_text,
+    check_finite,
     make_candidate,
     make_record,
     off_policy_candidates,
@@ -79,7 +81,7 @@ class Context:
         self.counts[f"{what} dropped: {reason}"] += 1
 
 
-# Writers may iterate over the rows more than once.
+# Rows are read and written one at a time; writers iterate over them more than once where they need to.
 Converter: TypeAlias = Callable[[Iterable[Row], Context], Iterator[Row]]
 
 
@@ -111,20 +113,31 @@ def read_pairs(rows: Iterable[Row], context: Context) -> Iterator[Row]:
             yield pair if row.get("prompt_id") is None else {**pair, "prompt_id": str(row["prompt_id"])}
 
 
-def pairs_to_records(pairs: Iterable[Row]) -> list[Record]:
-    """Make a record of two candidates, `chosen` and `rejected`, from each pair; pairs of one prompt share a record."""
+def pairs_to_records(pairs: Iterable[Row]) -> Iterator[Record]:
+    """Make a record of two candidates, `chosen` and `rejected`, from each pair; pairs of one prompt share a record.
+
+    Args:
+        pairs: are iterated over twice: a record is held until the last pair of its prompt has come.
+    """
+    left = Counter(hash(_record_of(pair)["prompt_id"]) for pair in pairs)
     records: dict[str, Record] = {}
     for pair in pairs:
-        prompt = as_messages(pair["prompt"]) if isinstance(pair["chosen"], list) else pair["prompt"]
-        name = normalise_prompt({"prompt": prompt})["row_id"]
-        record = records.setdefault(name, make_record(name, prompt, []))
+        record = _record_of(pair)
+        left[hash(record["prompt_id"])] -= 1
+        record = records.setdefault(record["prompt_id"], record)
         known = {candidate["text"] for candidate in record["candidates"]}
         for candidate in off_policy_candidates(pair, ["chosen", "rejected"]):
             if candidate["text"] not in known:
                 same = [c for c in record["candidates"] if c["source"] == candidate["source"]]
                 record["candidates"].append({**candidate, "k": len(same)})
                 known.add(candidate["text"])
-    return list(records.values())
+        while records and not left[hash(next(iter(records)))]:
+            yield records.pop(next(iter(records)))
+
+
+def _record_of(pair: Row) -> Record:
+    prompt = as_messages(pair["prompt"]) if isinstance(pair["chosen"], list) else pair["prompt"]
+    return make_record(normalise_prompt({"prompt": prompt})["row_id"], prompt, [])
 
 
 def conversation(prompt: TextOrMessages, response: TextOrMessages) -> list[Message]:
@@ -174,6 +187,8 @@ def to_dialogue(messages: Sequence[Message]) -> str:
     """
     text = ""
     for number, message in enumerate(messages):
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"A dialogue cannot hold the turn {str(message)[:80]!r}, which has no text.")
         if message["role"] == "system" and number == 0:
             text += f"\n\n{message['content']}"
         elif message["role"] in SPEAKERS:
@@ -188,7 +203,7 @@ def to_dialogue(messages: Sequence[Message]) -> str:
 def read_hh(rows: Iterable[Row], context: Context) -> Iterator[Row]:
     """Read pairs from dialogues with a common beginning (`chosen`, `rejected`), or `prompt`, `chosen`, `rejected`."""
     for pair in read_pairs(rows, context):
-        if not context.as_messages:
+        if not context.as_messages or not isinstance(pair["prompt"], str):  # messages already
             yield pair
             continue
         try:
@@ -264,19 +279,23 @@ def read_responses(rows: Iterable[Row], context: Context) -> Iterator[Record]:
     """
     if not context.columns:
         raise ValueError("Name the columns that hold responses with `columns`.")
-    seen: set[str] = set()
-    for row in rows:
+    seen: set[int] = set()  # hashes take a fraction of the memory
+    for number, row in enumerate(rows):
         try:
             clean = normalise_prompt(row)
         except BadRow as fault:
             context.drop(fault.reason)
             continue
         name = str(row.get("prompt_id") or clean["row_id"])
-        if name in seen:
+        if hash(name) in seen:
             context.drop("prompt seen before")
             continue
-        seen.add(name)
-        yield make_record(name, clean["prompt"], off_policy_candidates(row, context.columns))
+        seen.add(hash(name))
+        try:
+            candidates = off_policy_candidates(row, context.columns)
+        except ValueError as error:
+            raise ValueError(f"Row {number}: {error}") from error
+        yield make_record(name, clean["prompt"], candidates)
 
 
 # APO.
@@ -451,15 +470,16 @@ def read_comparisons(rows: Iterable[Row], context: Context) -> Iterator[Record]:
         texts, scores = row.get("text"), row.get("scores")
         if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores) or not texts:
             raise ValueError(f"Row {number}: `text` and `scores` must be lists of one length, at least 1.")
-        if any(text.count(SEPARATOR) != 1 for text in texts):
+        if any(not isinstance(text, str) or text.count(SEPARATOR) != 1 for text in texts):
             raise ValueError(f"Row {number}: each text needs exactly one {SEPARATOR!r} between query and response.")
         queries, responses = zip(*(text.split(SEPARATOR) for text in texts))
         if len(set(queries)) != 1:
             raise ValueError(f"Row {number} holds responses to {len(set(queries))} different queries.")
+        numbers = check_finite(scores, f"Row {number}: a score")
         sources = [GOLDEN if row.get("type") == ADVERSARIAL_TYPE and k == 0 else "sample" for k in range(len(texts))]
         candidates = [
-            make_candidate(text, source=source, k=k, scores={"score": float(score)})
-            for k, (text, source, score) in enumerate(zip(responses, sources, scores))
+            make_candidate(text, source=source, k=k, scores={"score": score})
+            for k, (text, source, score) in enumerate(zip(responses, sources, numbers))
         ]
         # rows of one query are different comparisons
         yield make_record(row_id(queries[0], list(responses), {"row": number}), queries[0], candidates)
@@ -488,33 +508,28 @@ def read_generated(rows: Iterable[Row], context: Context) -> Iterator[Record]:
         except BadRow as fault:
             context.drop(fault.reason)
             continue
-        scores = row.get(SCORE)
-        if scores is not None and len(scores) < len(columns):
-            raise ValueError(f"Row {number} has {len(columns)} responses but {len(scores)} rm_scores.")
-        if scores is not None and len(scores) > len(columns):
-            context.counts["rows with rm_scores of responses that they do not hold"] += 1
-            scores = scores[-len(columns) :]
-        candidates = [
-            make_candidate(
-                _answer(row[name], number), source=name, scores={SCORE: float(scores[k])} if scores is not None else {}
+        texts = [answer_text(row[name], f"Row {number}, {name}") for name in columns]
+        if None in texts:
+            raise ValueError(
+                f"Row {number}: {columns[texts.index(None)]} holds neither a text nor a conversation that ends with "
+                "an answer."
             )
-            for k, name in enumerate(columns)
+        scores: list[dict[str, float]] = [{} for _ in columns]
+        if row.get(SCORE) is not None:
+            numbers = check_finite(row[SCORE], f"Row {number}: {SCORE}")
+            if len(numbers) < len(columns):
+                raise ValueError(f"Row {number} has {len(columns)} responses but {len(numbers)} {SCORE}.")
+            if len(numbers) > len(columns):
+                context.counts["rows with rm_scores of responses that they do not hold"] += 1
+            scores = [{SCORE: value} for value in numbers[-len(columns) :]]
+        candidates = [
+            make_candidate(str(text), source=name, scores=score) for text, name, score in zip(texts, columns, scores)
         ]
         name = str(row.get("prompt_id") or row_id(prompt, [], {}))
         if name in seen:
             name = row_id(prompt, [candidate["text"] for candidate in candidates], {"row": number})
         seen.add(name)
         yield make_record(name, prompt, candidates)
-
-
-def _answer(value: Any, number: int) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and value[-1].get("role") == "assistant":
-        return str(value[-1]["content"])
-    raise ValueError(
-        f"Row {number}: a generate_k column holds neither a text nor a conversation that ends with an answer."
-    )
 
 
 def write_generated(records: Iterable[Record], context: Context) -> Iterator[Row]:

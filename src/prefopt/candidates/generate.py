@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.versions import require_version
 
 from prefopt.arguments import HubArguments, ServerArguments, check_settings, check_together, setting
 from prefopt.candidates.backends import AnswerRequest, Backend, Sampling, stop_ids_of
@@ -200,13 +202,13 @@ class Generation:
             from prefopt.candidates.backends.server import find_model
 
             self.server_model, server_length = find_model(_client(args), args.server_model)
+        self.base = _adapter_base(args)
         # one process hashes the weights
         self.fingerprint = team.gather(_fingerprint(args) if team.is_main else None)[0]
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
         )
-        base = _adapter_base(args)
-        place, revision = base or args.model_name_or_path, None if base else args.model_revision
+        place, revision = self.base or args.model_name_or_path, None if self.base else args.model_revision
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=args.trust_remote_code)
         self.context = _context(args, config, server_length)
         self.template = (
@@ -214,6 +216,7 @@ class Generation:
         )
         read = load_prompts(args.source, column=args.prompt_column, off_policy_columns=args.off_policy_columns)
         self.prompts: PromptSet = tokenize(read, self.tokenizer, template=self.template, context=self.context)
+        _check_packages(args, config, self.base)
         stops = stop_ids_of(self.tokenizer, config, place, revision, args.stop_token_ids)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, stops)
         self.backend: Backend | None = None
@@ -282,11 +285,15 @@ class Generation:
                     num_tokens=answer.num_tokens,
                 )
                 for number, answer in enumerate(answers)
+                if answer is not None
             ]
             context = {name: item[name] for name in CONTEXT_COLUMNS if name in item}
             rows.append(make_record(item["prompt_id"], item["prompt"], candidates, **context))
             shard.count("prompts with less room than max_new_tokens", self._room(item) < self.args.max_new_tokens)
             for answer in answers:
+                if answer is None:
+                    shard.count("unusable answers")
+                    continue
                 shard.count("answers")
                 shard.count("tokens", answer.num_tokens)
                 shard.count(f"answers ended by {answer.finish_reason}")
@@ -325,25 +332,59 @@ def _adapter_base(args: GenerateArguments) -> str | None:
     """Return the model under an adapter; None where the folder holds a model.
 
     Raises:
-        ValueError: an adapter for vLLM.
+        ValueError: an adapter for vLLM, or one that does not name its model.
     """
     base = adapted_model(Path(args.model_name_or_path))
     if base is not None and args.backend == "vllm":
         raise ValueError(f"{args.model_name_or_path} holds an adapter: merge it into its model for backend vllm.")
+    if base in ("", "None"):
+        raise ValueError(
+            f"{args.model_name_or_path} holds an adapter that does not name its model (it was trained on one in "
+            "memory): write the model's folder into adapter_config.json as base_model_name_or_path, or merge it."
+        )
     return base
+
+
+def _check_packages(args: GenerateArguments, config: PretrainedConfig, adapter_base: str | None) -> None:
+    """Check that what the model needs is installed, before the first shard.
+
+    Raises:
+        ValueError: a package is missing, or the attention implementation cannot be used; says which.
+    """
+    if args.backend == "vllm":
+        from prefopt.candidates.backends.engine import check_vllm
+
+        check_vllm()
+    if args.backend != "transformers":
+        return
+    try:
+        if adapter_base is not None:
+            require_version("peft")
+        if (quantization := getattr(config, "quantization_config", None)) is not None:
+            AutoHfQuantizer.from_config(quantization).validate_environment()
+        with torch.device("meta"):  # imports the model's code and checks its attention, without any weight
+            AutoModelForCausalLM.from_config(
+                config, attn_implementation=args.attn_implementation, trust_remote_code=args.trust_remote_code
+            )
+    except Exception as error:
+        # code of a model may be unable to run without weights; loading them decides
+        if isinstance(error, ImportError) or (isinstance(error, ValueError) and args.attn_implementation is not None):
+            raise ValueError(f"{args.model_name_or_path} cannot be loaded here: {error}") from error
 
 
 def _local(job: Generation) -> Backend:
     from prefopt.candidates.backends.local import TransformersBackend
 
-    args = job.args
+    args, base = job.args, job.base
     model: Any = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path,
-        revision=args.model_revision,
+        base or args.model_name_or_path,
+        revision=None if base else args.model_revision,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         attn_implementation=args.attn_implementation,
     )
+    if base is not None:
+        model = _with_adapter(model, args.model_name_or_path)
     return TransformersBackend(
         model.to(job.team.device),
         job.tokenizer,
@@ -351,6 +392,22 @@ def _local(job: Generation) -> Backend:
         batch_size=args.batch_size,
         continuous=args.continuous_batching,
     )
+
+
+def _with_adapter(model: Any, folder: str) -> Any:
+    """Put an adapter on its model, whose embeddings get as many rows as the adapter was trained with."""
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    embeddings = model.get_input_embeddings()
+    ends = [name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings]
+    for name, weight in load_peft_weights(folder, device="cpu").items():
+        if ends and f".{ends[0]}." in name and name.endswith((".weight", "lora_embedding_A")):
+            rows = weight.shape[1] if name.endswith("lora_embedding_A") else weight.shape[0]
+            if rows != embeddings.weight.shape[0]:
+                model.resize_token_embeddings(rows)
+            break
+    return PeftModel.from_pretrained(model, folder).get_base_model()
 
 
 def _engine(job: Generation) -> Backend:
@@ -404,7 +461,12 @@ def _write(args: GenerateArguments, prompts: PromptSet, plan: ShardPlan, output:
         print(f"generate: {number} rows without samples: {name} (listed in {skipped})")
     if prompts.duplicates:
         print(f"generate: {prompts.duplicates} rows without samples: duplicate prompt")
-    for name in ("answers ended by length", "empty answers", "prompts with less room than max_new_tokens"):
+    for name in (
+        "unusable answers",
+        "answers ended by length",
+        "empty answers",
+        "prompts with less room than max_new_tokens",
+    ):
         if counts[name]:
             print(f"generate: {counts[name]} {name}")
-    push_to_hub(args, lambda: to_dataset(records))
+    push_to_hub(args, output, lambda: to_dataset(records))

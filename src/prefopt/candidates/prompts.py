@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.candidates.records import Candidate, off_policy_candidates
 from prefopt.data.encoding import TextGroup, check_chat_template, encode_groups
-from prefopt.data.messages import BadRow, Fault, as_messages, without_none
+from prefopt.data.messages import BadRow, Fault, as_messages
 from prefopt.data.rows import CONTEXT_COLUMNS, Row, normalise_prompt
 from prefopt.data.sources import DataSource, load_source
 
@@ -67,7 +67,7 @@ def load_prompts(source: DataSource, *, column: str, off_policy_columns: Sequenc
             prompts.skip(number, named, fault.reason, fault.detail)
             continue
         prompt_id = named or str(clean["row_id"])
-        prompt = without_none(clean["prompt"])
+        prompt = clean["prompt"]
         first, before = seen.setdefault(prompt_id, (number, prompt))
         if before != prompt:
             raise ValueError(
@@ -123,7 +123,7 @@ def tokenize(
         check_chat_template(tokenizer)
         items = [{**item, "prompt": as_messages(item["prompt"])} for item in items]
     groups = [TextGroup(item["prompt"], [], *(item.get(name) for name in CONTEXT_COLUMNS)) for item in items]
-    for item, encoded in zip(items, encode_groups(groups, tokenizer)):
+    for item, encoded in zip(items, encode_groups(groups, tokenizer, strict=True)):
         if isinstance(encoded, BadRow):
             prompts.skip(item["row"], item["prompt_id"], encoded.reason, encoded.detail)
         elif context is not None and len(encoded.prompt_ids) >= context:

@@ -19,18 +19,19 @@ from prefopt.candidates.rankers import (
     RankerOptions,
     RankerSettings,
     build_ranker,
+    deciding_options,
 )
 from prefopt.candidates.rankers.base import Request, check_scores
 from prefopt.candidates.records import (
     Record,
+    Records,
     output_file,
     push_to_hub,
-    read_records,
-    score_names,
     to_dataset,
     write_records,
 )
 from prefopt.candidates.shards import Processes, Row, Shard, ShardPlan, current_processes, run_shards
+from prefopt.candidates.tables import Again
 from prefopt.data.messages import as_messages
 from prefopt.files import content_hash, file_hash, write_json
 from prefopt.references.fingerprints import files_fingerprint, model_folder
@@ -99,11 +100,11 @@ def run(args: RankArguments) -> Path:
         ValueError: a mistake in the settings or the data, a ranker that cannot be used, or a shard that failed.
     """
     output = output_file(args.output_dir, args.output_format)
-    records = read_records(args.candidates, split=args.split)
-    scored = [record["prompt_id"] for record in records if args.name in score_names(record)]
-    if scored:
+    records = Records(args.candidates, split=args.split)
+    if args.name in records.score_names:
         raise ValueError(
-            f"{args.candidates} has scores named {args.name!r} already (row {scored[0]!r}); give another --score_name."
+            f"{args.candidates} has scores named {args.name!r} already (row {records.score_names[args.name]!r}); give "
+            "another --score_name."
         )
     processes = current_processes()
     folder, identity = _model(args, processes)
@@ -111,6 +112,7 @@ def run(args: RankArguments) -> Path:
     settings = {
         name: getattr(args, name) for name in ("ranker", "model_name_or_path", "max_length", "policy_template")
     }
+    settings |= deciding_options(args.ranker, args)
     settings |= {"fingerprint": identity, "score_name": args.name, "dtype": str(work.options.torch_dtype)}
     plan = run_shards(
         records,
@@ -213,7 +215,11 @@ def with_scores(record: Record, name: str, values: Any) -> Record:
 
 
 def _finish(args: RankArguments, records: Sequence[Record], plan: ShardPlan, output: Path) -> None:
-    scored = [with_scores(record, args.name, row["values"]) for record, row in zip(records, plan.rows(), strict=True)]
+    scored = Again(
+        lambda: (
+            with_scores(record, args.name, row["values"]) for record, row in zip(records, plan.rows(), strict=True)
+        )
+    )
     write_records(output, scored)
     report = {"score name": args.name, **plan.report()}
     write_json(output.parent / "report.json", report)
@@ -221,4 +227,4 @@ def _finish(args: RankArguments, records: Sequence[Record], plan: ShardPlan, out
     for name in ("truncated prompts", "truncated answers", "unreadable verdicts", FEW):
         if report["counts"].get(name):
             print(f"rank: {report['counts'][name]} {name}")
-    push_to_hub(args, lambda: to_dataset(scored))
+    push_to_hub(args, output, lambda: to_dataset(scored))

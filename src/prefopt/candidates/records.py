@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 from datasets import Dataset, Features, Json, List, Value
 
 from prefopt.arguments import HubArguments
+from prefopt.candidates import tables
 from prefopt.candidates.pairs import aggregate_scores
-from prefopt.data.messages import TextOrMessages, clean_text, without_none
-from prefopt.data.rows import CONTEXT_COLUMNS
+from prefopt.candidates.tables import Again, infer_features, open_rows, write_parquet
+from prefopt.data.messages import TextOrMessages, as_messages, clean_text
+from prefopt.data.rows import CONTEXT_COLUMNS, Row
 from prefopt.data.sources import DataSource, load_source
-from prefopt.files import atomic_path, read_jsonl, write_jsonl
+from prefopt.files import write_jsonl
 
 Candidate: TypeAlias = dict[str, Any]
 Record: TypeAlias = dict[str, Any]
@@ -25,7 +29,14 @@ RECORD_FILES = ("candidates.parquet", "candidates.jsonl")
 FINISH_REASONS = ("stop", "length", None)
 TEXT_KEYS = ("text", "response", "content", "output")
 SOURCE_KEYS = ("source", "model")
-_MESSAGE = {"role": Value("string"), "content": Value("string")}
+MESSAGE = {"role": Value("string"), "content": Value("string")}
+CANDIDATE = {
+    "source": Value("string"),
+    "k": Value("int32"),
+    "text": Value("string"),
+    "finish_reason": Value("string"),
+    "num_tokens": Value("int32"),
+}
 
 
 def make_candidate(
@@ -96,11 +107,14 @@ def check_record(record: Mapping[str, Any], where: str) -> Record:
         for number, candidate in enumerate(record["candidates"])
     ]
     size = len(clean["candidates"])
+    if not isinstance(record.get("tables") or {}, Mapping):
+        raise ValueError(f"{where}: `tables` is not a mapping from names to tables of logits.")
     clean["tables"] = {name: table for name, table in (record.get("tables") or {}).items() if table is not None}
     for name, table in clean["tables"].items():
-        if len(table) != size or any(len(line) != size for line in table):
+        lines = table if isinstance(table, list) else []
+        if len(lines) != size or any(not isinstance(line, list) or len(line) != size for line in lines):
             raise ValueError(f"{where}: the table {name!r} does not have {size} rows of {size} logits.")
-        _check_finite([value for line in table for value in line], f"{where}: the table {name!r}")
+        check_finite([value for line in table for value in line], f"{where}: the table {name!r}")
     return clean
 
 
@@ -109,22 +123,44 @@ def _check_candidate(candidate: Any, where: str) -> Candidate:
         raise ValueError(f"{where} has no `text`.")
     if candidate.get("finish_reason") not in FINISH_REASONS:
         raise ValueError(f"{where}: finish_reason is {candidate.get('finish_reason')!r}, not one of {FINISH_REASONS}.")
-    scores = {name: score for name, score in (candidate.get("scores") or {}).items() if score is not None}
-    _check_finite(scores.values(), f"{where}: a score")
+    for name in ("k", "num_tokens"):
+        value = candidate.get(name)
+        if value is not None and (not isinstance(value, int) or not 0 <= value < 2**31):
+            raise ValueError(f"{where}: {name} is {str(value)[:80]!r}, not a whole number.")
+    scores = _scores(candidate.get("scores"), where)
     return make_candidate(
         candidate["text"],
         source=str(candidate.get("source") or "unknown"),
-        k=int(candidate.get("k") or 0),
+        k=candidate.get("k") or 0,
         finish_reason=candidate.get("finish_reason"),
         num_tokens=candidate.get("num_tokens"),
         scores=scores,
     )
 
 
-def _check_finite(values: Iterable[Any], what: str) -> None:
+def check_finite(values: Any, what: str) -> list[float]:
+    """Return scores as floats.
+
+    Raises:
+        ValueError: they are no list, or one of them is no finite number.
+    """
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{what} is {str(values)[:80]!r}, where a list of numbers is expected.")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{what} is {value!r}, not a finite number.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{what} is {repr(value)[:80]}, not a finite number.")
+    return [float(value) for value in values]
+
+
+def _scores(scores: Any, where: str) -> dict[str, float]:
+    """Check a mapping from rankers to scores, and drop the None entries that Arrow adds."""
+    if not isinstance(scores or {}, Mapping):
+        raise ValueError(
+            f"{where}: `scores` is {str(scores)[:80]!r}, where a mapping from names to numbers is expected."
+        )
+    found = {name: score for name, score in (scores or {}).items() if score is not None}
+    check_finite(list(found.values()), f"{where}: a score")
+    return found
 
 
 def output_file(folder: str | Path, output_format: str, *, stem: str = "candidates") -> Path:
@@ -148,64 +184,164 @@ def file_of(path: str | Path) -> str:
     return str(next((file for file in found if file.is_file()), path))
 
 
+class Records(Sequence[Record]):
+    """Records of a file or dataset, checked once, and read anew whenever they are asked for.
+
+    Attributes:
+        score_names: the names of scores and tables, each with the prompt_id of the first record that has it.
+
+    Raises:
+        ValueError: nothing there, or a row that is not a record; two records of one prompt_id.
+    """
+
+    def __init__(self, path: str | Path, *, split: str = "train") -> None:
+        self.path = path
+        self.rows = open_rows(DataSource(file_of(path), split=split))
+        self.score_names: dict[str, str] = {}
+        seen: set[int] = set()  # hashes, as a million ids would take a hundred megabytes more
+        for number, record in enumerate(self):
+            identity = record["prompt_id"]
+            if hash(identity) in seen and any(other["prompt_id"] == identity for other in islice(self, number)):
+                raise ValueError(f"{path}, row {number}: a second record of the prompt_id {identity!r}.")
+            seen.add(hash(identity))
+            for name in score_names(record):
+                self.score_names.setdefault(name, identity)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self._checked(row, number) for number, row in enumerate(self.rows))
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            start = index.indices(len(self))[0]
+            return [self._checked(row, start + number) for number, row in enumerate(self.rows[index])]
+        return self._checked(self.rows[index], index)
+
+    def _checked(self, row: Row, number: int) -> Record:
+        return check_record(row, f"{self.path}, row {number}")
+
+
 def read_records(path: str | Path, *, split: str = "train") -> list[Record]:
     """Read and check records from a parquet or jsonl file, a folder that a command wrote, or a hub dataset.
 
     Raises:
         ValueError: nothing there, or a row that is not a record; two records of one prompt_id.
     """
-    name = file_of(path)
-    rows: Iterable[Record]
-    if Path(name).is_file() and name.endswith((".jsonl", ".jsonl.gz")) and split == "train":
-        rows = read_jsonl(name)  # the JSON reader of `datasets` may change the last digit of a score
-    else:
-        rows = load_source(DataSource(name, split=split))
-    records = [check_record(row, f"{path}, row {number}") for number, row in enumerate(rows)]
-    seen: set[str] = set()
-    for number, record in enumerate(records):
-        if record["prompt_id"] in seen:
-            raise ValueError(f"{path}, row {number}: a second record of the prompt_id {record['prompt_id']!r}.")
-        seen.add(record["prompt_id"])
-        if isinstance(record["prompt"], list):
-            record["prompt"] = without_none(record["prompt"])
-    return records
+    return list(Records(path, split=split))
 
 
-def write_records(path: str | Path, records: Sequence[Record]) -> None:
+@dataclass
+class PromptKind:
+    """What a column of prompts holds: a column has one type, so that one list of messages makes all prompts lists."""
+
+    messages: bool = False
+    further_keys: bool = False
+
+    def add(self, prompt: TextOrMessages) -> None:
+        """Take a prompt into account."""
+        if isinstance(prompt, list):
+            self.messages = True
+            self.further_keys |= any(set(message) != set(MESSAGE) for message in prompt)
+
+    def form(self, prompt: TextOrMessages) -> TextOrMessages:
+        """Return a prompt in the form that all have; a string becomes one user turn."""
+        return as_messages(prompt) if self.messages else prompt
+
+    @property
+    def feature(self) -> Any:
+        """The column's type: text, messages, or JSON where messages have further keys (tool calls)."""
+        if not self.messages:
+            return Value("string")
+        return Json() if self.further_keys else List(MESSAGE)
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> None:
     """Write records to a .parquet, .jsonl or .jsonl.gz file, atomically; `datasets` reads all three.
+
+    Args:
+        path: the file.
+        records: are iterated over more than once.
 
     Raises:
         ValueError: another kind of file, no records, or an invalid record.
     """
-    if not records:
-        raise ValueError(f"{path}: there are no records to write.")
-    rows = [
-        _for_file(check_record(record, f"Record {number}")) for number, record in enumerate(_uniform_prompts(records))
-    ]
     name = str(path)
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        write_jsonl(path, rows)
-    elif name.endswith(".parquet"):
-        with atomic_path(path) as temporary:
-            to_dataset(records).to_parquet(str(temporary))
-    else:
+    if not name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise ValueError(f"{path}: candidates are written as .parquet, .jsonl or .jsonl.gz.")
+    rows, features = _file_rows(records, where=str(path))
+    if name.endswith(".parquet"):
+        write_parquet(path, rows, features())
+    else:
+        write_jsonl(path, rows)
 
 
-def to_dataset(records: Sequence[Record]) -> Dataset:
+def to_dataset(records: Iterable[Record]) -> Dataset:
     """Convert records to a `datasets.Dataset`, with one struct for the scores of all rankers."""
-    rows = [_for_file(check_record(record, f"Record {n}")) for n, record in enumerate(_uniform_prompts(records))]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return Dataset.from_dict(
-        {name: [row.get(name) for row in rows] for name in columns}, features=_features(rows, columns)
-    )
+    rows, features = _file_rows(records, where="dataset")
+    return tables.to_dataset(rows, features())
 
 
-def push_to_hub(args: HubArguments, dataset: Callable[[], Dataset]) -> None:
-    """Push what a command wrote, where its settings ask for it."""
+def push_to_hub(args: HubArguments, written: Path, dataset: Callable[[], Dataset]) -> None:
+    """Push what a command wrote, where its settings ask for it.
+
+    Args:
+        args: the settings.
+        written: the file, which is pushed as it is if it is parquet.
+        dataset: makes the dataset from the rows otherwise, since the types of jsonl would be guessed again.
+    """
     if args.push_to_hub:
         assert args.hub_dataset_id is not None
-        dataset().push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
+        rows = load_source(DataSource(str(written))) if written.suffix == ".parquet" else dataset()
+        rows.push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
+
+
+def _file_rows(records: Iterable[Record], *, where: str) -> tuple[Iterable[Row], Callable[[], Features]]:
+    """Return records as the rows of a file, to be iterated over again, and a function that makes their column types.
+
+    The types do not depend on which rows happen to be empty; those of further columns are inferred.
+    """
+    prompts = PromptKind()
+    columns: dict[str, None] = {}
+    scores: set[str] = set()
+    score_tables: set[str] = set()
+    for number, record in enumerate(records):
+        clean = _for_file(check_record(record, f"Record {number}"))
+        prompts.add(clean["prompt"])
+        columns |= dict.fromkeys(clean)
+        score_tables |= clean.get("tables", {}).keys()
+        for candidate in clean["candidates"]:
+            scores |= candidate.get("scores", {}).keys()
+    if not columns:
+        raise ValueError(f"{where}: there are no records to write.")
+
+    def rows() -> Iterator[Row]:
+        for number, record in enumerate(records):
+            row = _for_file(check_record(record, f"Record {number}"))
+            yield {**row, "prompt": prompts.form(row["prompt"])}
+
+    def features() -> Features:
+        candidate: dict[str, Any] = {**CANDIDATE}
+        if scores:
+            candidate["scores"] = {name: Value("float64") for name in sorted(scores)}
+        known: dict[str, Any] = {
+            "prompt_id": Value("string"),
+            "prompt": prompts.feature,
+            "candidates": List(candidate),
+            "tables": {name: List(List(Value("float64"))) for name in sorted(score_tables)},
+            "tools": Json(),
+            "chat_template_kwargs": Json(),
+        }
+        others = [name for name in columns if name not in known]
+        inferred = infer_features(rows(), others) if others else {}
+        return Features({name: known.get(name) or inferred[name] for name in columns})
+
+    return Again(rows), features
 
 
 def _for_file(record: Record) -> Record:
@@ -215,48 +351,6 @@ def _for_file(record: Record) -> Record:
         for candidate in record["candidates"]
     ]
     return {name: value for name, value in {**record, "candidates": candidates}.items() if name != "tables" or value}
-
-
-def _uniform_prompts(records: Sequence[Record]) -> list[Record]:
-    """Turn strings into one user turn where any prompt is a list of messages: a column has one type."""
-    if not any(isinstance(record["prompt"], list) for record in records):
-        return list(records)
-    return [
-        {**record, "prompt": [{"role": "user", "content": record["prompt"]}]}
-        if isinstance(record["prompt"], str)
-        else record
-        for record in records
-    ]
-
-
-def _features(rows: Sequence[Record], columns: Sequence[str]) -> Features | None:
-    """Return column types that do not depend on which rows happen to be empty; other columns are inferred."""
-    known: dict[str, Any] = {"prompt_id": Value("string"), "prompt": prompt_feature(rows)}
-    candidate: dict[str, Any] = {
-        "source": Value("string"),
-        "k": Value("int32"),
-        "text": Value("string"),
-        "finish_reason": Value("string"),
-        "num_tokens": Value("int32"),
-    }
-    score_names = sorted({name for row in rows for c in row["candidates"] for name in c.get("scores", ())})
-    if score_names:
-        candidate["scores"] = {name: Value("float64") for name in score_names}
-    known["candidates"] = List(candidate)
-    table_names = sorted({name for row in rows for name in row.get("tables", ())})
-    known["tables"] = {name: List(List(Value("float64"))) for name in table_names}
-    known |= {name: Json() for name in ("tools", "chat_template_kwargs")}
-    others = [name for name in columns if name not in known]
-    inferred = Dataset.from_dict({name: [row.get(name) for row in rows] for name in others}).features if others else {}
-    return Features({name: known[name] if name in known else inferred[name] for name in columns})
-
-
-def prompt_feature(rows: Sequence[Record]) -> Any:
-    """Return the column type of prompts: text, messages, or JSON where messages have further keys (tool calls)."""
-    if not isinstance(rows[0]["prompt"], list):
-        return Value("string")
-    plain = all(set(message) == set(_MESSAGE) for row in rows for message in row["prompt"])
-    return List(_MESSAGE) if plain else Json()
 
 
 def off_policy_candidates(row: Mapping[str, Any], columns: Sequence[str]) -> list[Candidate]:
@@ -291,27 +385,35 @@ def _is_conversation(value: list[Any]) -> bool:
     return bool(value) and all(isinstance(item, Mapping) and "role" in item for item in value)
 
 
-def _response(value: Any, column: str) -> Candidate:
-    source = f"dataset[{column}]"
-    if isinstance(value, str):
-        return make_candidate(value, source=source)
+def answer_text(value: Any, where: str) -> str | None:
+    """Return the text of a response: a string, or the last turn of a conversation; None for anything else.
+
+    Raises:
+        ValueError: the conversation does not end with an answer, or that is no text.
+    """
     if isinstance(value, list) and _is_conversation(value):
         last = value[-1]
         if last["role"] != "assistant" or not isinstance(last.get("content"), str):
-            raise ValueError(f"Column {column!r}: the conversation ends with {last['role']!r}, not with an answer.")
-        return make_candidate(last["content"], source=source)
+            raise ValueError(f"{where}: the conversation ends with {last['role']!r}, not with an answer of text.")
+        return str(last["content"])
+    return value if isinstance(value, str) else None
+
+
+def _response(value: Any, column: str) -> Candidate:
+    source, where = f"dataset[{column}]", f"Column {column!r}"
+    if (text := answer_text(value, where)) is not None:
+        return make_candidate(text, source=source)
     if isinstance(value, Mapping):
         text = next((value[key] for key in TEXT_KEYS if isinstance(value.get(key), str)), None)
         if text is not None:
             writer = next((str(value[key]) for key in SOURCE_KEYS if value.get(key)), source)
             numbers = {
-                key: float(number)
+                key: number
                 for key, number in value.items()
                 if isinstance(number, (int, float)) and not isinstance(number, bool) and key not in ("k", "num_tokens")
             }
-            scores = {**numbers, **without_none(value.get("scores") or {})}
-            _check_finite(scores.values(), f"Column {column!r}: a score")
-            return make_candidate(text, source=writer, scores=scores)
+            scores = {name: float(number) for name, number in _scores(numbers, where).items()}
+            return make_candidate(text, source=writer, scores={**scores, **_scores(value.get("scores"), where)})
     raise ValueError(
         f"Column {column!r} holds no response: a string, a conversation, or a mapping with one of "
         f"{', '.join(TEXT_KEYS)} is expected, not {str(value)[:80]!r}."

@@ -22,9 +22,22 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from prefopt import __version__
-from prefopt.files import content_hash, file_hash, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
+from prefopt.files import (
+    content_hash,
+    file_hash,
+    iterate_jsonl,
+    locked,
+    read_json,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from prefopt.waiting import announced_wait
 
 Row = dict[str, Any]
+FAILED = ".failed"  # there as soon as a shard has failed, in whichever process
+# what is read of a manifest; `seconds` may be a whole number in JSON
+MANIFEST_TYPES: dict[str, Any] = {"settings": dict, "counts": dict, "row_ids": list, "seconds": (int, float)}
 
 
 class ShardFailed(ValueError):
@@ -134,7 +147,7 @@ class ShardPlan:
         Raises:
             ValueError: a shard there belongs to another tool, other settings or other input; says how to fix it.
         """
-        for leftover in [*self.folder.glob("*.log"), *self.folder.glob(".*.partial")]:
+        for leftover in [*self.folder.glob("*.log"), *self.folder.glob(".*.partial"), *self.folder.glob(FAILED)]:
             leftover.unlink()
         for path in sorted(self.folder.glob("[0-9]*.json")):
             if not path.stem.isdigit() or int(path.stem) >= self.num_shards:
@@ -149,11 +162,19 @@ class ShardPlan:
             manifest = read_json(path)
         except FileNotFoundError:
             return False
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             path.unlink()  # cut off by a crash of the machine: the shard is made again
             return False
         if not isinstance(manifest, dict) or manifest.get("tool") != self.tool or "settings" not in manifest:
             raise ValueError(f"{path}: not a manifest of `prefopt {self.tool}`. " + self._remedy("the folder"))
+        for name, kind in MANIFEST_TYPES.items():
+            value = manifest.get(name)
+            if not isinstance(value, kind) or (
+                name == "counts" and not all(isinstance(n, int) for n in value.values())
+            ):
+                raise ValueError(
+                    f"{path}: damaged, as its `{name}` is {str(value)[:80]!r}. Delete this file to make it again."
+                )
         changes = setting_changes(manifest["settings"], self.settings)
         if changes:
             raise ValueError(
@@ -187,7 +208,7 @@ class ShardPlan:
             ShardFailed: `work_fn` raised; its traceback is in the shard's log.
         """
         for index in indices:
-            if next(self.folder.glob("*.log"), None) is not None:
+            if (self.folder / FAILED).exists():  # one file, as listing the folder for each shard takes ever longer
                 return
             shard = Shard(index, shard_seed(self.seed, index), self.rows_of(index), progress=progress)
             if progress is not None:
@@ -199,6 +220,7 @@ class ShardPlan:
                 self._finish(shard, rows, time.monotonic() - started)
             except Exception as error:
                 write_text(self.log_path(index), f"{self.tool}, shard {index}\n{traceback.format_exc()}")
+                (self.folder / FAILED).touch()
                 raise ShardFailed(self.failure(index, error)) from error
 
     def failure(self, index: int, error: BaseException | str) -> str:
@@ -243,7 +265,7 @@ class ShardPlan:
     def rows(self) -> Iterator[Row]:
         """Iterate over the output rows of all shards in input order."""
         for index in range(self.num_shards):
-            yield from read_jsonl(self.data_path(index))
+            yield from iterate_jsonl(self.data_path(index))
 
     def counts(self) -> Counter[str]:
         """Sum the counters of all finished shards, and `seconds`, the work time over all processes."""
@@ -300,7 +322,8 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self.group)
+        with announced_wait("the other processes"):  # which may have an hour of work more
+            torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
 
@@ -313,7 +336,8 @@ def current_processes() -> Processes:
     """
     # without `cpu`, accelerate takes each of several processes on a machine without accelerators to be alone
     use_cpu = bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.accelerator.is_available()
-    state = PartialState(cpu=use_cpu)
+    with announced_wait("the other processes to start"):
+        state = PartialState(cpu=use_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     assert state.num_processes == launched, f"accelerate sees {state.num_processes} of {launched} processes"
     group = None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 from prefopt.arguments import check_settings, setting
 from prefopt.candidates.records import file_of
+from prefopt.candidates.tables import open_rows
 from prefopt.data.holdout import fill_with_prompts, prompt_identity
 from prefopt.data.messages import BadRow, without_none
 from prefopt.data.rows import Row, normalise_prompt
-from prefopt.data.sources import DataSource, load_source
-from prefopt.files import content_hash, read_jsonl, write_json, write_jsonl
+from prefopt.data.sources import DataSource
+from prefopt.files import content_hash, iterate_jsonl, write_json, write_jsonl
 
 SETS = ("reward_model", "policy", "test")
 
@@ -95,45 +97,47 @@ def run(args: SplitArguments) -> Path:
         ValueError: too few prompts, or no row with one.
     """
     source = DataSource(file_of(args.prompts), name=args.prompts_config, split=args.prompts_split)
-    rows, keys, dropped = _read(source)
-    places = assign(keys, args.sizes, seed=args.seed)
+    rows = open_rows(source)
+    dropped: Counter[str] = Counter()
+    keys = list(_keys(rows, dropped))
+    if not any(keys):
+        raise ValueError(f"Dataset {source}: no row has a prompt ({dict(dropped)}).")
+    places = assign([key for key in keys if key is not None], args.sizes, seed=args.seed)
     folder = Path(args.output_dir)
     names = [name for name in SETS if args.sizes[name]]
     for name in SETS:
         (folder / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier split, with other prompts
+    sets = [None if key is None else places.get(key) for key in keys]
+    left = len({key for key in keys if key is not None}) - len(places)
+    del keys, places  # the keys are computed again from what was written; a million of them take much memory
     for name in names:
-        write_jsonl(folder / f"{name}.jsonl", (row for row, key in zip(rows, keys) if places.get(key) == name))
+        write_jsonl(folder / f"{name}.jsonl", (without_none(row) for row, place in zip(rows, sets) if place == name))
     found = check_disjoint(folder, names)
-    report = {
+    counts = Counter(sets)
+    report: dict[str, Any] = {
         "seed": args.seed,
         "sizes": args.sizes,
         "prompts": {name: len(found[name]) for name in names},
-        "rows": {name: sum(places.get(key) == name for key in keys) for name in names},
-        "prompts in no set": len(set(keys) - set(places)),
+        "rows": {name: counts[name] for name in names},
+        "prompts in no set": left,
         "rows without a prompt": dict(dropped),
     }
     write_json(folder / "split_report.json", report)
     for name in names:
-        print(f"split: {name}: {len(found[name])} prompts, {report['rows'][name]} rows -> {folder / name}.jsonl")  # type: ignore[index]
+        print(f"split: {name}: {len(found[name])} prompts, {counts[name]} rows -> {folder / name}.jsonl")
     for reason, number in dropped.items():
         print(f"split: {number} rows dropped: {reason}")
     return folder
 
 
-def _read(source: DataSource) -> tuple[list[Row], list[str], Counter[str]]:
-    rows, keys = [], []
-    dropped: Counter[str] = Counter()
-    for row in load_source(source):
-        clean = without_none(row)
+def _keys(rows: Iterable[Row], dropped: Counter[str]) -> Iterator[str | None]:
+    """Hash the prompt of each row; None where it has none, which is counted."""
+    for row in rows:
         try:
-            keys.append(prompt_identity(normalise_prompt(clean)["prompt"]))
+            yield prompt_identity(normalise_prompt(without_none(row))["prompt"])
         except BadRow as fault:
             dropped[fault.reason] += 1
-            continue
-        rows.append(clean)
-    if not rows:
-        raise ValueError(f"Dataset {source}: no row has a prompt ({dict(dropped)}).")
-    return rows, keys, dropped
+            yield None
 
 
 def check_disjoint(folder: Path, names: Sequence[str]) -> dict[str, set[str]]:
@@ -143,7 +147,7 @@ def check_disjoint(folder: Path, names: Sequence[str]) -> dict[str, set[str]]:
         ValueError: two sets have a prompt in common.
     """
     found = {
-        name: {prompt_identity(normalise_prompt(row)["prompt"]) for row in read_jsonl(folder / f"{name}.jsonl")}
+        name: {prompt_identity(normalise_prompt(row)["prompt"]) for row in iterate_jsonl(folder / f"{name}.jsonl")}
         for name in names
     }
     for one, other in combinations(names, 2):

@@ -7,23 +7,26 @@ everywhere.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prefopt.data.messages import BadRow, Fault, TextOrMessages
+from prefopt.data.messages import ASSISTANT, BadRow, Fault, TextOrMessages
 from prefopt.files import content_hash
 
 # the forms in which texts come: strings are encoded as they are, messages under the chat template
 STRINGS, MESSAGES = "strings", "messages"
 _PROBE = "How many, 3 or 4?\n  Grüße an Zoë: 'yes' — 你好 🙂 <b>", " 7, I think.\n"
-
-# what a chat template raises by itself, and what its filters raise on content that they do not expect
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+# rendering stops after so long: rows are data, and a template can loop over what they hold
+RENDER_SECONDS = 10.0
+# where an answer's text stands in a message: reasoning comes in a field beside the content, too
+ANSWER_TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def encode_groups(
-    groups: Sequence[TextGroup | EncodedGroup | BadRow], tokenizer: PreTrainedTokenizerBase
+    groups: Sequence[TextGroup | EncodedGroup | BadRow], tokenizer: PreTrainedTokenizerBase, *, strict: bool = False
 ) -> list[EncodedGroup | BadRow]:
     """Encode the prompt and each completion of every group, uncut; a group that has a fault becomes that fault.
 
@@ -157,15 +160,24 @@ def encode_groups(
     tokens are the template's. Strings: prompt and prompt + completion are encoded as one text behind the tokenizer's
     leading tokens, and one end token is added. The completion starts where the sequences part. Groups that are
     encoded already, and faults, are returned unchanged.
+
+    Args:
+        groups: prompts with their completions.
+        tokenizer: gives ids, chat template, BOS and end token.
+        strict: messages that hold text of the template, and answers that the template does not show whole, are faults.
     """
     encoded: list[Any] = list(groups)
-    for is_messages, encode in ((False, _encode_strings), (True, _encode_conversations)):
+    for is_messages in (False, True):
         texts = {
             place: group
             for place, group in enumerate(groups)
             if isinstance(group, TextGroup) and isinstance(group.prompt, list) == is_messages
         }
-        for place, result in zip(texts, encode(list(texts.values()), tokenizer) if texts else []):
+        if is_messages and texts:
+            results = _encode_conversations(list(texts.values()), tokenizer, strict)
+        else:
+            results = _encode_strings(list(texts.values()), tokenizer) if texts else []
+        for place, result in zip(texts, results):
             encoded[place] = result
     return encoded
 
@@ -174,14 +186,18 @@ def _encode_strings(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerB
     eos = tokenizer.eos_token_id
     if eos is None and any(group.completions for group in groups):
         raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
-    texts = [text for group in groups for text in (group.prompt, *group.wholes)]
-    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    texts: list[Any] = [text for group in groups for text in (group.prompt, *group.wholes)]
+    ids = iter(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
     leading = _leading_special_ids(tokenizer)
+    # a text that was templated before it came here ends with the end of a turn, and perhaps a line break
+    ends = tuple({str(tokenizer.eos_token), *(TemplateMarks.of(tokenizer).ends if tokenizer.chat_template else ())})
     encoded: list[EncodedGroup | BadRow] = []
     for group in groups:
-        prompt, *wholes = ([*leading, *next(ids)] for _ in range(1 + len(group.completions)))
-        ended = [whole if whole[-1:] == [eos] else [*whole, eos] for whole in wholes]
-        encoded.append(_split(prompt, ended, tokenizer))
+        prompt, *wholes = (
+            (text, [*leading, *tokens]) for text, tokens in (next(ids) for _ in range(1 + len(group.completions)))
+        )
+        ended = [tokens if text.rstrip().endswith(ends) else [*tokens, eos] for text, tokens in wholes]
+        encoded.append(_split(prompt[1], ended, tokenizer))
     return encoded
 
 
@@ -196,44 +212,134 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_conversations(
-    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase
+    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool
 ) -> list[EncodedGroup | BadRow]:
     check_chat_template(tokenizer)
+    marks = TemplateMarks.of(tokenizer) if strict else None
     prompts = _render([(group, group.prompt) for group in groups], tokenizer, add_generation_prompt=True)
     pairs = [(group, whole) for group in groups for whole in group.wholes]
     wholes = iter(_render(pairs, tokenizer, add_generation_prompt=False))
-    encoded: list[EncodedGroup | BadRow] = []
+    rendered: list[list[str] | BadRow] = []
     for group, prompt in zip(groups, prompts):
         parts: list[Any] = [prompt, *(next(wholes) for _ in group.completions)]
         fault = next((part for part in parts if isinstance(part, BadRow)), None)
-        encoded.append(fault or _split(parts[0], parts[1:], tokenizer))
-    return encoded
+        if fault is None and marks is not None:
+            fault = marks.fault(group) or _lost_text(group, parts[1:])
+        rendered.append(fault or parts)
+    texts = [text for parts in rendered if not isinstance(parts, BadRow) for text in parts]
+    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    return [
+        parts if isinstance(parts, BadRow) else _split(next(ids), [next(ids) for _ in parts[1:]], tokenizer)
+        for parts in rendered
+    ]
+
+
+def _lost_text(group: TextGroup, wholes: Sequence[str]) -> BadRow | None:
+    """Return a fault if a template leaves out text of an answer, as some do with the reasoning of earlier turns."""
+    for completion, whole in zip(group.completions, wholes):
+        shown = " ".join(whole.split())
+        for message in completion:
+            assert isinstance(message, dict)
+            for name in ANSWER_TEXTS if message["role"] == ASSISTANT else ():
+                text = " ".join(str(message.get(name) or "").split())
+                if text not in shown:
+                    return BadRow(
+                        Fault.TEXT_LOST,
+                        f"the template does not show {text[:60]!r}: set a `chat_template` that keeps whole answers, "
+                        "or take out of the answers what the template leaves out",
+                    )
+    return None
 
 
 def _render(
     conversations: Sequence[tuple[TextGroup, Any]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> list[list[int] | BadRow]:
-    """Encode each conversation with the chat template, in one call where no group has its own tools or settings."""
-    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenizer_kwargs": {"verbose": False}}
+) -> list[str | BadRow]:
+    """Render each conversation with the chat template, in one call where no group has its own tools or settings."""
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
     if conversations and not any(group.tools or group.chat_template_kwargs for group, _ in conversations):
-        try:
-            encoded: Any = tokenizer.apply_chat_template([messages for _, messages in conversations], **options)
-            return list(encoded["input_ids"])
-        except TEMPLATE_ERRORS:
-            pass  # one by one, to find out which
+        # what a template raises depends on its content; each row is rendered alone then, to find out which it is
+        with suppress(Exception), time_limit(RENDER_SECONDS):
+            rendered: Any = tokenizer.apply_chat_template([messages for _, messages in conversations], **options)
+            return list(rendered)
     return [_render_one(group, messages, tokenizer, options) for group, messages in conversations]
 
 
 def _render_one(
     group: TextGroup, messages: Any, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
-) -> list[int] | BadRow:
+) -> str | BadRow:
     try:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, tools=group.tools, **options, **(group.chat_template_kwargs or {})
-        )
-        return list(encoded["input_ids"])
-    except TEMPLATE_ERRORS as error:
+        with time_limit(RENDER_SECONDS):
+            settings = group.chat_template_kwargs or {}
+            return str(tokenizer.apply_chat_template(messages, tools=group.tools, **options, **settings))
+    except Exception as error:
         return BadRow(Fault.REFUSED_BY_TEMPLATE, f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise a TimeoutError in the block once it has run so long. Only a main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    outer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *outer)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class TemplateMarks:
+    """Texts by which a rendered conversation is known.
+
+    Attributes:
+        special: the special tokens that the template writes, and what it writes between a question and its answer.
+        ends: the special tokens that it writes after an answer.
+    """
+
+    special: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TemplateMarks:
+        """Render a question and an answer, and see what stands around them; a template that cannot has no marks."""
+        turns = [{"role": "user", "content": "QUESTION"}, {"role": ASSISTANT, "content": "ANSWER"}]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:
+            return cls()
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = [token for token in {*tokenizer.all_special_tokens, *added} if token in text]
+        between = text.partition("QUESTION")[2].partition("ANSWER")[0].strip()
+        # <s> and </s> are HTML, too, and a word between the turns is no mark
+        marks = {token for token in tokens if token not in ("<s>", "</s>")} | (
+            {between} if "[" in between or "<" in between else set()
+        )
+        ending = text.partition("ANSWER")[2]
+        return cls(tuple(sorted(marks)), tuple(sorted(token for token in tokens if token in ending)))
+
+    def fault(self, group: TextGroup) -> BadRow | None:
+        """Return a fault if a message holds a mark, or an answer ends with the end of a turn."""
+        for turns in (group.prompt, *group.completions):
+            for message in turns:
+                assert isinstance(message, dict)
+                text = str(message.get("content") or "")
+                found = next((mark for mark in self.special if mark in text), None)
+                if message["role"] == ASSISTANT and text.rstrip().endswith(self.ends or ("\0",)):
+                    found = next(end for end in self.ends if text.rstrip().endswith(end))
+                if found is not None:
+                    return BadRow(
+                        Fault.TEMPLATED,
+                        f"a {message['role']} turn holds {found!r} of the chat template: give the text without it, or "
+                        "(generate) take strings as they are with `prompt_format: text`",
+                    )
+        return None
 
 
 def _split(prompt: list[int], wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> EncodedGroup | BadRow:

@@ -49,7 +49,7 @@ def prompt_name(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | Non
     written = ids if prompt is None else prompt
     exact = content_hash(repr(sorted(row.items(), key=str)) if written is None else written)
     if prompt is None and ids and tokenizer is not None:
-        prompt = str(tokenizer.decode(ids))
+        prompt = str(tokenizer.decode(ids, skip_special_tokens=True))
     return PromptName(exact if prompt is None else prompt_identity(prompt), exact)
 
 

@@ -11,8 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from prefopt.arguments import check_settings, setting
 from prefopt.data.holdout import check_test_size, hold_out, hold_out_rows
-from prefopt.data.messages import BadRow, Fault
-from prefopt.data.rows import Kind, Row, check_columns, faulty, is_tokenised, normalise, text_features
+from prefopt.data.rows import Kind, check_columns, check_unused_text, is_tokenised, normalise, text_features
 from prefopt.data.sources import DataSource, load_source
 from prefopt.data.tokenization import OUTCOME, RowTokenizer, form_of, main_process_first, outcomes_of
 from prefopt.files import content_hash
@@ -179,6 +178,7 @@ def normalise_rows(
     if kind == "any" or is_tokenised(dataset.column_names, kind):
         return dataset
     dataset = dataset.with_format(None)
+    check_unused_text(dataset, kind, where=where)
     first = next(
         (clean for row in dataset if (clean := normalise(row, kind, ("prompt", "fault")))["fault"] is None), {}
     )
@@ -203,14 +203,5 @@ def _normalise_batch(
     batch: dict[str, list[Any]], *, kind: Kind, is_messages: bool, columns: list[str]
 ) -> dict[str, list[Any]]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    clean = [_normalise_as(row, kind, is_messages, columns) for row in rows]
+    clean = [normalise(row, kind, columns, is_messages=is_messages) for row in rows]
     return {name: [row[name] for row in clean] for name in columns}
-
-
-def _normalise_as(row: Row, kind: Kind, is_messages: bool, columns: list[str]) -> Row:
-    clean = normalise(row, kind, columns)
-    if clean["fault"] is not None or isinstance(clean["prompt"], list) == is_messages:
-        return clean
-    found = "a string" if is_messages else "a list of messages"
-    fault = BadRow(Fault.WRONG_TYPE, f"`prompt` is {found}, unlike the rows before")
-    return {**dict.fromkeys(columns), **(row if kind == "prompts" else {}), **faulty(row, fault)}

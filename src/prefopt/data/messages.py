@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
 
 OnBadRow = Literal["drop", "raise"]
 Message: TypeAlias = dict[str, Any]
 TextOrMessages: TypeAlias = "str | list[Message]"
 
 HH_TURN = "\n\nAssistant:"
+ASSISTANT = "assistant"
+# a list of messages written as text, such as a cell of a CSV file: JSON, or what Python or numpy print
+MESSAGES_AS_TEXT = re.compile(r"""\s*(array\()?\[?\s*\{\s*['"](role|content|from|value|tool_calls)['"]\s*:""")
+# parameters of the tokenizer's function, which are none of the template
+RESERVED_SETTINGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+# a string prompt this long at the beginning of all completions is no accident
+REPEATED_CHARACTERS = 20
 
 
 class Fault(StrEnum):
@@ -35,6 +46,13 @@ class Fault(StrEnum):
     ALL_TIED = "all scores tied"
     EMPTY_RESPONSE = "empty response"
     BAD_SCORE = "score not finite"
+    BAD_NUMBER = "number not finite"
+    NO_ANSWER = "completion does not end with an assistant turn"
+    REPEATS_PROMPT = "completion repeats the prompt"
+    FORBIDDEN_SETTING = "template setting that a row may not make"
+    TEXT_LOST = "text lost in the chat template"
+    TEMPLATED = "templated already"
+    NOT_JSON = "conversation that is a string"
 
 
 class BadRow(ValueError):
@@ -53,35 +71,54 @@ def check_on_bad_row(value: str) -> None:
 
 
 def without_none(value: Any) -> Any:
-    """Remove the None entries of dictionaries at any depth, which Arrow adds where rows have different keys."""
+    """Remove the None entries of dictionaries at any depth, which Arrow adds where rows have different keys.
+
+    The arguments of a tool call are left as they are: a null among them may be what the model said.
+    """
     if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
+        return {
+            key: item if key == "arguments" else without_none(item) for key, item in value.items() if item is not None
+        }
     if isinstance(value, list):
         return [without_none(item) for item in value]
     return value
 
 
-def clean_text(value: Any, field: str) -> TextOrMessages:
+def clean_text(value: Any, field: str, tools: Sequence[Any] | None = None) -> TextOrMessages:
     """Return a string unchanged, and a message list without None entries and with its text parts joined.
 
+    Args:
+        value: a string, a list of messages, or such a list as JSON.
+        field: names it in errors.
+        tools: the row's tools; a null argument that the called tool does not declare was put there by Arrow and goes.
+
     Raises:
-        BadRow: the value is missing or is neither a string nor a list of messages.
+        BadRow: the value is missing, is neither a string nor a list of messages, or is a list that was written as text
+            and is not JSON.
         ValueError: a message holds an image, audio or video part.
     """
     if value is None:
         raise BadRow(Fault.MISSING_FIELD, f"`{field}` is missing")
     if isinstance(value, str):
-        return value
+        if not MESSAGES_AS_TEXT.match(value):
+            return value
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            found = f"`{field}` looks like a list of messages and is not JSON: {_short(value)}"
+            raise BadRow(Fault.NOT_JSON, found) from error
     if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value):
-        return [_clean_message(message, field) for message in value]
+        return [_clean_message(message, field, tools or []) for message in value]
     raise BadRow(
         Fault.WRONG_TYPE, f"`{field}` is neither a string nor a list of messages with a role: {_short(value)}"
     )
 
 
-def _clean_message(message: Message, field: str) -> Message:
+def _clean_message(message: Message, field: str, tools: Sequence[Any]) -> Message:
     cleaned: Message = without_none(message)
     content = cleaned.get("content")
+    if isinstance(cleaned.get("tool_calls"), list):
+        cleaned["tool_calls"] = [_clean_call(call, tools) for call in cleaned["tool_calls"]]
     if isinstance(content, list):
         cleaned["content"] = _join_parts(content, field)
     elif content is None and not cleaned.get("tool_calls"):
@@ -91,13 +128,33 @@ def _clean_message(message: Message, field: str) -> Message:
     return cleaned
 
 
+def _clean_call(call: Any, tools: Sequence[Any]) -> Any:
+    """Drop null arguments that the called tool does not declare; keep all where its declaration is not at hand."""
+    function: Any = call.get("function", call) if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(arguments, dict):
+        return call
+    for tool in tools:
+        declared = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(declared, dict) and declared.get("name") == function.get("name"):
+            known = (declared.get("parameters") or {}).get("properties")
+            if isinstance(known, dict):
+                kept = {key: item for key, item in arguments.items() if item is not None or key in known}
+                function = {**function, "arguments": kept}
+                return {**call, "function": function} if "function" in call else function
+    return call
+
+
 def _join_parts(parts: list[Any], field: str) -> str:
     kinds = {part.get("type") if isinstance(part, dict) else type(part).__name__ for part in parts} - {"text"}
     if kinds:
         raise ValueError(
             f"A message of `{field}` holds a part of type {sorted(map(str, kinds))}: only text is supported."
         )
-    return "".join(part.get("text") or "" for part in parts)
+    for part in parts:
+        if not isinstance(part.get("text", ""), str):
+            raise BadRow(Fault.WRONG_TYPE, f"a text part of `{field}` is not text: {_short(part['text'])}")
+    return "".join(part.get("text", "") for part in parts)
 
 
 def clean_tools(value: Any) -> list[Any] | None:
@@ -112,13 +169,21 @@ def clean_tools(value: Any) -> list[Any] | None:
 
 
 def clean_template_kwargs(value: Any) -> dict[str, Any] | None:
-    """Read the `chat_template_kwargs` of a row (a mapping or JSON) without None entries; None where there are none."""
+    """Read the `chat_template_kwargs` of a row (a mapping or JSON) without None entries; None where there are none.
+
+    Raises:
+        BadRow: it is no mapping, or it sets what is not the template's: rows are data, and may not replace the
+            template, pad, or return something else.
+    """
     if isinstance(value, str):
         value = _from_json(value, "chat_template_kwargs")
     if value is None:
         return None
     if not isinstance(value, dict):
         raise BadRow(Fault.WRONG_TYPE, f"`chat_template_kwargs` is not a mapping: {_short(value)}")
+    refused = sorted(name for name in value if name in RESERVED_SETTINGS or str(name).endswith("_token"))
+    if refused:
+        raise BadRow(Fault.FORBIDDEN_SETTING, f"`chat_template_kwargs` of a row may not set {', '.join(refused)}")
     return without_none(value) or None
 
 
@@ -172,6 +237,29 @@ def split_prompt(
     if all(len(response) > len(prompt) and response[: len(prompt)] == prompt for response in responses):
         return prompt, [response[len(prompt) :] for response in responses]
     return prompt, list(responses)
+
+
+def check_answers(prompt: TextOrMessages, responses: Sequence[TextOrMessages]) -> None:
+    """Check that what is scored are answers to the prompt.
+
+    Raises:
+        BadRow: a completion does not end with an assistant turn, or has turns of its prompt, in the same words or in
+            others: a system turn, or a user turn that does not follow an answer.
+    """
+    if isinstance(prompt, str):
+        written = prompt.strip()
+        if len(written) >= REPEATED_CHARACTERS and all(str(each).lstrip().startswith(written) for each in responses):
+            raise BadRow(
+                Fault.REPEATS_PROMPT, f"all completions begin with the prompt {_short(written)}; leave it out of them"
+            )
+        return
+    for turns in responses:
+        roles = [turn["role"] for turn in turns]  # type: ignore[index]
+        if ASSISTANT not in roles or roles[-1] != ASSISTANT:
+            raise BadRow(Fault.NO_ANSWER, f"its turns are those of {', '.join(roles)}")
+        before = [turn["role"] for turn in prompt][-1:]
+        if "system" in roles or (roles[0] == "user" and before != [ASSISTANT]):
+            raise BadRow(Fault.REPEATS_PROMPT, f"it begins with a {roles[0]} turn after the prompt's {before[0]} turn")
 
 
 def _implied(responses: Sequence[TextOrMessages]) -> tuple[TextOrMessages, list[TextOrMessages]]:

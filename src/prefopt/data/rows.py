@@ -9,12 +9,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from datasets import Features, Json, List, Value
+from datasets import Dataset, Features, Json, List, Value
 
 from prefopt.data.messages import (
+    ASSISTANT,
     BadRow,
     Fault,
     TextOrMessages,
+    as_messages,
+    check_answers,
     clean_template_kwargs,
     clean_text,
     clean_tools,
@@ -27,6 +30,7 @@ Kind: TypeAlias = Literal["pairs", "comparisons", "prompts", "any"]
 Row: TypeAlias = dict[str, Any]
 PromptAndResponses: TypeAlias = tuple[TextOrMessages, list[TextOrMessages]]
 
+IDS = List(Value("int32"))
 # numbers that losses and caches read; the references' are a number, or one number for each reference
 METHOD_COLUMNS = (
     "chosen_win_prob",
@@ -43,6 +47,16 @@ COLUMN_ALIASES = {
     "chosen_probs_win": "chosen_win_prob",
     "chosen_probs_lose": "rejected_win_prob",
 }
+# where a recipe's `columns` puts a system turn, and further columns that belong to the prompt
+SYSTEM_COLUMN = "system_turn"
+PROMPT_PARTS = ("prompt_part_2", "prompt_part_3", "prompt_part_4")
+# columns that hold a question or what belongs to one, in the layouts of common datasets
+PROMPT_LIKE = frozenset({
+    "question", "questions", "instruction", "instructions", "input", "inputs", "query", "context", "problem", "human",
+    "system", "system_prompt", "system_message", "user", "user_prompt", "user_input", "user_message", "passage",
+    "document", "background", "article", "post", "history", "messages", "conversation", "conversations", "dialogue",
+    "dialog",
+})  # fmt: skip
 CONTEXT_COLUMNS = ("tools", "chat_template_kwargs")
 COMPLETION_COLUMNS = {"pairs": ("chosen", "rejected"), "comparisons": ("responses",), "prompts": ()}
 
@@ -61,6 +75,22 @@ ACCEPTED_SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "prompts": (("prompt",), ("messages",), *_PAIR_SHAPES[1:]),
 }
+# what a recipe's `columns` may map to
+READ_COLUMNS = (
+    *(
+        "system",
+        "prompt",
+        "chosen",
+        "rejected",
+        "messages",
+        "rejected_response",
+        "responses",
+        "scores",
+        "text",
+        "type",
+    ),
+    *(*CONTEXT_COLUMNS, "is_adversarial", *METHOD_COLUMNS, *REFERENCE_COLUMNS),
+)
 # one comparison of APO's form: strings of query and response around this mark, of `type` "apo" where adversarial
 SEPARATOR = "<sep>"
 ADVERSARIAL_TYPE = "apo"
@@ -95,6 +125,42 @@ def check_columns(columns: Iterable[str], kind: Kind, *, where: str = "The datas
     raise ValueError(f"{where} has the columns {sorted(present)}. Rows of {kind} need one of: {accepted}.")
 
 
+def check_unused_text(dataset: Dataset, kind: Kind, *, where: str = "The dataset") -> None:
+    """Check that no text that belongs to the prompts stands in a column that nothing reads.
+
+    Raises:
+        ValueError: a column with the name of a question, an instruction, a system turn, ... holds text that is in none
+            of the columns that are read.
+    """
+    names = set(dataset.column_names)
+    read = {*READ_COLUMNS, SYSTEM_COLUMN, *PROMPT_PARTS} - {"system"}
+    if "chosen" in names or "responses" in names:
+        read -= {"messages"}
+    suspects = [name for name in dataset.column_names if name.lower() in PROMPT_LIKE and name not in read]
+    if not suspects or is_tokenised(names, kind) or kind not in ("pairs", "comparisons"):
+        return
+    known = [name for name in dataset.column_names if name in read]
+    for row in dataset.select_columns([*suspects, *known]).select(range(min(len(dataset), 100))):
+        shown = " ".join(_plain(row[name]) for name in known)
+        for name in suspects:
+            if (text := _plain(row[name])) and text not in shown:
+                role = "system" if "system" in name.lower() else "prompt"
+                raise ValueError(
+                    f"{where} has text in the column {name!r} that nothing reads ({text[:60]!r}). Map it, as in "
+                    f"`columns: {{{role}: {name}}}` (several columns of one prompt: `prompt: [instruction, input]`), "
+                    "or leave it out: `columns: [prompt, chosen, rejected]`. In Python, rename or remove the column."
+                )
+
+
+def _plain(value: Any) -> str:
+    """Return all words of a text or of (lists of) messages, for comparisons."""
+    if isinstance(value, list):
+        return " ".join(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return _plain(value.get("content"))
+    return " ".join(value.split()).casefold() if isinstance(value, str) else ""
+
+
 def kept_features(features: Mapping[str, Any], kind: Kind, contents: Mapping[str, Any]) -> Features:
     """Return the columns of rows in the schema: `row_id`, their `contents` (texts or ids), and the numbers they keep.
 
@@ -125,27 +191,42 @@ def text_features(features: Mapping[str, Any], kind: Kind, *, is_messages: bool)
     return Features({**kept_features(features, kind, contents), **context, **faults})
 
 
-def normalise(row: Row, kind: Kind, columns: Sequence[str]) -> Row:
+def id_features(features: Mapping[str, Any], kind: Kind) -> Features:
+    """Return the columns of tokenised rows."""
+    contents: dict[str, Any] = {"prompt_ids": IDS, **dict.fromkeys(map(id_column, COMPLETION_COLUMNS[kind]), IDS)}
+    if kind == "pairs":
+        contents |= {"chosen_bytes": Value("int64"), "rejected_bytes": Value("int64")}
+    elif kind == "comparisons":
+        contents["response_ids"] = List(IDS)
+    return kept_features(features, kind, contents)
+
+
+def id_column(part: str) -> str:
+    """Return the column that holds the token ids of "prompt", "chosen", "rejected" or "responses"."""
+    return f"{part.removesuffix('s')}_ids"
+
+
+def normalise(row: Row, kind: Kind, columns: Sequence[str], *, is_messages: bool | None = None) -> Row:
     """Return a row in the schema of `kind`; one that cannot be used has the reason in `fault` and `fault_detail`.
 
     Args:
-        row: in any accepted shape.
+        row: in any accepted shape; a tokenised row is checked.
         kind: "pairs", "comparisons" or "prompts".
         columns: of the schema, see `text_features`.
+        is_messages: what the rows before were, messages or strings, which this one must be, too.
     """
-    kept = row if kind == "prompts" else {}
+    tokenised = is_tokenised(row, kind)
+    kept = row if tokenised or kind == "prompts" else {}
     try:
-        clean = {**dict.fromkeys(CONTEXT_COLUMNS), **_READERS[kind](row)}
+        clean = normalise_ids(row, kind) if tokenised else _READERS[kind](row)
+        if is_messages is not None and isinstance(clean["prompt"], list) != is_messages:
+            other = "a string" if is_messages else "a list of messages"
+            raise BadRow(Fault.WRONG_TYPE, f"`prompt` is {other}, unlike the rows before")
     except BadRow as fault:
-        clean = faulty(row, fault)
+        name = content_hash(repr(sorted(row.items(), key=str)))[:16]
+        clean = {"prompt": None, "row_id": name, "fault": fault.reason, "fault_detail": fault.detail}
+    clean = {**dict.fromkeys(CONTEXT_COLUMNS), **clean}
     return {name: clean[name] if name in clean else kept.get(name) for name in columns}
-
-
-def faulty(row: Row, fault: BadRow) -> Row:
-    """Return what is left of a row that cannot be used: a name, and the reason."""
-    name = content_hash(repr(sorted(row.items(), key=str)))[:16]
-    emptied = dict.fromkeys(("prompt", *CONTEXT_COLUMNS))
-    return {**emptied, "row_id": name, "fault": fault.reason, "fault_detail": fault.detail}
 
 
 def normalise_pair(row: Mapping[str, Any]) -> Row:
@@ -166,6 +247,9 @@ def normalise_pair(row: Mapping[str, Any]) -> Row:
         raise BadRow(Fault.IDENTICAL_COMPLETIONS, "`chosen` and `rejected` are the same")
     if isinstance(prompt, list) and not prompt:
         raise BadRow(Fault.EMPTY_PROMPT, "`chosen` and `rejected` share no turn, and there is no `prompt`")
+    if is_blank(prompt) and "prompt" in row:  # whole texts without a common beginning are kept, as TRL keeps them
+        raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is blank")
+    check_answers(prompt, [chosen, rejected])
     context = context_of(row)
     texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return {"row_id": row_id(prompt, [chosen, rejected], context), **texts, **context, **method_values(row)}
@@ -182,11 +266,11 @@ def normalise_prompt(row: Mapping[str, Any]) -> Row:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         prompt = _pair_texts(row)[0]
     elif "prompt" in row or "messages" not in row:
-        prompt = clean_text(row.get("prompt"), "prompt")
+        prompt, _ = _with_system(row, _prompt(row), [])
     else:
-        messages = clean_text(row["messages"], "messages")
+        messages = _text(row, "messages")
         answered = isinstance(messages, list) and messages and messages[-1]["role"] == "assistant"
-        prompt = messages[:-1] if answered else messages
+        prompt, _ = _with_system(row, messages[:-1] if answered else messages, [])
     if is_blank(prompt):
         raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is empty")
     return {"row_id": row_id(prompt, [], context), "prompt": prompt, **context}
@@ -216,10 +300,36 @@ def normalise_comparison(row: Mapping[str, Any]) -> Row:
     for place, response in enumerate(responses):
         if is_blank(response):
             raise BadRow(Fault.EMPTY_RESPONSE, f"response {place} of {len(responses)} is empty")
+    if is_blank(prompt):
+        raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is blank")
+    check_answers(prompt, responses)
     context = context_of(row)
     identity = row_id(prompt, responses, {**context, "scores": scores})
     values = {"scores": scores, **comparison_values(row)}
     return {"row_id": identity, "prompt": prompt, "responses": responses, **values, **context}
+
+
+def normalise_ids(row: Mapping[str, Any], kind: Kind) -> Row:
+    """Check a pair or comparison that is tokenised already; return its numbers, and its `row_id` or a new one.
+
+    Raises:
+        BadRow: ids are missing, or the scores cannot be used.
+    """
+    raise_recorded_fault(row)
+    names = [id_column(part) for part in ("prompt", *COMPLETION_COLUMNS[kind])]
+    for name in names:
+        if row[name] is None:
+            raise BadRow(Fault.MISSING_FIELD, f"`{name}` is missing")
+    prompt, *completions = (row[name] for name in names)
+    if not prompt:
+        raise BadRow(Fault.MISSING_FIELD, "`prompt_ids` is empty")
+    if kind == "comparisons":
+        (completions,) = completions
+        scores = {"scores": check_scores(row["scores"], len(completions))}
+        values = {**scores, **comparison_values(row)}
+    else:
+        scores, values = {}, method_values(row)
+    return {"row_id": row.get("row_id") or row_id(prompt, completions, scores), **values}
 
 
 _READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}
@@ -252,16 +362,20 @@ def number(value: Any, column: str) -> float | list[float | None] | None:
     """Return a value as a float, or (of a reference column) as a list of them; None stays None.
 
     Raises:
-        BadRow: it is no number.
+        BadRow: it is no number, or not a finite one.
     """
+    is_flat = isinstance(value, list) and not any(isinstance(item, list) for item in value)
+    if is_flat and column in REFERENCE_COLUMNS:
+        return [number(item, column) for item in value]  # type: ignore[misc]
     if value is None:
         return None
     try:
-        if isinstance(value, list) and column in REFERENCE_COLUMNS:
-            return [None if item is None else float(item) for item in value]
-        return float(value)
+        converted = float(value)
     except (TypeError, ValueError) as error:
         raise BadRow(Fault.WRONG_TYPE, f"`{column}` is not a number: {value!r}") from error
+    if not math.isfinite(converted):
+        raise BadRow(Fault.BAD_NUMBER, f"`{column}` is {converted}")
+    return converted
 
 
 def check_scores(value: Any, num_responses: int) -> list[float]:
@@ -294,27 +408,55 @@ def comparison_values(row: Mapping[str, Any]) -> Row:
 def _pair_texts(row: Mapping[str, Any]) -> PromptAndResponses:
     if "chosen" not in row and "messages" in row:
         return _from_conversation(row)
-    chosen, rejected = clean_text(row.get("chosen"), "chosen"), clean_text(row.get("rejected"), "rejected")
-    prompt = clean_text(row["prompt"], "prompt") if "prompt" in row else None
-    return split_prompt(prompt, [chosen, rejected])
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    return _with_system(row, *split_prompt(_prompt(row) if "prompt" in row else None, [chosen, rejected]))
+
+
+def _prompt(row: Mapping[str, Any]) -> TextOrMessages:
+    """Return the prompt of a row, with the further columns that a recipe has mapped to it."""
+    prompt = _text(row, "prompt")
+    parts = [row[name] for name in PROMPT_PARTS if row.get(name)]
+    if not parts:
+        return prompt
+    if not all(isinstance(part, str) for part in (prompt, *parts)):
+        raise BadRow(Fault.WRONG_TYPE, "`prompt` is made of several columns, and one of them is no string")
+    return "\n\n".join(part for part in (prompt, *parts) if part.strip())
+
+
+def _with_system(
+    row: Mapping[str, Any], prompt: TextOrMessages, responses: list[TextOrMessages]
+) -> PromptAndResponses:
+    """Put the mapped system turn before the prompt; the row is a conversation then, with or without one."""
+    if SYSTEM_COLUMN not in row:
+        return prompt, responses
+    system, turns = row[SYSTEM_COLUMN] or "", as_messages(prompt)
+    if not isinstance(system, str):
+        raise BadRow(Fault.WRONG_TYPE, "the column of the system turn is no string")
+    if system.strip() and turns[:1] and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns, [[{"role": ASSISTANT, "content": r}] if isinstance(r, str) else r for r in responses]
+
+
+def _text(row: Mapping[str, Any], field: str) -> TextOrMessages:
+    return clean_text(row.get(field), field, clean_tools(row.get("tools")))
 
 
 def _from_conversation(row: Mapping[str, Any]) -> PromptAndResponses:
     """Read `messages`, which end with the chosen answer, beside `rejected_response` (ms-swift's form)."""
-    messages = clean_text(row["messages"], "messages")
-    rejected = clean_text(row.get("rejected_response"), "rejected_response")
+    messages, rejected = _text(row, "messages"), _text(row, "rejected_response")
     if isinstance(messages, str) or not messages or messages[-1]["role"] != "assistant":
         raise BadRow(Fault.MISSING_FIELD, "`messages` does not end with an assistant turn, the chosen answer")
     answer: TextOrMessages = [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) else rejected
-    return messages[:-1], [messages[-1:], answer]
+    return _with_system(row, messages[:-1], [messages[-1:], answer])
 
 
 def _from_responses(row: Mapping[str, Any]) -> PromptAndResponses:
     if not isinstance(row["responses"], list):
         raise BadRow(Fault.WRONG_TYPE, f"`responses` is not a list: {row['responses']!r}")
-    responses = [clean_text(response, "responses") for response in row["responses"]]
-    prompt = clean_text(row.get("prompt"), "prompt")
-    return split_prompt(prompt, responses) if responses else (prompt, [])
+    tools = clean_tools(row.get("tools"))
+    responses = [clean_text(response, "responses", tools) for response in row["responses"]]
+    prompt = _prompt(row)
+    return _with_system(row, *(split_prompt(prompt, responses) if responses else (prompt, [])))
 
 
 def _from_separated(row: Mapping[str, Any]) -> PromptAndResponses:

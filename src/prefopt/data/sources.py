@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from prefopt.arguments import setting
+from prefopt.data.rows import PROMPT_PARTS, READ_COLUMNS, SYSTEM_COLUMN
 from prefopt.files import read_json
 
 # file ending -> name of the reader in `datasets`
@@ -23,6 +25,12 @@ _SPLIT_LIKE = re.compile(r"(train|test|val|dev|eval)")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # columns of text: in CSV files a cell such as "None" or "42" is text there, and neither missing nor a number
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "messages", "rejected_response")
+
+
+COLUMNS_HELP = (
+    "Columns to keep (a list), or how columns are read: {prompt: question, system: system}; several columns make one "
+    "prompt: {prompt: [instruction, input]}. All columns under their own names when unset."
+)
 
 
 @dataclass
@@ -35,16 +43,12 @@ class DataSource:
             "with <split>.jsonl."
         }
     )
-    name: str | None = field(default=None, metadata={"help": "Configuration (subset) of a hub dataset."})
-    split: str = field(default="train", metadata={"help": 'Split, or a slice of one such as "train[:1000]".'})
-    data_files: Any = field(
-        default=None, metadata={"help": "Files inside the dataset: a path, a list, or a mapping split -> files."}
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder inside the dataset."})
-    columns: list[str] | None = field(default=None, metadata={"help": "Columns to keep; all when unset."})
-    fraction: float | None = field(
-        default=None, metadata={"help": "Part of the rows to use, above 0 and at most 1; see `mixing`."}
-    )
+    name: str | None = setting(None, "Configuration (subset) of a hub dataset.")
+    split: str = setting("train", 'Split, or a slice of one such as "train[:1000]".')
+    data_files: Any = setting(None, "Files inside the dataset: a path, a list, or a mapping split -> files.")
+    data_dir: str | None = setting(None, "Folder inside the dataset.")
+    columns: list[str] | dict[str, str | list[str]] | None = setting(None, COLUMNS_HELP)
+    fraction: float | None = setting(None, "Part of the rows to use, above 0 and at most 1; see `mixing`.")
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
@@ -53,13 +57,35 @@ class DataSource:
             raise ValueError(f'Dataset {self.path!r}: split must be a name such as "train", not {self.split!r}.')
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"Dataset {self.path!r}: fraction {self.fraction} is outside (0, 1].")
+        _ = self.mapping  # checks it
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Column of the dataset -> the name under which rows are read, where `columns` is a mapping."""
+        if not isinstance(self.columns, Mapping):
+            return {}
+        names: dict[str, str] = {}
+        for target, given in self.columns.items():
+            if target not in READ_COLUMNS:
+                raise ValueError(
+                    f"Dataset {self}: columns maps to {target!r}, which nothing reads. Known: "
+                    f"{', '.join(READ_COLUMNS)}."
+                )
+            parts = given if isinstance(given, list) else [given]
+            if not parts or (len(parts) > 1 and target != "prompt") or len(parts) > 1 + len(PROMPT_PARTS):
+                raise ValueError(
+                    f"Dataset {self}: columns maps {parts} to {target!r}; only a prompt has several parts."
+                )
+            targets = (SYSTEM_COLUMN if target == "system" else target, *PROMPT_PARTS)
+            names |= dict(zip(parts, targets))
+        return names
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.name + ', ' if self.name else ''}split {self.split!r})"
 
 
 def load_source(source: DataSource) -> Dataset:
-    """All rows of one source, with the columns that it keeps.
+    """Load all rows of one source, with the columns that it keeps.
 
     Raises:
         ValueError: no such file, dataset, split or column; a file that cannot be read; no rows.
@@ -83,12 +109,16 @@ def load_source(source: DataSource) -> Dataset:
     assert not isinstance(dataset, (IterableDataset, DatasetDict))
     if len(dataset) == 0:
         raise ValueError(f"Dataset {source} has no rows.")
-    if source.columns is None:
+    if not source.columns:
         return dataset
-    unknown = [column for column in source.columns if column not in dataset.column_names]
+    mapping = source.mapping
+    unknown = [column for column in mapping or source.columns if column not in dataset.column_names]
     if unknown:
         raise ValueError(f"Dataset {source} has no column {unknown[0]!r}; it has {sorted(dataset.column_names)}.")
-    return dataset.select_columns(source.columns)
+    if not mapping:
+        return dataset.select_columns(list(source.columns))
+    replaced = [name for name in mapping.values() if name in dataset.column_names and name not in mapping]
+    return dataset.remove_columns(replaced).rename_columns(mapping)
 
 
 def _looks_local(path: str) -> bool:
@@ -96,7 +126,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _reader_of(path: Path) -> str | None:
-    """The reader for a file by its ending, a compression's ending put aside."""
+    """Return the reader for a file by its ending, ignoring that of a compression."""
     name = path.name.lower()
     for ending in COMPRESSIONS:
         name = name.removesuffix(ending)
@@ -108,7 +138,7 @@ def _split_name(split: str) -> str:
 
 
 def _load_folder(folder: Path, source: DataSource) -> Dataset:
-    """A save_to_disk folder, or a folder whose files are named after their splits."""
+    """Load a save_to_disk folder, or a folder whose files are named after their splits."""
     split = _split_name(source.split)
     saved = _saved_splits(folder)
     is_saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
@@ -117,17 +147,18 @@ def _load_folder(folder: Path, source: DataSource) -> Dataset:
         return _load_saved(saved[split], source)
     if split in files:
         return _load_files(files[split], source)
+    # a README or a configuration name the splits of a hub dataset's copy; files of any name may be its training rows
     described = source.name is not None or (folder / "README.md").is_file()
-    if saved or (not described and (split != "train" or any(_SPLIT_LIKE.match(name) for name in files))):
-        if saved or files:
-            raise _unknown_split(source, [*saved, *files])
+    names_splits = split != "train" or any(_SPLIT_LIKE.match(name) for name in files)
+    if saved or (files and names_splits and not described):
+        raise _unknown_split(source, [*saved, *files])
     if not any(_reader_of(file) for file in folder.rglob("*") if file.is_file()):
         raise ValueError(f"Dataset {source.path!r}: the folder holds no json, jsonl, parquet, csv or arrow file.")
     return load_dataset(str(folder), name=source.name, split=source.split)
 
 
 def _saved_splits(folder: Path) -> dict[str, Path]:
-    """The save_to_disk folders in `folder` (or `folder` itself, as the split "train") under the names of their splits."""
+    """Find the save_to_disk folders of each split in `folder`, which may itself be one (split "train")."""
     if (folder / "state.json").is_file():
         return {"train": folder}
     return {child.name: child for child in sorted(folder.iterdir()) if (child / "state.json").is_file()}
@@ -145,7 +176,7 @@ def _load_saved(folder: Path, source: DataSource) -> Dataset:
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """`train.jsonl`, `data/train-00000-of-00002.parquet`, ... under the names of their splits."""
+    """Find `train.jsonl`, `data/train-00000-of-00002.parquet`, ...; return them by the names of their splits."""
     files: dict[str, list[Path]] = {}
     for place in (folder, folder / "data"):
         for file in sorted(place.iterdir()) if place.is_dir() else []:
@@ -164,14 +195,16 @@ def _load_files(files: list[Path], source: DataSource) -> Dataset:
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"Dataset {source.path!r}: {file.name} is empty.")
-    split = _split_name(source.split) if Path(source.path).expanduser().is_dir() else "train"
-    if _split_name(source.split) != split:
+    split = _split_name(source.split)
+    if split != "train" and not Path(source.path).expanduser().is_dir():
         raise _unknown_split(source, ["train"])
-    options: dict[str, Any] = {}
-    if reader == "json":
-        options["parse_agent_traces"] = False
+    options: dict[str, Any] = {"parse_agent_traces": False} if reader == "json" else {}
     if reader == "csv":
-        options |= {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
+        options = {
+            "converters": dict.fromkeys((*TEXT_COLUMNS, *source.mapping), str),
+            "keep_default_na": False,
+            "na_values": [""],
+        }
         options["sep"] = "\t" if ".tsv" in files[0].name else ","
     names = [
         glob.escape(str(file)) for file in files
@@ -187,7 +220,7 @@ def _unknown_split(source: DataSource, available: list[str]) -> ValueError:
 
 @contextmanager
 def _readable_errors(source: DataSource) -> Iterator[None]:
-    """Turn what `datasets` raises about a user's mistake into one sentence."""
+    """Turn the errors of `datasets` about a user's mistake into one sentence."""
     try:
         yield
     except DatasetNotFoundError as error:
@@ -205,11 +238,11 @@ def _readable_errors(source: DataSource) -> Iterator[None]:
     except (OSError, EOFError, zlib.error) as error:  # such as a compressed file that is cut short
         raise ValueError(f"Dataset {source.path!r} could not be read: {_first_line(error)}") from error
     except ValueError as error:
-        text = str(error)
-        if text.startswith("Dataset "):
+        if str(error).startswith("Dataset "):
             raise
         raise ValueError(f"Dataset {source}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

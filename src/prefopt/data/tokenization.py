@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch.distributed
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.encoding import (
@@ -34,43 +34,23 @@ from prefopt.data.messages import BadRow, Fault, OnBadRow, as_messages, check_on
 from prefopt.data.rows import (
     COMPLETION_COLUMNS,
     CONTEXT_COLUMNS,
-    TOKENISED_SHAPES,
     Kind,
     Row,
     check_columns,
-    check_scores,
-    comparison_values,
-    faulty,
+    check_unused_text,
+    id_column,
+    id_features,
     is_tokenised,
-    kept_features,
-    method_values,
     normalise,
-    raise_recorded_fault,
-    row_id,
     text_features,
 )
 from prefopt.files import content_hash
 
 # part of the cache key: raise it whenever the same input would give other ids
-VERSION = 2
-IDS = List(Value("int32"))
-ID_COLUMNS: dict[str, dict[str, Any]] = {
-    "pairs": {
-        **dict.fromkeys(TOKENISED_SHAPES["pairs"], IDS),
-        **dict.fromkeys(("chosen_bytes", "rejected_bytes"), Value("int64")),
-    },
-    "comparisons": {"prompt_ids": IDS, "response_ids": List(IDS)},
-    "prompts": {"prompt_ids": IDS},
-}
+VERSION = 3
 OUTCOME = "_outcome"
-OUTCOME_FEATURES = {
-    "fault": Value("string"),
-    "detail": Value("string"),
-    "is_messages": Value("bool"),
-    "is_prefix": Value("bool"),
-    "cut": List(Value("string")),
-    "prompt": {"same": Value("string"), "exact": Value("string")},
-}
+# settings of models that compute positions from a formula, and go beyond those that they were trained on
+OTHER_POSITIONS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_pct", "alibi")
 
 
 def tokenize_pairs(
@@ -238,14 +218,18 @@ class RowTokenizer:
         """
         check_columns(dataset.column_names, self.kind, where=where)
         dataset = dataset.with_format(None)
-        columns = kept_features(dataset.features, self.kind, ID_COLUMNS[self.kind])
-        texts = text_features(dataset.features, self.kind, is_messages=False)
+        check_unused_text(dataset, self.kind, where=where)
+        columns = id_features(dataset.features, self.kind)
+        tokenised = is_tokenised(dataset.column_names, self.kind)
+        faults = ("fault", "fault_detail")
+        schema = [*columns, *faults] if tokenised else text_features(dataset.features, self.kind, is_messages=False)
         return dataset.map(
             self.tokenize_batch,
             batched=True,
-            fn_kwargs={"columns": list(columns), "texts": list(texts)},
+            batch_size=200,  # a batch's token ids are Python integers: this bounds the memory of a process
+            fn_kwargs={"columns": list(columns), "schema": list(schema)},
             remove_columns=[column for column in dataset.column_names if column not in columns],
-            features=Features({**columns, OUTCOME: OUTCOME_FEATURES}),
+            features=Features({**columns, OUTCOME: Json()}),
             num_proc=num_proc and min(num_proc, len(dataset)),
             # `datasets` would hash the tokenizer with the state that use leaves in it
             new_fingerprint=content_hash(dataset._fingerprint, self.fingerprint)[:32],
@@ -253,40 +237,38 @@ class RowTokenizer:
         )
 
     def tokenize_batch(
-        self, batch: dict[str, list[Any]], columns: Sequence[str], texts: Sequence[str]
+        self, batch: dict[str, list[Any]], columns: Sequence[str], schema: Sequence[str]
     ) -> dict[str, list[Any]]:
         """Read, encode and cut the rows of a batch; return what is kept of them and their outcomes.
 
         Args:
             batch: column -> values.
             columns: the columns to return, beside that of the outcomes.
-            texts: the columns of a normalised row.
+            schema: the columns of a normalised row.
         """
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        clean, read = zip(*(self.read(row, texts) for row in rows))
-        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer)]
+        clean, read = zip(*(self.read(row, schema) for row in rows))
+        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer, strict=True)]
         ids = id_columns(groups, self.kind, self.tokenizer)
         # prompts keep the columns of their rows as they were
         kept = [{**row, "row_id": c["row_id"]} for row, c in zip(rows, clean)] if self.kind == "prompts" else clean
-        outcomes = [self._outcome(*each) for each in zip(rows, clean, read, groups)]
+        outcomes = [self._outcome(*each) for each in zip(clean, groups)]
         return {name: ids[name] if name in ids else [row.get(name) for row in kept] for name in columns} | {
             OUTCOME: [asdict(outcome) for outcome in outcomes]
         }
 
-    def read(self, row: Row, texts: Sequence[str]) -> tuple[Row, TextGroup | EncodedGroup | BadRow]:
+    def read(self, row: Row, schema: Sequence[str]) -> tuple[Row, TextGroup | EncodedGroup | BadRow]:
         """Return a row in the schema, and its prompt and completions: as texts, or as ids if they are given so."""
-        if is_tokenised(row, self.kind):
-            try:
-                return read_ids(row, self.kind)
-            except BadRow as fault:
-                return faulty(row, fault), fault
-        clean = normalise(row, self.kind, texts)
+        clean = normalise(row, self.kind, schema)
         if clean["fault"] is not None:
             return clean, BadRow(clean["fault"], clean["fault_detail"])
-        prompt = as_messages(clean["prompt"]) if self.template_strings else clean["prompt"]
-        completions = [clean[name] for name in COMPLETION_COLUMNS[self.kind]]
+        tokenised = is_tokenised(row, self.kind)
+        prompt, *completions = (clean[id_column(part) if tokenised else part] for part in self.parts)
         if self.kind == "comparisons":
             (completions,) = completions
+        if tokenised:
+            return clean, EncodedGroup(prompt, completions)
+        prompt = as_messages(prompt) if self.template_strings else prompt
         return clean, TextGroup(prompt, completions, *(clean.get(name) for name in CONTEXT_COLUMNS))
 
     def _fit(self, group: EncodedGroup | BadRow) -> EncodedGroup | BadRow:
@@ -299,9 +281,10 @@ class RowTokenizer:
         except BadRow as fault:
             return fault
 
-    def _outcome(self, row: Row, clean: Row, read: Any, group: EncodedGroup | BadRow) -> Outcome:
-        name = prompt_name({**row, "prompt": None} if is_tokenised(row, self.kind) else clean, self.tokenizer)
-        is_messages = None if is_tokenised(row, self.kind) else isinstance(clean.get("prompt"), list)
+    def _outcome(self, clean: Row, group: EncodedGroup | BadRow) -> Outcome:
+        name = prompt_name(clean, self.tokenizer)
+        prompt = clean.get("prompt")
+        is_messages = None if prompt is None else isinstance(prompt, list)
         if isinstance(group, BadRow):
             return Outcome(group.reason, group.detail, is_messages, True, [], name)
         cut = dict.fromkeys(self.parts[min(place, len(self.parts) - 1)] for place in group.cut)
@@ -348,31 +331,6 @@ class RowTokenizer:
         return kept, report
 
 
-def read_ids(row: Row, kind: Kind) -> tuple[Row, EncodedGroup]:
-    """Return the kept columns and the ids of a row that is tokenised already.
-
-    Raises:
-        BadRow: ids are missing, or the scores cannot be used.
-    """
-    raise_recorded_fault(row)
-    names = TOKENISED_SHAPES[kind][: 3 if kind == "pairs" else 2]
-    for name in names:
-        if row[name] is None:
-            raise BadRow(Fault.MISSING_FIELD, f"`{name}` is missing")
-    prompt = list(row["prompt_ids"])
-    if not prompt:
-        raise BadRow(Fault.MISSING_FIELD, "`prompt_ids` is empty")
-    if kind == "pairs":
-        completions, scores = [list(row["chosen_ids"]), list(row["rejected_ids"])], {}
-        values = method_values(row)
-    else:
-        completions = [list(ids) for ids in row["response_ids"]]
-        scores = {"scores": check_scores(row["scores"], len(completions))}
-        values = {**scores, **comparison_values(row)}
-    name = row.get("row_id") or row_id(prompt, completions, scores)  # type: ignore[arg-type]
-    return {"row_id": name, **values}, EncodedGroup(prompt, completions)
-
-
 def id_columns(
     groups: Sequence[EncodedGroup | BadRow], kind: Kind, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Any]]:
@@ -383,7 +341,7 @@ def id_columns(
         for place, name in enumerate(COMPLETION_COLUMNS[kind]):
             ids = [group.completion_ids[place] if group else [] for group in usable]
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            columns |= {f"{name}_ids": ids, f"{name}_bytes": [len(text.encode("utf-8")) for text in texts]}
+            columns |= {id_column(name): ids, f"{name}_bytes": [len(text.encode("utf-8")) for text in texts]}
     elif kind == "comparisons":
         columns["response_ids"] = [group.completion_ids if group else [] for group in usable]
     return columns
@@ -391,7 +349,7 @@ def id_columns(
 
 def outcomes_of(mapped: Dataset) -> list[Outcome]:
     """Read the outcomes of a mapped dataset, in its order."""
-    column = mapped.select_columns(OUTCOME).with_format("arrow")[:][OUTCOME].to_pylist()
+    column = mapped.select_columns(OUTCOME)[:][OUTCOME]
     return [Outcome(**{**values, "prompt": PromptName(**values["prompt"])}) for values in column]
 
 
@@ -414,9 +372,44 @@ def with_one_form(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def token_counts(dataset: Dataset, part: str) -> Any:
     """Count the tokens of one part in every row (of "responses": of every response)."""
-    name = "response_ids" if part == "responses" else f"{part}_ids"
+    name = id_column(part)
     values = dataset.select_columns(name).with_format("arrow")[:][name]
     return pc.list_value_length(pc.list_flatten(values) if part == "responses" else values).to_numpy()
+
+
+def check_fits_model(dataset: Dataset, config: Any, name: str) -> None:
+    """Check that a model has an embedding for every token id, and a position for every token if it learns positions.
+
+    Args:
+        dataset: tokenised pairs or comparisons.
+        config: of the model.
+        name: of the set, in errors.
+
+    Raises:
+        ValueError: it has not; on a GPU this would be a device assertion in the middle of training.
+    """
+    config = config.get_text_config()
+    parts = [part for part in ("prompt", "chosen", "rejected", "responses") if id_column(part) in dataset.column_names]
+    table = dataset.select_columns([id_column(part) for part in parts]).with_format("arrow")[:]
+    largest = max(pc.max(pc.list_flatten(column, recursive=True)).as_py() or 0 for column in table.columns)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"The {name} set has the token id {largest}, but the model has {config.vocab_size} embeddings: the "
+            "tokenizer belongs to another model, or has tokens that the model was never resized for."
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or config.model_type == "xglm" or any(hasattr(config, sign) for sign in OTHER_POSITIONS):
+        return
+    if "responses" in parts:
+        answers = np.array([max(map(len, row)) for row in dataset["response_ids"]])
+    else:
+        answers = np.maximum(token_counts(dataset, "chosen"), token_counts(dataset, "rejected"))
+    longest = int((token_counts(dataset, "prompt") + answers).max())
+    if longest > limit:
+        raise ValueError(
+            f"The {name} set has a row of {longest} tokens, but the model has learned {limit} positions: set "
+            f"`max_length` to at most {limit}."
+        )
 
 
 def check_dataset(dataset: Any, name: str) -> None:

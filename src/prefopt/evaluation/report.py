@@ -40,7 +40,7 @@ class ReportArguments:
     output_dir: str | None = setting(
         None, "Folder for the report and its plots; report.md in run_dir is written in any case."
     )
-    plots: bool = setting(True, "Draw plots (needs matplotlib, the extra `plots`).")
+    plots: bool = setting(True, "Draw plots (needs matplotlib, the extra `plots`).", decides_result=False)
 
     def __post_init__(self) -> None:
         check_settings(self)

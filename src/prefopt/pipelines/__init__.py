@@ -1,0 +1,1 @@
+"""Resumable runs: loops of stages, and sweeps over settings."""

@@ -13,10 +13,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from prefopt.arguments import names_without_effect
+from prefopt.arguments import MASK, names_without_effect, without_secrets
 from prefopt.cli import COMMANDS, METHODS, arguments_of, function_of
 from prefopt.evaluation.evaluate import EVALUATION_FILE
-from prefopt.launch import LAUNCH_KEYS
+from prefopt.launch import LAUNCH_KEYS, launch_words
 from prefopt.pipelines.stages import Stage
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import Recipe, build, collect, plain
@@ -26,14 +26,6 @@ from prefopt.run import FREE_TO_CHANGE, batch_sizes, config_values
 TRAININGS = {*METHODS, "sft"}
 # A continued training may get other lengths and another folder, but their outcome is another model.
 FREE_IN_TRAINING = FREE_TO_CHANGE - {"num_train_epochs", "max_steps", "output_dir"}
-# Fields of tools that are not marked with `decides_result=False` yet.
-UNMARKED = frozenset(
-    {
-        "base_url", "key_variable", "concurrency", "request_timeout", "retries", "gpu_memory_utilization",
-        "enforce_eager", "tensor_parallel_size", "data_parallel_size", "tokens_per_batch", "plots", "push_to_hub",
-        "hub_dataset_id", "hub_private_repo",
-    }
-)  # fmt: skip
 # The files that other stages read.
 CANDIDATES = ("candidates.*",)
 MODEL = ("*.safetensors", "*config.json")  # the second is config.json, or adapter_config.json of an adapter
@@ -93,11 +85,14 @@ class Commands:
         given = {key: value for key, value in settings.items() if key not in LAUNCH_KEYS or value is not None}
         typed = [f"--{key}={self._typed(value)}" for key, value in given.items()]
         try:
+            if recipe is not None and not isinstance(recipe, str):
+                raise ValueError(f"recipe: expected the name or path of a recipe, found {recipe!r}.")
+            launch_words({key: str(value) for key, value in given.items() if key in LAUNCH_KEYS})
             deciding = self._deciding_settings(tool, recipe, typed)
+            outside = [_local_path(path) for path in inputs if path and not isinstance(path, Place)]
+            program = shlex.split(self.launchers.get(name.rsplit("/", 1)[-1], "prefopt"))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        program = shlex.split(self.launchers.get(name.rsplit("/", 1)[-1], "prefopt"))
-        outside = [Path(path).expanduser() for path in inputs if path and not isinstance(path, Place)]
         return Stage(
             name=name,
             command=(*program, tool, *([recipe] if recipe else []), *typed),
@@ -118,7 +113,7 @@ class Commands:
         if "ranker_settings" in values:  # of `prefopt evaluate`: keys of `prefopt rank`
             free = LAUNCH_KEYS | _free_to_change("rank")
             values["ranker_settings"] = {k: v for k, v in values["ranker_settings"].items() if k not in free}
-        return {"command": tool, **_replaced(values, self._without_run_dir)}
+        return {"command": tool, **_replaced(without_secrets(values), self._without_run_dir)}
 
     def _typed(self, value: Any) -> str:
         """Write a value as it is typed on the command line."""
@@ -132,11 +127,17 @@ class Commands:
         return f"RUN{value.removeprefix(str(self.run_dir))}" if inside else value
 
 
+def _local_path(name: Any) -> Path:
+    if not isinstance(name, str):
+        raise ValueError(f"expected a name or a path, found {name!r}; a number needs quotes.")
+    return Path(name).expanduser()
+
+
 def _free_to_change(command: str) -> frozenset[str]:
     """Return the keys of a command that do not decide its result, so that changing them makes nothing again."""
     if command in TRAININGS:
         return FREE_IN_TRAINING
-    return UNMARKED | names_without_effect(*arguments_of(command))
+    return names_without_effect(*arguments_of(command))
 
 
 def _replaced(value: Any, replace_leaf: Callable[[Any], Any]) -> Any:
@@ -218,12 +219,14 @@ def _send_problem(method: str, parsed: Recipe, answer: Connection) -> None:
     answer.send(problem)
 
 
-def check_method(name: str | None) -> str:
+def check_method(name: Any) -> str:
     """Return the training command called `name`.
 
     Raises:
         ValueError: there is none.
     """
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"method: expected the name of a training method, found {name!r}.")
     clean = (name or "").replace("_", "-")
     if clean not in METHODS:
         raise ValueError(unknown_key(name, list(METHODS)).replace("key", "method") + ".")
@@ -335,7 +338,8 @@ def _ranker_files(ranking: Mapping[str, Any]) -> tuple[Model | None, ...]:
 def as_script(stages: Sequence[Stage]) -> str:
     """Write stages as a shell script for machines where the runner does not run: in order, up to the first failure.
 
-    Each command continues its own unfinished work; nothing is skipped, and no rule ends the script early.
+    Each command continues its own unfinished work; nothing is skipped, and no rule ends the script early. Secrets are
+    masked, and a comment says so.
     """
     lines = [
         "#!/usr/bin/env bash",
@@ -344,5 +348,8 @@ def as_script(stages: Sequence[Stage]) -> str:
     ]
     for stage in stages:
         after = f" (after {', '.join(stage.needs)})" if stage.needs else ""
-        lines += ["", f"# {stage.name}{after}", stage.line]
+        lines += ["", f"# {stage.name}{after}"]
+        if MASK in stage.line:
+            lines.append(f"# {MASK} stands for a secret: name it by an environment variable, such as $HF_TOKEN")
+        lines.append(stage.line)
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from prefopt.arguments import changed_keys, setting_changes
+from prefopt.arguments import changed_keys, masked, setting_changes
 from prefopt.pipelines.state import (
     DONE,
     FAILED,
@@ -71,8 +71,8 @@ class Stage:
 
     @property
     def line(self) -> str:
-        """Return the command as one line for a shell."""
-        return shlex.join(self.command)
+        """Return the command as one line for a shell, with secrets masked, as it goes to console, logs and scripts."""
+        return masked(shlex.join(self.command))
 
 
 @dataclass

@@ -20,7 +20,8 @@ from typing import Any, TextIO
 
 import psutil
 
-from prefopt.files import content_hash, file_hash, read_json, write_json
+from prefopt.arguments import masked, without_secrets
+from prefopt.files import content_hash, file_hash, read_json, remove_partial_files, write_json
 
 VERSION = 1
 STATE_FILE = "state.json"
@@ -58,6 +59,19 @@ class StageRecord:
     digest: str = ""
     seconds: float = 0.0
 
+    def check(self) -> None:
+        """Raise a TypeError where a damaged state file gives an attribute another type."""
+        mappings = (self.settings, self.inputs, self.consumed, self.files)
+        right = all(isinstance(value, dict) for value in mappings) and isinstance(self.digest, str)
+        right = right and isinstance(self.seconds, (int, float)) and self.status in (RUNNING, DONE, FAILED)
+        if not right or not all(_is_entry(entry) for entry in self.files.values()):
+            raise TypeError(f"a stage with status {self.status!r} is not described as stages are")
+
+
+def _is_entry(value: Any) -> bool:
+    """Return whether a value is [size, mtime in ns, SHA-256], as files are described."""
+    return isinstance(value, list) and list(map(type, value)) == [int, int, str]
+
 
 class RunState:
     """The state file of a run; each change is on disk before anything follows from it.
@@ -82,19 +96,23 @@ class RunState:
             value = read_json(self.path)
             version = value["version"]
             records = {name: StageRecord(**record) for name, record in value["stages"].items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            for record in records.values():
+                record.check()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.path} is damaged ({type(error).__name__}: {error}). {remedy}") from error
         if version != VERSION:
             raise ValueError(
                 f"{self.path} was written by another version of prefopt (state {version}, not {VERSION})."
             )
+        for record in records.values():
+            record.settings = without_secrets(record.settings)  # earlier versions wrote them
         return records
 
     def save(self, name: str, record: StageRecord) -> None:
         """Write a stage's record to disk, and the state before it beside it."""
         self.stages[name] = record
         if self.path.exists():
-            write_json(self.path.with_name(PREVIOUS_FILE), read_json(self.path))
+            write_json(self.path.with_name(PREVIOUS_FILE), without_secrets(read_json(self.path)))
         stages = {name: asdict(record) for name, record in self.stages.items()}
         write_json(self.path, {"version": VERSION, "stages": stages})
 
@@ -135,8 +153,9 @@ class InputHashes:
         self.path = run_dir / "input_hashes.json"
         self.keep = keep
         self._known: dict[str, list[Any]] = {}
-        with suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            self._known = read_json(self.path)  # only saves time: a damaged one is made again
+        with suppress(FileNotFoundError, ValueError, AttributeError, RecursionError):
+            # only saves time: what is damaged is made again
+            self._known = {name: entry for name, entry in read_json(self.path).items() if _is_entry(entry)}
 
     def of(self, path: Path) -> str:
         """Hash a file, or every file in a folder with its name; checkpoints within a model's folder are left out.
@@ -190,6 +209,7 @@ class RunLock:
             self._end_leftovers()  # a stage that does not hold the lock may live as well
             self._file = file
             self._sign()
+            remove_partial_files(self.path.parent)
             try:
                 yield self
             finally:
@@ -244,7 +264,7 @@ def _signed(file: Any) -> dict[str, Any]:
 
 def _born(pid: int) -> float | None:
     """Return when a living process was started (its id may be given again); None for one that has ended."""
-    with suppress(psutil.Error):
+    with suppress(psutil.Error, TypeError, ValueError, OverflowError):  # the lock file may hold anything
         process = psutil.Process(pid)
         return process.create_time() if process.status() != psutil.STATUS_ZOMBIE else None
     return None
@@ -284,7 +304,8 @@ def run_logged(words: Sequence[str], log: Path, *, mark: str, keep_open: int, co
             pass_fds=(keep_open,),
         )
         try:
-            for text in _output(process):
+            for output in _output(process):
+                text = masked(output)  # its environment and command line may hold secrets
                 for stream in (file, console):
                     stream.write(text)
                     stream.flush()

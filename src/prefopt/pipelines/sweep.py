@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from prefopt.arguments import check_settings, setting
+from prefopt.arguments import check_settings, setting, without_secrets
 from prefopt.data import DataArguments, DataSource, load_datasets
 from prefopt.evaluation.study import HEALTH_FILE, RESULT_FILE, STUDY_FILE, report_study
 from prefopt.files import content_hash, write_json
@@ -432,7 +432,7 @@ class Sweep:
             "rows": {name: getattr(self.args, f"{name}_rows") for name in ("pool", "train", "validation", "test")},
             "runs": [asdict(item) for item in runs],
         }
-        write_json(self.run_dir / STUDY_FILE, plain(study))
+        write_json(self.run_dir / STUDY_FILE, without_secrets(plain(study)))
 
 
 def _settings(recipe: str | None, values: Mapping[str, Any]) -> list[Any]:

@@ -1,11 +1,13 @@
-"""Keys that every training method shares: where the data comes from (all three generations of keys) and how a run is kept."""
+"""Keys that every training method shares: where its data comes from (three generations of keys), how it is kept."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from prefopt.arguments import setting
 from prefopt.data import DataArguments, DataSource
+from prefopt.data.sources import COLUMNS_HELP
 
 
 @dataclass
@@ -15,7 +17,7 @@ class MixtureSource:
     id: str
     config: str | None = None
     split: str = "train"
-    columns: list[str] | None = None
+    columns: list[str] | dict[str, str | list[str]] | None = None
     weight: float | None = None
 
 
@@ -30,52 +32,44 @@ class Mixture:
 
 @dataclass
 class DatasetArguments:
-    """Which rows to train and to evaluate on, under the keys of TRL, of the alignment handbook, or of the Zephyr-era recipes."""
+    """Which rows to train and to evaluate on, under the keys of TRL, the alignment handbook, or Zephyr-era recipes."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name, local file, or local folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a hub data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of `dataset_name` to train on."})
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split of `dataset_name` to evaluate on; `test` where evaluation is on."}
+    dataset_name: str | None = setting(None, "Hub name, local file, or local folder.")
+    dataset_config: str | None = setting(None, "Configuration (subset) of a hub data set.")
+    dataset_train_split: str = setting("train", "Split of `dataset_name` to train on.")
+    dataset_test_split: str | None = setting(
+        None, "Split of `dataset_name` to evaluate on; `test` where evaluation is on."
     )
-    datasets: list[DataSource] | None = field(
-        default=None,
-        metadata={
-            "help": "Several sources, each a mapping with path, split, fraction (its share of the mixture), ..."
-        },
+    datasets: list[DataSource] | None = setting(
+        None, "Several sources, each a mapping with path, split, fraction (its share of the mixture), ..."
     )
-    eval_datasets: dict[str, DataSource | str] | None = field(
-        default=None,
-        metadata={
-            "help": "Several evaluation sets by name: each a path (its `test` split, or a whole file), or a mapping "
-            "as in `datasets`."
-        },
+    eval_datasets: dict[str, DataSource | str] | None = setting(
+        None,
+        "Several evaluation sets by name: each a path (its `test` split, or a whole file), or a mapping as in "
+        "`datasets`.",
     )
-    test_split_size: float | int | None = field(
-        default=None,
-        metadata={"help": "Hold out this part (below 1) or number of the training rows for evaluation, by prompt."},
+    test_split_size: float | int | None = setting(
+        None, "Hold out this part (below 1) or number of the training rows for evaluation, by prompt."
     )
-    dataset_mixer: dict[str, float] | None = field(
-        default=None,
-        metadata={"help": "Hub names, files or folders, each with the part of its training split to use."},
+    dataset_mixer: dict[str, float] | None = setting(
+        None, "Hub names, files or folders, each with the part of its training split to use."
     )
-    dataset_splits: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Splits of every source of `dataset_mixer`; those with `test` in their name are for evaluation."
-        },
+    dataset_splits: list[str] | None = setting(
+        None, "Splits of every source of `dataset_mixer`; those with `test` in their name are for evaluation."
     )
-    dataset_configs: list[str] | None = field(
-        default=None, metadata={"help": "Configurations of the sources of `dataset_mixer`, in their order."}
+    dataset_configs: list[str] | None = setting(
+        None, "Configurations of the sources of `dataset_mixer`, in their order."
     )
-    dataset_mixture: Mixture | None = field(
-        default=None,
-        metadata={"help": "A mapping with `datasets` (id, config, split, columns, weight), test_split_size, seed."},
+    dataset_mixture: Mixture | None = setting(
+        None, "A mapping with `datasets` (id, config, split, columns, weight), test_split_size, seed."
     )
 
-    evaluates: bool = field(
-        default=True, init=False
-    )  # False where the recipe says do_eval: false: named test data stays unread
+    columns: list[str] | dict[str, str | list[str]] | None = setting(
+        None, f"{COLUMNS_HELP} For every source that does not say so itself."
+    )
+
+    # not a key: False where the recipe says do_eval: false, and then named test data stays unread
+    evaluates: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         ways = [self.dataset_name, self.datasets, self.dataset_mixer, self.dataset_mixture]
@@ -83,16 +77,15 @@ class DatasetArguments:
             raise ValueError(
                 "name the training data with one of dataset_name, datasets, dataset_mixer and dataset_mixture."
             )
-        for key, owner in (
-            ("dataset_splits", "dataset_mixer"),
-            ("dataset_configs", "dataset_mixer"),
-            ("dataset_config", "dataset_name"),
-        ):
+        owners = {
+            "dataset_splits": "dataset_mixer", "dataset_configs": "dataset_mixer", "dataset_config": "dataset_name"
+        }  # fmt: skip
+        for key, owner in owners.items():
             if getattr(self, key) is not None and getattr(self, owner) is None:
                 raise ValueError(f"{key} belongs to {owner}, which is not given.")
 
     def resolve(self, *, evaluates: bool, seed: int) -> DataArguments:
-        """The sources in the one form that `prefopt.data` reads.
+        """Return the sources in the one form that `prefopt.data` reads.
 
         Args:
             evaluates: whether the run evaluates; without, only splits that the recipe names outright are evaluation
@@ -102,30 +95,27 @@ class DatasetArguments:
         Raises:
             ValueError: sources that cannot go together.
         """
-        sources = self._sources(evaluates, seed)
+        if self.dataset_mixture is not None:
+            sources = self._from_mixture(self.dataset_mixture, seed)
+        elif self.dataset_mixer is not None:
+            sources = self._from_mixer(self.dataset_mixer, seed)
+        elif self.datasets is not None:
+            sources = DataArguments(
+                train=self.datasets, mixing="share", test_split_size=self.test_split_size, seed=seed
+            )
+        else:
+            assert self.dataset_name is not None
+            sources = self._from_name(self.dataset_name, evaluates, seed)
         if not self.evaluates:
             sources.test = []
+        sources.train, sources.test = map(self._with_columns, (sources.train, sources.test))
         return sources
 
-    def _sources(self, evaluates: bool, seed: int) -> DataArguments:
-        if self.dataset_mixture is not None:
-            return self._from_mixture(self.dataset_mixture, seed)
-        if self.dataset_mixer is not None:
-            return self._from_mixer(self.dataset_mixer, seed)
-        if self.datasets is not None:
-            return DataArguments(train=self.datasets, mixing="share", test_split_size=self.test_split_size, seed=seed)
-        assert self.dataset_name is not None
-        train = DataSource(self.dataset_name, self.dataset_config, _split(self.dataset_name, self.dataset_train_split))
-        test = self.dataset_test_split or ("test" if evaluates and self.test_split_size is None else None)
-        tests = (
-            []
-            if test is None or is_file(self.dataset_name)
-            else [DataSource(self.dataset_name, self.dataset_config, test)]
-        )
-        return DataArguments(train=[train], test=tests, test_split_size=self.test_split_size, seed=seed)
+    def _with_columns(self, sources: list[DataSource]) -> list[DataSource]:
+        return [source if source.columns is not None else replace(source, columns=self.columns) for source in sources]
 
     def named_evaluations(self) -> list[tuple[str, DataArguments]]:
-        """Each set of `eval_datasets` with its name.
+        """Return each set of `eval_datasets` with its name.
 
         Raises:
             ValueError: a name that is taken.
@@ -135,8 +125,14 @@ class DatasetArguments:
             if name in ("train", "eval"):
                 raise ValueError(f"eval_datasets: choose another name than {name!r}.")
             whole = DataSource(source, split=_split(source, "test")) if isinstance(source, str) else source
-            named.append((name, DataArguments(train=[whole])))
+            named.append((name, DataArguments(train=self._with_columns([whole]))))
         return named
+
+    def _from_name(self, path: str, evaluates: bool, seed: int) -> DataArguments:
+        train = DataSource(path, self.dataset_config, _split(path, self.dataset_train_split))
+        test = self.dataset_test_split or ("test" if evaluates and self.test_split_size is None else None)
+        tests = [] if test is None or is_file(path) else [DataSource(path, self.dataset_config, test)]
+        return DataArguments(train=[train], test=tests, test_split_size=self.test_split_size, seed=seed)
 
     def _from_mixer(self, mixer: dict[str, float], seed: int) -> DataArguments:
         splits = self.dataset_splits or ["train", "test"]
@@ -162,48 +158,35 @@ class DatasetArguments:
             for part in mixture.datasets
         ]
         size = self.test_split_size if self.test_split_size is not None else mixture.test_split_size
-        return DataArguments(
-            train=sources, mixing="sample", test_split_size=size, seed=seed if mixture.seed is None else mixture.seed
-        )
+        seed = seed if mixture.seed is None else mixture.seed
+        return DataArguments(train=sources, mixing="sample", test_split_size=size, seed=seed)
 
 
 @dataclass
 class RunArguments:
     """How a run is kept apart from others, and what its batches add up to."""
 
-    method: str | None = field(
-        default=None,
-        metadata={
-            "help": "The method that the recipe is written for; `prefopt check` reads it.",
-            "decides_result": False,
-        },
+    method: str | None = setting(
+        None, "The method that the recipe is written for; `prefopt check` reads it.", decides_result=False
     )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from their "
-            "number."
-        },
+    global_batch_size: int | None = setting(
+        None,
+        "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from their number.",
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the run that output_dir holds.", "decides_result": False}
-    )
-    chat_template: str | None = field(
-        default=None, metadata={"help": "A chat template instead of the tokenizer's own."}
-    )
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The reference model; by default the policy before training."}
-    )
-    ref_model_revision: str | None = field(default=None, metadata={"help": "Revision of ref_model_name_or_path."})
+    overwrite_output_dir: bool = setting(False, "Replace the run that output_dir holds.", decides_result=False)
+    chat_template: str | None = setting(None, "A chat template instead of the tokenizer's own.")
+    ref_model_name_or_path: str | None = setting(None, "The reference model; by default the policy before training.")
+    ref_model_revision: str | None = setting(None, "Revision of ref_model_name_or_path.")
 
 
 def is_file(path: str) -> bool:
-    """Whether a data source is one local file, which has no splits but `train`."""
+    """Return whether a data source is one local file, which has no splits but `train`."""
     return Path(path).expanduser().is_file()
 
 
 def _split(path: str, split: str) -> str:
-    """A file's rows are its `train` split; a slice such as `train_prefs[:100]` stays one."""
-    return (
-        "train" + split[split.index("[") :] if is_file(path) and "[" in split else "train" if is_file(path) else split
-    )
+    """Return the split to read: of a file its rows, `train`, or the same slice of them (`test_prefs[:100]`)."""
+    if not is_file(path):
+        return split
+    _, bracket, part = split.partition("[")
+    return f"train{bracket}{part}"

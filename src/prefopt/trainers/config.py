@@ -14,6 +14,7 @@ from trl import ModelConfig
 
 from prefopt.arguments import SecretsStayOut, check_settings, setting
 from prefopt.scoring.logprobs import ALIGNMENTS
+from prefopt.trainers.precision import MASTER_WEIGHTS
 
 BATCH_LAYOUTS = ("auto", "packed", "padded")
 
@@ -81,6 +82,13 @@ class BatchConfig(SecretsStayOut, _Mixin):
         False,
         "Continue from a checkpoint although data, tokenizer, chat template, policy or reference have changed since.",
         decides_result=False,
+    )
+    master_weights: str = setting(
+        "auto",
+        "How updates of trainable bf16 or fp16 weights are kept that rounding would lose, outside DeepSpeed and FSDP, "
+        "which have master copies: 'float32' (master copies in the optimizer), 'stochastic' (stochastic rounding, no "
+        "further memory), 'auto' (float32 where it fits) or 'none'.",
+        choices=MASTER_WEIGHTS,
     )
     schedule_epochs: float | None = setting(
         None,

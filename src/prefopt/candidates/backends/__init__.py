@@ -53,8 +53,8 @@ class Completion:
 class Backend(Protocol):
     """Samples answers."""
 
-    def complete(self, requests: Sequence[AnswerRequest], seed: int, on_done: OnDone) -> list[Completion]:
-        """Return one completion per request, in order.
+    def complete(self, requests: Sequence[AnswerRequest], seed: int, on_done: OnDone) -> Sequence[Completion | None]:
+        """Return one completion per request, in order; None for an answer that could not be used.
 
         Args:
             requests: the answers to make.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,12 @@ class EngineBackend:
             seed=request.seed,
             detokenize=False,
         )
+
+
+def check_vllm() -> None:
+    """Raise a ValueError where vLLM is not installed; importing it takes long, and sets up devices."""
+    if importlib.util.find_spec("vllm") is None:
+        import_vllm()
 
 
 def import_vllm() -> Any:

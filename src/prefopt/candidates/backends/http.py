@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import os
 import random
+import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -17,6 +21,8 @@ from anyio.from_thread import start_blocking_portal
 T = TypeVar("T")
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LONGEST_PAUSE = 60.0
+LARGEST_ANSWER = 1 << 26  # bytes
+LARGEST_UNUSABLE_SHARE = 0.5
 
 
 class ServerError(ValueError):
@@ -31,6 +37,17 @@ class AttemptFailed(Exception):
         self.pause = pause
 
 
+class AnswerUnusable(AttemptFailed):
+    """The server answered, but with nonsense: a fault of one answer, which need not end the work."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Stands for the result of a call whose answer was unusable in every attempt."""
+
+    reason: str
+
+
 @dataclass(frozen=True)
 class Call(Generic[T]):
     """One request: a POST of `body` to `path`, or a GET where there is no body.
@@ -38,7 +55,7 @@ class Call(Generic[T]):
     Args:
         path: such as "completions".
         body: the request, JSON-like.
-        read: turns the answer, a JSON object, into the result; raises `AttemptFailed` where it lacks something.
+        read: turns the answer, a JSON object, into the result; raises `AnswerUnusable` where it cannot.
     """
 
     path: str
@@ -69,7 +86,12 @@ class JsonClient:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            httpx2.URL(self.base_url)
+        except (httpx2.InvalidURL, ValueError):  # such as a port that is no number
+            sound = False
+        if not sound:
             raise ServerError(
                 f"base_url {self.address!r} is not an address such as http://localhost:8000/v1 (http or https)."
             )
@@ -90,10 +112,17 @@ class JsonClient:
         Raises:
             ServerError: the server rejects the request, or failed in every attempt.
         """
-        return self.request_all([call], 1, lambda result: None)[0]
+        (result,) = self.request_all([call], 1, lambda result: None)
+        assert not isinstance(result, Unusable), "one of one is more than half"
+        return result
 
-    def request_all(self, calls: Sequence[Call[T]], concurrency: int, on_done: Callable[[T], None]) -> list[T]:
+    def request_all(
+        self, calls: Sequence[Call[T]], concurrency: int, on_done: Callable[[T], None]
+    ) -> list[T | Unusable]:
         """Make all calls and return their results in order; when one fails, the others are cancelled.
+
+        A server that rejects a request or cannot be reached fails. Nonsense in every attempt is a fault of that one
+        answer: `Unusable` stands in its place, unless that happens to more than half of the calls.
 
         Args:
             calls: the calls.
@@ -101,13 +130,19 @@ class JsonClient:
             on_done: called with each result, from another thread.
 
         Raises:
-            ServerError: one failed for good.
+            ServerError: one failed for good, or most answers are unusable.
         """
         # the event loop runs in a thread, as this one may run a loop already (in a notebook)
         with start_blocking_portal() as portal:
-            return portal.call(self._all, calls, concurrency, on_done)
+            results = portal.call(self._all, calls, concurrency, on_done)
+        unusable = [result for result in results if isinstance(result, Unusable)]
+        if len(unusable) > LARGEST_UNUSABLE_SHARE * len(results):
+            raise ServerError(unusable[0].reason)
+        return results
 
-    async def _all(self, calls: Sequence[Call[T]], concurrency: int, on_done: Callable[[T], None]) -> list[T]:
+    async def _all(
+        self, calls: Sequence[Call[T]], concurrency: int, on_done: Callable[[T], None]
+    ) -> list[T | Unusable]:
         slots = asyncio.Semaphore(concurrency)
         # A kept connection may be closed by the server just as the next request is sent, which would cost an attempt.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
@@ -121,8 +156,8 @@ class JsonClient:
         return [task.result() for task in tasks]
 
     async def _repeat(
-        self, http: httpx2.AsyncClient, slots: asyncio.Semaphore, call: Call[T], on_done: Callable[[T], None]
-    ) -> T:
+        self, http: httpx2.AsyncClient, slots: asyncio.Semaphore, call: Call[Any], on_done: Callable[[Any], None]
+    ) -> Any:
         async with slots:
             for attempt in range(1, self.retries + 2):
                 try:
@@ -130,9 +165,10 @@ class JsonClient:
                 except AttemptFailed as failure:
                     if attempt > self.retries:
                         times = "once" if attempt == 1 else f"{attempt} times"
-                        raise ServerError(
-                            f"The server at {self.address} failed {times}; the last time: {failure}."
-                        ) from None
+                        reason = self.masked(f"The server at {self.address} failed {times}; the last time: {failure}.")
+                        if isinstance(failure, AnswerUnusable):
+                            return Unusable(reason)
+                        raise ServerError(reason) from None
                     pause = min(self.first_pause * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.25)
                     await asyncio.sleep(min(max(pause, failure.pause), LONGEST_PAUSE))
                 else:
@@ -149,12 +185,9 @@ class JsonClient:
         content = None if call.body is None else json.dumps(call.body).encode()
         try:
             async with asyncio.timeout(self.timeout):  # httpx's own timeouts bound single operations only
-                response = await http.request(
-                    "GET" if content is None else "POST",
-                    f"{self.base_url.rstrip('/')}/{call.path}",
-                    content=content,
-                    headers=headers,
-                )
+                method, url = "GET" if content is None else "POST", f"{self.base_url.rstrip('/')}/{call.path}"
+                async with http.stream(method, url, content=content, headers=headers) as response:
+                    answer = await _read(response)
         except TimeoutError:
             raise AttemptFailed(f"no answer within {self.timeout:g} s") from None
         except httpx2.ConnectError as error:
@@ -162,13 +195,15 @@ class JsonClient:
         except httpx2.HTTPError as error:
             raise AttemptFailed(f"the connection broke ({type(error).__name__})") from None
         if not response.is_success:
-            raise self._rejection(response, key)
+            raise self._rejection(response, answer)
         try:
-            value = json.loads(response.content)
+            value = json.loads(answer)
         except ValueError:
-            raise AttemptFailed(f"its answer is not JSON ({_short(response, key)!r})") from None
+            raise AnswerUnusable(f"its answer is not JSON ({self._short(answer)!r})") from None
+        except RecursionError:
+            raise AnswerUnusable("its answer is JSON of too many levels") from None
         if not isinstance(value, dict):
-            raise AttemptFailed(f"its answer is not a JSON object ({_short(response, key)!r})")
+            raise AnswerUnusable(f"its answer is not a JSON object ({self._short(answer)!r})")
         return value
 
     def _key(self) -> str:
@@ -180,22 +215,54 @@ class JsonClient:
             )
         return key
 
-    def _rejection(self, response: httpx2.Response, key: str) -> Exception:
-        text = _short(response, key)
+    def _rejection(self, response: httpx2.Response, answer: bytes) -> Exception:
+        text = self._short(answer)
         reason = f"HTTP {response.status_code}" + (f", {text!r}" if text else "")
         if response.status_code in RETRIED:
-            asked = response.headers.get("Retry-After", "").strip()
-            return AttemptFailed(reason, float(asked) if asked.isdigit() else 0.0)
+            return AttemptFailed(reason, seconds_to_wait(response.headers.get("Retry-After", "")))
         hint = ""
         if response.status_code in (401, 403):
-            state = "set" if key else "not set"
+            state = "set" if self._key() else "not set"
             hint = f" The key is read from the environment variable {self.key_variable}, which is {state}."
         if response.is_redirect:
             hint = " It wants to redirect the request; give the final address as base_url."
         return ServerError(f"The server at {self.address} refused the request: {reason}.{hint}")
 
+    def masked(self, text: str) -> str:
+        """Replace the key in a text: some servers repeat the key that they were given, as it is or escaped."""
+        key = self._key()
+        return re.sub("".join(map(_escapes, key)), "[key]", text) if key else text
 
-def _short(response: httpx2.Response, key: str) -> str:
-    """Return the beginning of an answer on one line; some servers repeat the key that they were given."""
-    text = " ".join(response.content.decode("utf-8", "replace").split())
-    return (text.replace(key, "[key]") if key else text)[:300]
+    def _short(self, answer: bytes) -> str:
+        """Return the beginning of an answer on one line, without the key."""
+        return " ".join(self.masked(answer.decode("utf-8", "replace")).split())[:300]
+
+
+async def _read(response: httpx2.Response) -> bytes:
+    answer = bytearray()
+    async for part in response.aiter_bytes():
+        answer += part
+        if len(answer) > LARGEST_ANSWER:
+            raise AnswerUnusable(f"its answer is larger than {LARGEST_ANSWER >> 20} MiB")
+    return bytes(answer)
+
+
+def _escapes(character: str) -> str:
+    """Return a pattern of the ways in which JSON, Python, HTML and URLs write a character."""
+    code = ord(character)
+    named = html.escape(character)  # &amp; and the like
+    escaped = rf"\\+(?:u00|x)(?i:{code:02x})|\\*{re.escape(character)}"
+    return rf"(?:{escaped}|{re.escape(named)}|&#0*{code};|&#[xX]0*(?i:{code:x});|%(?i:{code:02x}))"
+
+
+def seconds_to_wait(retry_after: str) -> float:
+    """Read a Retry-After header, seconds (also a fraction) or a date; 0 where it is neither, or lies in the past."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        date = parsedate_tz(retry_after)
+        try:
+            seconds = mktime_tz(date) - time.time() if date else 0.0
+        except (ValueError, OverflowError):
+            seconds = 0.0
+    return seconds if seconds > 0 else 0.0

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from prefopt.arguments import ServerArguments, setting
-from prefopt.candidates.backends.http import AttemptFailed, Call, JsonClient
+from prefopt.candidates.backends.http import AnswerUnusable, Call, JsonClient, Unusable
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import Ranker, Request, Tally, ordered_pairs, plain_text
 
@@ -92,11 +92,12 @@ class JudgeRanker(Ranker):
         """
         pairs = ordered_pairs(requests)
         tables = [np.zeros((len(request.candidates),) * 2) for request in requests]
-        replies = self.client.request_all(
+        answers = self.client.request_all(
             [self._call(self.question(requests[row], first, second)) for row, first, second in pairs],
             self.concurrency,
             lambda reply: tally.advance(rows=len(requests) / len(pairs)),
         )
+        replies = ["" if isinstance(answer, Unusable) else answer for answer in answers]
         unreadable = [reply for reply in replies if verdict(reply) is None]
         if len(unreadable) > LARGEST_UNREADABLE_SHARE * len(replies):
             raise ValueError(
@@ -135,7 +136,7 @@ def _message(reply: dict[str, Any]) -> str:
     try:
         content = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise AttemptFailed("its reply holds no message") from None
+        raise AnswerUnusable("its reply holds no message") from None
     return content if isinstance(content, str) else ""
 
 
