@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -365,7 +366,10 @@ class BaseTrainer(HookedTrainer):
         """See `Trainer.create_scheduler`; the schedule may be laid out for more epochs than are trained."""
         if self.args.schedule_epochs is not None:
             num_training_steps = math.ceil(num_training_steps * self.args.schedule_epochs / self.args.num_train_epochs)
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.warmup_type == "log":
+            warm_up_logarithmically(scheduler, self.args.get_warmup_steps(num_training_steps))
+        return scheduler
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -534,6 +538,22 @@ class BaseTrainer(HookedTrainer):
 
 def _add_flag(sums: MetricSums, flag: torch.Tensor) -> None:
     sums.add_max("not_finite", flag, torch.ones_like(flag, dtype=torch.bool))
+
+
+def warm_up_logarithmically(scheduler: Any, steps: int) -> None:
+    """Replace a schedule's linear warm-up by log(step) / log(steps), as in DeepSpeed's WarmupLR and WarmupDecayLR.
+
+    Raises:
+        ValueError: the schedule is not a factor of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError("`warmup_type: log` needs an `lr_scheduler_type` that transformers computes from the step.")
+
+    def warmed_up(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: math.log(max(step, 1)) / math.log(steps) if step < steps else factor(step)
+
+    if steps > 1:
+        scheduler.lr_lambdas = [warmed_up(factor) for factor in scheduler.lr_lambdas]
 
 
 class _RunCallback(TrainerCallback):

@@ -90,6 +90,11 @@ class BatchConfig(SecretsStayOut, _Mixin):
         "further memory), 'auto' (float32 where it fits) or 'none'.",
         choices=MASTER_WEIGHTS,
     )
+    warmup_type: str = setting(
+        "linear",
+        "How the learning rate rises over `warmup_steps`: 'linear', or 'log' as DeepSpeed's schedules do by default.",
+        choices=("linear", "log"),
+    )
     schedule_epochs: float | None = setting(
         None,
         "Epochs that the learning-rate schedule (warm-up included) is laid out for, where training stops earlier, "
