@@ -302,7 +302,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, weighting):
     data = scored_pairs(12)
     whole = trainer(tmp_path / "whole", data, save_strategy="steps", **changes)
     whole.train()
-    resumed = trainer(tmp_path / "whole", data, seed=5, save_strategy="steps", **changes)
+    # from other weights, which the checkpoint's replace
+    resumed = trainer(tmp_path / "whole", data, seed=5, save_strategy="steps", resume_changed=True, **changes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for name in ("loss", *(f"references/weight/{k}" for k in range(K))):
         assert logged(resumed, name)[3:] == pytest.approx(logged(whole, name)[3:], rel=1e-6)

@@ -109,13 +109,22 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash everything that decides which ids a text or a conversation gets; the same before and after use."""
+    return content_hash(*_vocabulary(tokenizer), tokenizer.chat_template, transformers.__version__)
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash vocabulary, merges and special tokens, but not the chat template."""
+    return content_hash(*_vocabulary(tokenizer))
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Any, dict[str, str]]:
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         state: Any = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
     else:
         state = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs.items(), key=str))]
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if key != "pad_token"}
-    return content_hash(type(tokenizer).__name__, state, names, tokenizer.chat_template, transformers.__version__)
+    return type(tokenizer).__name__, state, names
 
 
 def text_record(tokenizer: PreTrainedTokenizerBase, form: str) -> dict[str, str]:

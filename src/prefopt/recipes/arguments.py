@@ -175,6 +175,11 @@ class RunArguments:
     )
     overwrite_output_dir: bool = setting(False, "Replace the run that output_dir holds.", decides_result=False)
     chat_template: str | None = setting(None, "A chat template instead of the tokenizer's own.")
+    lora_init: str = setting(
+        "default",
+        "Initial weights of a LoRA adapter: PEFT's default, or 'gaussian' (the second matrix is zero in both).",
+        choices=("default", "gaussian"),
+    )
     ref_model_name_or_path: str | None = setting(None, "The reference model; by default the policy before training.")
     ref_model_revision: str | None = setting(None, "Revision of ref_model_name_or_path.")
 

@@ -10,7 +10,7 @@ import functools
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,33 @@ def one_line_about_storage(folder: Path, output_dir: Path) -> Iterator[None]:
             else "start the run again: there is no earlier checkpoint to continue from"
         )
         raise OSError(f"{fault} Make room, or the folder writable, then {advice}.") from error
+
+
+def check_origin(
+    checkpoint: str, saved: Mapping[str, str] | None, now: Mapping[str, str], *, may_change: bool
+) -> None:
+    """Check that a run continues from what its checkpoint was made from.
+
+    Args:
+        checkpoint: its folder.
+        saved: name -> fingerprint of data, tokenizer, template, policy and reference; None in checkpoints of before.
+        now: the same of this run.
+        may_change: print what has changed instead of raising.
+
+    Raises:
+        ValueError: something has changed; the message names it.
+    """
+    if saved is None:
+        print_on_main(f"{checkpoint} does not say which data and models it was made from: they are not compared.")
+        return
+    changed = [name for name in saved if name in now and saved[name] != now[name]]
+    if changed and may_change:
+        print_on_main(f"Since {checkpoint} was made, this has changed: {', '.join(changed)}.")
+    elif changed:
+        raise ValueError(
+            f"Since {checkpoint} was made, this has changed: {', '.join(changed)}. Restore it, start afresh in "
+            "another `output_dir`, or continue with the change by `resume_changed: true`."
+        )
 
 
 def check_saved_shapes(folder: Path) -> None:
