@@ -396,3 +396,10 @@ def test_a2_the_system_column_of_ms_swifts_form_is_read_by_mapping(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [row])
     rows, _ = load_datasets(DataArguments([DataSource(str(tmp_path / "rows.jsonl"), columns={"system": "system"})]))
     assert (rows[0]["prompt"], rows[0]["chosen"], rows[0]["rejected"]) == ([S, U], [A], [B])
+
+
+def test_a1_turns_of_others_inside_an_answer_are_noted():
+    row = {**GOOD, "chosen": [A, turn("user", "Sure?"), turn("assistant", "Yes.")]}
+    _, report = tokenize_pairs(Dataset.from_list([GOOD, row]), CHAT, max_length=None)
+    assert report.other_turns == 1 and "turns of others between their answers" in report.table()
+    assert "turns of others" not in tokenize_pairs(Dataset.from_list([GOOD]), CHAT, max_length=None)[1].table()

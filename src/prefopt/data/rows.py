@@ -335,6 +335,17 @@ def normalise_ids(row: Mapping[str, Any], kind: Kind) -> Row:
 _READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}
 
 
+def has_other_turns(row: Mapping[str, Any], kind: Kind) -> bool:
+    """Return whether a completion of a normalised row holds turns of others than the assistant."""
+    values = [row.get(name) for name in COMPLETION_COLUMNS[kind]]
+    completions = values[0] if kind == "comparisons" else values
+    return any(
+        turn["role"] != ASSISTANT
+        for completion in completions or []
+        for turn in (completion if isinstance(completion, list) else [])
+    )
+
+
 def raise_recorded_fault(row: Mapping[str, Any]) -> None:
     """Raise the fault that an earlier normalisation recorded in the row, if there is one."""
     if row.get("fault"):
