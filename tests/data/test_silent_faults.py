@@ -112,7 +112,15 @@ def test_a4_what_looks_like_a_conversation_and_is_none_is_a_bad_row(text):
 
 
 def test_a4_other_text_in_brackets_stays_text():
-    for text in ("[1] see the list", "{'a': 1}", "[{'x': 5}]", '{"city": "Köln"}'):
+    texts = (
+        "[1] see the list",
+        "{'a': 1}",
+        "[{'x': 5}]",
+        '{"city": "Köln"}',
+        '[{"value": 5}] Add them.',
+        '{"role": "x"} is?',
+    )
+    for text in texts:
         assert normalise_prompt({"prompt": text})["prompt"] == text
 
 
@@ -396,6 +404,16 @@ def test_a2_the_system_column_of_ms_swifts_form_is_read_by_mapping(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [row])
     rows, _ = load_datasets(DataArguments([DataSource(str(tmp_path / "rows.jsonl"), columns={"system": "system"})]))
     assert (rows[0]["prompt"], rows[0]["chosen"], rows[0]["rejected"]) == ([S, U], [A], [B])
+
+
+def test_a1_a_dialogue_as_text_that_ends_with_a_human_turn():
+    row = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Blue.", "rejected": " Red.\n\nHuman: And then?"}
+    with pytest.raises(BadRow, match=NO_ANSWER):
+        normalise_pair(row)
+    with pytest.raises(BadRow, match=NO_ANSWER):
+        normalise_pair({name: row["prompt"] + row[name] for name in ("chosen", "rejected")})
+    assert normalise_pair({**row, "rejected": row["rejected"] + "\n\nAssistant: Green."})
+    assert normalise_pair({**row, "prompt": "Quote one."})  # no dialogue
 
 
 def test_a1_turns_of_others_inside_an_answer_are_noted():
