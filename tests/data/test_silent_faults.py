@@ -331,6 +331,7 @@ WHOLE = {"instruction": "Hi", "chosen": [U, A], "rejected": [U, B]}
         ({**ALPACA, "prompt": "Translate."}, "input"),
         ({**GOOD, "context": "Once upon a time."}, "context"),
         ({"Query": "what?", "chosen": "a", "rejected": "b"}, "Query"),
+        ({"user_question": "what?", "question_id": "7f", "chosen": "a", "rejected": "b"}, "user_question"),
         ({"messages": [turn("user", "what?")], "chosen": "a", "rejected": "b"}, "messages"),
         (
             {"prompt": "p", "system_prompt": "Be brief.", "responses": ["a", "b"], "scores": [1.0, 0.0]},
@@ -366,6 +367,7 @@ def test_a2_columns_that_say_nothing_new_are_left_alone():
         ({**ALPACA, "input": ""}, {"prompt": ["instruction", "input"]}, "Translate."),
         (WHOLE, {"prompt": "instruction"}, [U]),
         ({**WHOLE, "system": "Be brief."}, {"prompt": "instruction", "system": "system"}, [S, U]),
+        ({**ORCA, "context": "x"}, {"prompt": "question", "system": None, "context": None}, ORCA["question"]),
         ({"q": "Hi", "good": "a", "bad": "b"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, "Hi"),
     ],
 )
