@@ -423,3 +423,10 @@ def test_a1_turns_of_others_inside_an_answer_are_noted():
     _, report = tokenize_pairs(Dataset.from_list([GOOD, row]), CHAT, max_length=None)
     assert report.other_turns == 1 and "turns of others between their answers" in report.table()
     assert "turns of others" not in tokenize_pairs(Dataset.from_list([GOOD]), CHAT, max_length=None)[1].table()
+
+
+@pytest.mark.parametrize("style", ["llama3", "chatml", "gemma2", "zephyr"])
+def test_a5_a_question_about_special_tokens_is_a_question(style):
+    text = "What does <|eot_id|> mean, and <|im_start|>, <start_of_turn>, <s> or <|user|>?"
+    row = {**GOOD, "prompt": [turn("user", text)]}
+    assert fault_of(row, tiny_tokenizer(style))[0] is None
