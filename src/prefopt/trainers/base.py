@@ -588,16 +588,8 @@ class BaseTrainer(HookedTrainer):
         saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
         weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
         copies = 4 if self.is_deepspeed_enabled or self._masters is not None else 0
-        states = 0 if args.save_only_model else (optimizer_bytes(args.optim) + copies) * trained
-        saves = {
-            "no": 0,
-            "steps": self.state.max_steps // max(self.state.save_steps, 1),
-            "epoch": math.ceil(args.num_train_epochs),
-        }.get(args.save_strategy, 1)
-        # an old checkpoint is removed after a new one was written
-        kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves
-        needed = kept * (weights + states) + weights
-        self._raise_on_all_ranks(lambda: check_space(Path(args.output_dir), int(needed), checkpoints=kept))
+        states = (optimizer_bytes(args.optim) + copies) * trained
+        self._raise_on_all_ranks(lambda: check_space(args, weights, states, steps=self.state.max_steps))
 
     def _raise_on_all_ranks(self, check: Callable[[], None]) -> None:
         problem, cause = "", None

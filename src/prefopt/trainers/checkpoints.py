@@ -7,6 +7,7 @@ is there, with optimizer and schedule, and its files are those that were written
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import tempfile
 import zipfile
@@ -146,7 +147,7 @@ def record_files(checkpoint: Path) -> None:
 # ---- what can be known before training
 
 
-def try_saving(folder: Path, save: Callable[[Path], None]) -> None:
+def try_saving(folder: Path, save: Callable[[Path], Any]) -> None:
     """Have `save` write into a new folder inside `folder`, which is removed again.
 
     Raises:
@@ -162,8 +163,8 @@ def try_saving(folder: Path, save: Callable[[Path], None]) -> None:
         if isinstance(error, OSError) or files.storage_fault(error, folder) is not None:
             fault = files.storage_fault(error, folder) if folder.is_dir() else None
             raise ValueError(
-                f"{fault or f'{folder} cannot be written: {error}.'} Nothing is trained that could not be saved; once it "
-                "can be written, the same command with --resume_from_checkpoint true continues."
+                f"{fault or f'{folder} cannot be written: {error}.'} Nothing is trained that could not be saved; once "
+                "it can be written, the same command with --resume_from_checkpoint true continues."
             ) from error
         reason = " ".join(str(error).split())
         advice = (
@@ -179,21 +180,30 @@ def try_saving(folder: Path, save: Callable[[Path], None]) -> None:
             logging.enable_progress_bar()
 
 
-def check_space(folder: Path, needed: int, *, checkpoints: int) -> None:
-    """Raise a ValueError where a run's checkpoints and its model would not fit on the disk of `folder`.
+def check_space(args: Any, weights: float, states: float, *, steps: int) -> None:
+    """Raise a ValueError where a run's checkpoints and its model would not fit on the disk of its output folder.
 
     Args:
-        folder: the output folder.
-        needed: bytes of all that the run will keep at a time.
-        checkpoints: how many of them are checkpoints.
+        args: the trainer's config.
+        weights: bytes of what is saved of the model.
+        states: bytes of the optimizer's states.
+        steps: optimizer steps of the run.
     """
-    kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # replaced, or counted again
-    free = shutil.disk_usage(folder).free + kept
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    saves = {"no": 0, "steps": steps // every, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy, 1)
+    # an old checkpoint is removed after a new one was written
+    kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves
+    needed = kept * (weights + (0 if args.save_only_model else states)) + weights
+    folder = Path(args.output_dir).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # of a run that continues: its checkpoints are counted again, or replaced
+    free = shutil.disk_usage(there).free
+    free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if needed > free:
         raise ValueError(
-            f"{folder} has {free / GIB:.3g} GiB free, and the run will keep {needed / GIB:.3g} GiB ({checkpoints} "
-            "checkpoints and the model): free some space, choose another output_dir, or set a smaller "
-            "`save_total_limit`, a larger `save_steps` or `save_only_model`."
+            f"{folder} has {free / GIB:.3g} GiB free, and the run will keep {needed / GIB:.3g} GiB ({kept} "
+            "checkpoints and the model): free some space, choose another output_dir, or set a smaller `save_total_limit`, a "
+            "larger `save_steps` or `save_only_model`."
         )
 
 
