@@ -151,10 +151,9 @@ def run_contender(args: argparse.Namespace) -> dict:
         "llama", **shape, max_position_embeddings=2 * args.max_length, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False
     )  # fmt: skip
     packed = contender["layout"] == "packed"
-    attention = "flex_attention" if packed and args.device == "cuda" else "sdpa"
     torch.manual_seed(args.seed)
     with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
     class Clock(TrainerCallback):
         times: list[float] = []  # noqa: RUF012

@@ -127,6 +127,7 @@ def trace() -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
     sys.path.insert(0, str(ROOT))
     from prefopt import WPOConfig, WPOTrainer
     from prefopt.data import tokenize_pairs
+    from prefopt.trainers.metrics import MetricSums
     from tests.tiny import tiny_model, tiny_tokenizer
 
     def answer(text: str) -> list[dict[str, str]]:
@@ -149,7 +150,7 @@ def trace() -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
         batch = row_to_batch.record(lambda: next(iter(loader)))
         trainer.model.train()
         batch = batch_to_loss.record(lambda: trainer._prepare_inputs(batch))
-        batch_to_loss.record(lambda: trainer.step_loss(trainer.model, batch, trainer._sums["train"]))
+        batch_to_loss.record(lambda: trainer.step_loss(trainer.model, batch, MetricSums()))
     return functions_of(row_to_batch), functions_of(batch_to_loss)
 
 

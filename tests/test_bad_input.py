@@ -13,7 +13,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prefopt import (
     GeneralPreferenceConfig,
@@ -29,6 +29,7 @@ from prefopt import (
 )
 from prefopt.cli import main
 from prefopt.data import DataArguments, DataSource, load_datasets
+from tests.tiny import tiny_tokenizer
 from tests.tiny_runs import pair_rows, tiny_recipe, write_model, write_pairs
 
 
@@ -330,3 +331,33 @@ def test_recipe_written_beside_the_model_is_never_half_there(tmp_path, model, da
     assert "the trainer cannot be built" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert yaml.safe_load(recipe.read_text())["output_dir"] == str(tmp_path / "out")
+
+
+def gpt2(folder, **settings):
+    tokenizer = tiny_tokenizer("llama3")
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=16, n_layer=1, n_head=2, **{"vocab_size": len(tokenizer), "n_positions": 512, **settings}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_positions": 24}, "learned 24 positions: set `max_length` to at most 24"),
+        ({"vocab_size": 100}, "but the model has 100 embeddings"),
+    ],
+)
+@pytest.mark.parametrize("command", ["wpo", "reward-model", "check"])
+def test_ids_and_lengths_beyond_the_models_tables(tmp_path, data, capsys, monkeypatch, settings, words, command):
+    """Found before weights are loaded: in training they are an IndexError, on a GPU a device assertion."""
+    gpt2(tmp_path / "model", **settings)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    recipe = tiny_recipe(tmp_path, tmp_path / "model", data, method=None if command == "reward-model" else "wpo")
+    if command == "reward-model":
+        recipe.write_text(recipe.read_text().replace("max_prompt_length: 48", "pooling: last"))
+    assert main([command, str(recipe)]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err + printed.out
+    assert "Traceback" not in printed.err

@@ -63,7 +63,7 @@ def pair_logps(model, tokenizer, pairs: list[dict]) -> tuple[torch.Tensor, torch
     groups = [[Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"]))] for row in rows]
     install_scoring(model.eval())
     batch = PaddedLayout(tokenizer.pad_token_id).collate(groups)
-    logps = score_completions(model, batch, attn_implementation=model.config._attn_implementation).logps
+    logps = score_completions(model, batch).logps
     return logps[0::2], logps[1::2]
 
 

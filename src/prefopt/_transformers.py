@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,6 +21,8 @@ CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
 
 class HookedTrainer(Trainer):
     """transformers' Trainer with public names for the moments at which it calls no callback."""
+
+    movable: tuple[type, ...] = (torch.Tensor,)  # parts of a batch with a `to` method; all others stay as they are
 
     # a subclass has settings and models that Trainer's own annotations do not allow for
     args: Any
@@ -44,6 +47,14 @@ class HookedTrainer(Trainer):
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device, as `training_step` does before the loss is computed."""
         return self._prepare_inputs(batch)
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Trainer would cast every float of a batch to DeepSpeed's dtype, which rounds cached scores and weights of
+        # tokens to bf16, and would wait for each copy to end
+        if isinstance(data, self.movable):
+            moved: Any = data
+            return moved.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer.save_model`; a checkpoint passes `_internal_call`, so that it is not pushed to the hub."""

@@ -12,7 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefopt import __version__
 from prefopt.arguments import masked
@@ -47,7 +47,7 @@ class Command:
     module: str
     arguments: tuple[str, ...] = ()
     function: str = "run"
-    rows: Any = ""  # what a method trains on; tools have none
+    rows: Literal["", "pairs", "comparisons"] = ""  # what a method trains on; tools have none
     launched: bool = False  # a tool that may run on several processes, as every method may
     aliases: str = ""  # the module's table of older names of its keys
 
@@ -218,7 +218,7 @@ def _run_command(name: str, words: list[str]) -> int:
         return launch(launch_settings, [name, *without_launch_words(words)])
     for notice in recipe.notices:
         print_on_main(notice)
-    if command.is_method:
+    if command.rows:
         from prefopt.training import train
 
         train(name, function_of(name), command.rows, recipe, classes)

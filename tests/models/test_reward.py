@@ -205,22 +205,22 @@ def test_a_sequence_classifier_written_by_others_may_be_sharded(tmp_path):
 
 @pytest.mark.parametrize(("architecture", "pooling"), [("llama", "last"), *((name, "eos") for name in ARCHITECTURES)])
 def test_packed_rows_with_a_shared_prompt_give_the_same_rewards(architecture, pooling):
-    from prefopt.scoring.attention import packed_attention_mask
+    from prefopt.scoring.attention import use_packed_attention
     from prefopt.scoring.layouts import Group, PackedLayout, PaddedLayout
 
     model = tiny_reward(architecture, pooling, attn_implementation="eager")
     groups = [Group([5, 6, 7], [[8, 9, 2], [10, 2], [11, 12, 13, 2]]), Group([20, 21], [[22, 2], [23, 24]])]
     padded = PaddedLayout(0).collate([groups])
     packed = PackedLayout(0).collate([groups])
-    mask = packed_attention_mask(
-        packed["group_ids"], packed["branch_ids"], implementation="eager", dtype=torch.float32
-    )
     with torch.no_grad():
         apart = model(
             padded["input_ids"], padded["attention_mask"], padded["position_ids"], padded["last_index"]
         ).logits
-        together = model(packed["input_ids"], mask, packed["position_ids"], packed["last_index"]).logits
         alone = model.rewards(padded["input_ids"], padded["attention_mask"])
+        use_packed_attention(model)
+        together = model(
+            packed["input_ids"], packed["attention_mask"], packed["position_ids"], packed["last_index"]
+        ).logits
     assert packed["input_ids"].numel() < padded["attention_mask"].sum()
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(alone, apart[:, 0], atol=1e-6, rtol=1e-6)

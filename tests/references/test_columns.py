@@ -17,8 +17,8 @@ from prefopt.references.cache import ScoreCache
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer, plan_batches
 from prefopt.references.fingerprints import module_fingerprint
-from prefopt.scoring.layouts import choose_layout
 from prefopt.scoring.logprobs import install_scoring
+from prefopt.scoring.packing import choose_layout
 from tests.references.helpers import ROWS, pairs, reference, score_plainly
 from tests.tiny import tiny_model
 
@@ -27,7 +27,7 @@ def scored(root, ref, data, *, layout="packed", max_tokens=200, **options):
     install_scoring(ref.model)
     config = ref.model.config
     chosen, _ = choose_layout(layout, config, pad_token_id=0, longest_sequence=256)
-    score = group_scorer(ref.model, config, chosen, device=torch.device("cpu"), dtype=torch.float32)
+    score = group_scorer(ref.model, chosen, device=torch.device("cpu"))
     scorer = token_scorer(ref.model, config, name=ref.name, dtype="float32")
     padded = layout == "padded"
     return cached_reference_scores(data, score, scorer, root, max_tokens=max_tokens, padded=padded, **options)
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_where_its_last_chunk_ended(tmp_path, policy, data,
     install_scoring(policy.model)
     config = policy.model.config
     layout, _ = choose_layout("padded", config, pad_token_id=0, longest_sequence=256)
-    score = group_scorer(policy.model, config, layout, device=torch.device("cpu"), dtype=torch.float32)
+    score = group_scorer(policy.model, layout, device=torch.device("cpu"))
     calls = []
 
     def dies(groups):

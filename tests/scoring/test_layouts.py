@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from prefopt.scoring.attention import packed_attention_mask, why_not_packed
 from prefopt.scoring.layouts import Group, PackedLayout, PaddedLayout
-from tests.scoring.helpers import random_groups
+from prefopt.scoring.packing import why_not_packed
+from tests.scoring.helpers import dense_mask, random_groups
 from tests.tiny import tiny_model
 
 PAD = 0
@@ -22,10 +22,9 @@ def sequence_of(batch: dict[str, torch.Tensor], completion: int, count: int) -> 
     ids = batch["input_ids"]
     length = ids.shape[1]
     row, position = divmod(int(batch["last_index"][completion]), length)
-    if "attention_mask" in batch:
+    if isinstance(batch["attention_mask"], torch.Tensor):
         return ids[row][batch["attention_mask"][row]].tolist()
-    mask = packed_attention_mask(batch["group_ids"], batch["branch_ids"], implementation="sdpa", dtype=torch.float32)
-    return ids[row][mask[row, 0, position]].tolist()
+    return ids[row][dense_mask(batch["attention_mask"])[row, 0, position]].tolist()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}-{getattr(layout, 'share_prompt', '')}")
@@ -64,47 +63,15 @@ def test_token_weights_count_each_token_once_per_sequence(layout):
 
 def test_packed_rows_hold_the_prompt_once():
     group = Group([5, 6, 7], [[8, 9], [10]])
-    batch = PackedLayout(PAD).collate([[group]], row_length=8)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, PAD, PAD]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 0, 0]]
-    assert batch["score_index"].tolist() == [2, 3, 2]  # both first tokens are predicted from the last prompt token
-
-
-def test_a_row_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match=r"6 tokens does not fit in rows of 5.*max_tokens_per_row"):
-        PackedLayout(PAD).collate([[Group([5, 6, 7], [[8, 9], [10]])]], row_length=5)
+    batch = PackedLayout(PAD).collate([[group], [Group([11, 12, 13, 14], [[15, 16], [17, 18]])]])
+    assert batch["input_ids"][0].tolist() == [5, 6, 7, 8, 9, 10, PAD, PAD]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
+    assert batch["score_index"][:3].tolist() == [2, 3, 2]  # both first tokens are predicted from the last prompt token
 
 
 def test_padding_to_a_multiple():
     batch = PaddedLayout(PAD, pad_to_multiple_of=8).collate([[Group([5, 6, 7], [[8, 9], [10]])]])
     assert batch["input_ids"].shape == (2, 8)
-
-
-def test_the_additive_mask_forbids_what_the_boolean_mask_forbids():
-    batch = PackedLayout(PAD).collate([random_groups(3, seed=5)], row_length=120)
-    allowed = packed_attention_mask(
-        batch["group_ids"], batch["branch_ids"], implementation="sdpa", dtype=torch.float32
-    )
-    added = packed_attention_mask(batch["group_ids"], batch["branch_ids"], implementation="eager", dtype=torch.float32)
-    assert torch.equal(added == 0, allowed)
-    assert torch.equal(added == torch.finfo(torch.float32).min, ~allowed)
-
-
-def test_the_block_mask_allows_what_the_boolean_mask_allows_except_in_padding():
-    from torch.nn.attention.flex_attention import create_mask
-
-    batch = PackedLayout(PAD).collate([random_groups(3, seed=5)], row_length=128)
-    ids = batch["group_ids"], batch["branch_ids"]
-    allowed = packed_attention_mask(*ids, implementation="sdpa", dtype=torch.float32)
-    blocks = packed_attention_mask(*ids, implementation="flex_attention", dtype=torch.float32)
-    assert torch.equal(create_mask(blocks.mask_mod, 1, 1, 128, 128, device="cpu"), allowed)
-
-
-def test_an_implementation_without_masks_is_refused():
-    with pytest.raises(ValueError, match="flash_attention_2"):
-        packed_attention_mask(
-            torch.zeros(1, 2), torch.zeros(1, 2), implementation="flash_attention_2", dtype=torch.float32
-        )
 
 
 @pytest.mark.parametrize(
@@ -116,13 +83,13 @@ def test_an_implementation_without_masks_is_refused():
         ("gemma2", {"sliding_window": 32}, 33, "sliding window of 32"),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, 100, None),
         ("mixtral", {}, 100, None),
+        ("llama", {"attention_dropout": 0.1}, 4, "attention has dropout"),
     ],
 )
 def test_what_cannot_be_packed_says_why(architecture, overrides, longest, reason):
     config = tiny_model(architecture, **overrides).config
-    found = why_not_packed(config, implementation="sdpa", longest_sequence=longest)
+    found = why_not_packed(config, longest_sequence=longest)
     assert found is None if reason is None else reason in found
-    assert "takes no mask" in why_not_packed(config, implementation="flash_attention_2", longest_sequence=1)
 
 
 @pytest.mark.parametrize(
@@ -138,10 +105,10 @@ def test_what_cannot_be_packed_says_why(architecture, overrides, longest, reason
 )
 def test_attention_by_places_in_the_row_cannot_be_packed(architecture, overrides, reason):
     config = AutoConfig.for_model(architecture, **overrides)
-    found = why_not_packed(config, implementation="eager", longest_sequence=9)
+    found = why_not_packed(config, longest_sequence=9)
     assert found is None if reason is None else reason in found
 
 
 def test_recurrent_layers_cannot_be_packed():
     for config in (AutoConfig.for_model("mamba"), AutoConfig.for_model("qwen3_next"), AutoConfig.for_model("jamba")):
-        assert "carr" in why_not_packed(config, implementation="sdpa", longest_sequence=8)
+        assert "carr" in why_not_packed(config, longest_sequence=8)

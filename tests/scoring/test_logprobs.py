@@ -29,12 +29,9 @@ SHAPE = {
 }
 
 
-def scored(model, layout, *, rows=(GROUPS[:2], GROUPS[2:]), implementation=None, **options):
+def scored(model, layout, *, rows=(GROUPS[:2], GROUPS[2:]), **options):
     install_scoring(model)
-    implementation = implementation or model.config._attn_implementation
-    return score_completions(
-        model, layout.collate(rows), attn_implementation=implementation, dtype=model.dtype, **options
-    )
+    return score_completions(model, layout.collate(rows), **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -116,13 +113,13 @@ def test_perturbing_one_pair_changes_no_other_and_chosen_does_not_touch_rejected
 
 def test_nothing_after_a_scored_token_changes_it():
     model = tiny_model("llama")
-    batch = LAYOUTS["packed"].collate([GROUPS], row_length=160)
+    batch = LAYOUTS["packed"].collate([GROUPS[:1], GROUPS[1:]])
     install_scoring(model)
-    before = score_completions(model, batch, attn_implementation="sdpa").logps
-    padding = batch["group_ids"] < 0
+    before = score_completions(model, batch).logps
+    padding = batch["token_weights"] == 0
     noisy = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, 77)}
     assert padding.any()
-    torch.testing.assert_close(score_completions(model, noisy, attn_implementation="sdpa").logps, before)
+    torch.testing.assert_close(score_completions(model, noisy).logps, before)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS.values())[:2], ids=["padded", "packed"])
@@ -192,9 +189,9 @@ def test_a_deep_copy_scores_with_its_own_weights():
         twin.lm_head.weight.mul_(1.5)
     batch = LAYOUTS["packed"].collate([GROUPS])
     install_scoring(twin)
-    logps = score_completions(twin, batch, attn_implementation="sdpa").logps
+    logps = score_completions(twin, batch).logps
     torch.testing.assert_close(logps, plain_logps(twin, GROUPS), rtol=1e-5, atol=1e-5)
-    assert (logps - score_completions(model, batch, attn_implementation="sdpa").logps).abs().max() > 1e-3
+    assert (logps - score_completions(model, batch).logps).abs().max() > 1e-3
 
 
 def test_accelerate_can_take_its_mixed_precision_off_again():
@@ -203,11 +200,11 @@ def test_accelerate_can_take_its_mixed_precision_off_again():
     model = tiny_model("llama")
     install_scoring(model)
     batch = LAYOUTS["packed"].collate([GROUPS])
-    before = score_completions(model, batch, attn_implementation="sdpa").logps
+    before = score_completions(model, batch).logps
     model._original_forward = model.forward  # as Accelerator.prepare_model does
     model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
-    assert torch.equal(score_completions(model, batch, attn_implementation="sdpa").logps, before)
+    assert torch.equal(score_completions(model, batch).logps, before)
 
 
 def test_no_tensor_of_sequence_times_vocabulary_is_made():
@@ -230,7 +227,7 @@ def test_no_tensor_of_sequence_times_vocabulary_is_made():
     install_scoring(model)
     batch = LAYOUTS["packed"].collate([groups])
     with Largest() as largest:
-        score_completions(model, batch, attn_implementation="sdpa", vocab_statistics=True).logps.sum().backward()
+        score_completions(model, batch, vocab_statistics=True).logps.sum().backward()
     assert largest.numel < 5000 * 900
 
 
@@ -289,30 +286,9 @@ def test_score_weights_weigh_tokens():
     model = tiny_model("llama")
     install_scoring(model)
     batch = LAYOUTS["packed"].collate([GROUPS])
-    full = score_completions(model, batch, attn_implementation="sdpa").logps
+    full = score_completions(model, batch).logps
     half = score_completions(
         model,
         {**batch, "score_weights": torch.full_like(batch["score_targets"], 0.5, dtype=torch.float)},
-        attn_implementation="sdpa",
     ).logps
     torch.testing.assert_close(half, full / 2)
-
-
-@pytest.mark.slow
-def test_flex_attention_packs_exactly_and_stops_compiling():
-    """Forward only, which is all that FlexAttention does on a CPU; a third row length compiles nothing new."""
-    from prefopt.trainers.base import compiled_so_far
-
-    groups = random_groups(5, seed=1)
-    plain = plain_logps(tiny_model("llama", head_dim=16), groups)
-    model = tiny_model("llama", head_dim=16, attn_implementation="flex_attention")
-    install_scoring(model)
-    graphs = []
-    with torch.no_grad():
-        for row_length in (128, 256, 384, 512):
-            batch = LAYOUTS["packed"].collate([groups], row_length=row_length)
-            scores = score_completions(model, batch, attn_implementation="flex_attention")
-            torch.testing.assert_close(scores.logps, plain, rtol=1e-5, atol=2e-5)
-            graphs.append(compiled_so_far()["perf/compiled_graphs"])
-    assert graphs[1] == graphs[2] == graphs[3]
-    print(f"FlexAttention on the CPU: {compiled_so_far()}")

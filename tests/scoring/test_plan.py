@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.scoring.plan import MAX_ROW_LENGTHS, BatchPlan, GroupLengths, choose_row_lengths, pack_rows
+from prefopt.scoring.plan import BatchPlan, GroupLengths, pack_rows
 
 
 def lognormal_lengths(count: int, *, prompt: int, chosen: int, rejected: int, cap: int = 2048, seed: int = 0):
@@ -43,7 +43,6 @@ plans = st.fixed_dictionaries(
 
 def build(count, capacity, epoch, rank=0, **settings_):
     lengths = lognormal_lengths(count, prompt=100, chosen=150, rejected=150, cap=1000)
-    settings_.setdefault("epochs", 2)
     plan = BatchPlan(lengths, rank=rank, max_tokens_per_row=capacity, **settings_)
     plan.set_epoch(epoch)
     return plan
@@ -71,12 +70,11 @@ def test_each_group_exactly_once_and_ranks_in_step(given_plan):
 
 @settings(max_examples=40, deadline=None)
 @given(plans.filter(lambda plan: plan["capacity"] is not None))
-def test_rows_hold_what_they_must_within_their_length(given_plan):
+def test_rows_hold_no_more_than_their_capacity(given_plan):
     plan = build(**given_plan)
-    assert len(plan.row_lengths) <= MAX_ROW_LENGTHS
     for (batch,) in plan:
         fills = [sum(plan.lengths[index].packed for index in row) for row in batch.rows]
-        assert max(fills) <= batch.row_length <= given_plan["capacity"]
+        assert max(fills) <= given_plan["capacity"]
 
 
 def test_the_plan_is_a_pure_function_and_epochs_differ():
@@ -91,7 +89,7 @@ def test_the_plan_is_a_pure_function_and_epochs_differ():
 
 @pytest.mark.parametrize(("micro", "count", "world"), [(1, 8, 1), (8, 2, 8), (2, 4, 8), (4, 4, 2), (8, 2, 1)], ids=str)
 def test_padding_and_balance_at_real_lengths(micro, count, world):
-    """UltraFeedback's means (190/327/302, cut at 2,048): at most 5 % padding; ranks within 5 % of the mean in all but the last step."""
+    """UltraFeedback's means (190/327/302, cut at 2,048): at most 5 % padding; ranks within 5 % of the mean."""
     lengths = lognormal_lengths(3000, prompt=190, chosen=327, rejected=302)
     plan = BatchPlan(
         lengths,
@@ -99,7 +97,6 @@ def test_padding_and_balance_at_real_lengths(micro, count, world):
         micro_batches=micro,
         world_size=world,
         max_tokens_per_row=16384,
-        epochs=2,
     )
     real = total = 0
     imbalance = []
@@ -109,7 +106,9 @@ def test_padding_and_balance_at_real_lengths(micro, count, world):
             for batches in plan.step(epoch, step):
                 fills = [sum(lengths[index].packed for index in batch.indices) for batch in batches]
                 loads.append(sum(fills))
-                total += sum(len(batch.rows) * batch.row_length for batch in batches)
+                for batch in batches:
+                    rows = [sum(lengths[index].packed for index in row) for row in batch.rows]
+                    total += len(rows) * max(rows)
             real += sum(loads)
             imbalance.append(max(loads) / statistics.mean(loads) - 1)
     assert 1 - real / total <= 0.05
@@ -143,32 +142,3 @@ def test_packed_rows_are_a_partition_within_capacity(sizes):
     fills = [sum(sizes[index] for index in row) for row in rows]
     assert max(fills) <= 128
     assert len(rows) <= max(1, math.ceil(11 / 9 * math.ceil(sum(sizes) / 128)) + sum(size > 64 for size in sizes))
-
-
-def test_row_lengths_waste_least():
-    """Fills 100, 130, 1000 with two lengths: {256, 1024} wastes 2*256 + 1024 = 1536 tokens, {128, 1024} 128 + 2*1024 = 2176."""
-    assert choose_row_lengths([100, 130, 1000], cap=4096, count=2) == (256, 1024)
-    assert choose_row_lengths([100, 130, 1000], cap=4096, count=8) == (128, 256, 1024)
-    assert choose_row_lengths([100, 1000], cap=1000, count=8) == (128, 1000)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 1500), min_size=1, max_size=12), st.integers(1, 3))
-def test_row_lengths_are_the_best_of_all_choices(fills, count):
-    from itertools import combinations
-
-    def waste(lengths):
-        return sum(min(length for length in lengths if length >= fill) for fill in fills)
-
-    levels = sorted({-(-fill // 128) * 128 for fill in fills})
-    chosen = choose_row_lengths(fills, cap=10_000, count=count)
-    options = [
-        c for size in range(1, count + 1) for c in combinations(levels, min(size, len(levels))) if c[-1] == levels[-1]
-    ]
-    assert waste(chosen) == min(waste(option) for option in options)
-
-
-def test_rows_of_any_length_where_nothing_is_compiled():
-    plan = build(count=20, capacity=2048, epoch=0, groups_per_micro_batch=2, few_row_lengths=False)
-    assert plan.row_lengths == ()
-    assert all(batch.row_length is None for (batch,) in plan)

@@ -1,4 +1,4 @@
-"""The spine of the pair trainers: what is logged is what the equations say, whatever the batches, layouts and references."""
+"""The spine of the pair trainers: what is logged is what the equations say, whatever batches and references."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import prefopt
 from prefopt import losses
@@ -59,7 +59,7 @@ def lora(**options) -> LoraConfig:
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("alignment", ["sampled", "greedy", "none"])
 def test_the_logged_loss_is_the_equation_on_that_batch(tmp_path, layout, alignment):
-    """L = mean_b w_b * -logsigmoid(beta * h_b), from the models' own logits in float64, for each of the first three steps."""
+    """L = mean_b w_b * -logsigmoid(beta * h_b), from the models' own logits in float64, for the first three steps."""
     initial = tiny_model(seed=3)
     models = []
     trainer = make_trainer(
@@ -143,7 +143,7 @@ def test_training_is_trls(tmp_path, trainer, settings, layout):
     ids=str,
 )
 def test_every_loss_of_trl_has_trls_value(tmp_path, loss_type, settings):
-    """After three steps of DPO policy and reference differ; from there one evaluation-free step of each loss gives TRL's loss."""
+    """Two steps at a large learning rate: policy and reference differ in the second, and the loss is TRL's."""
     settings = {"max_steps": 2, "learning_rate": 1e-2, **settings}
     ours = make_trainer(tmp_path, "DPO", model=tiny_model(), loss_type=loss_type, **settings)
     theirs = trl_trainer(
@@ -213,7 +213,7 @@ def test_vocabulary_metrics_can_be_dropped(tmp_path):
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["sft"], ["ipo"]], ids=str)
 def test_micro_batches_add_up(tmp_path, layout, loss_type):
-    """One micro-batch of 4 pairs, 2 of 2 and 4 of 1 give the same losses and weights, in the smaller last step too (22 = 5 * 4 + 2)."""
+    """One micro-batch of 4 pairs, 2 of 2 and 4 of 1 give the same losses and weights, in the smaller last step too."""
     runs = []
     trainer_name = "DPO" if loss_type == ["sft"] else "WPO"
     for size in (4, 2, 1):
@@ -490,6 +490,39 @@ def test_cached_reference_scores_train_like_a_live_reference(tmp_path, capsys, p
             trainer.evaluate(preference_rows(3, seed=77))
 
 
+def test_numbers_of_a_batch_keep_their_dtype_under_deepspeed(tmp_path, monkeypatch):
+    """transformers casts floats of a batch to DeepSpeed's dtype: in bf16, -466.934 would be read as -466.0."""
+    rows = preference_rows(8)
+    make = {"rows": rows, "precompute_ref_log_probs": True, "ref_logps_dir": str(tmp_path / "scores")}
+    trainer = make_trainer(tmp_path, **make)
+    (loaded,) = [next(iter(trainer.get_train_dataloader()))]
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    trainer.is_deepspeed_enabled = True
+    batch = trainer.to_device(loaded)
+    for name, value in loaded.items():
+        if isinstance(value, torch.Tensor):
+            assert batch[name].dtype == value.dtype, name
+            assert torch.equal(batch[name], value), name
+    assert batch["ref_chosen_logps"].dtype == batch["token_weights"].dtype == torch.float32
+
+
+def test_cached_scores_that_are_not_the_policys_are_noticed(tmp_path):
+    trainer = make_trainer(tmp_path, precompute_ref_log_probs=True, ref_logps_dir=str(tmp_path / "scores"))
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="Before the first step the reference does not score like the policy"):
+        trainer.train()
+
+
+def test_scores_given_with_the_data_may_be_those_of_any_model(tmp_path):
+    first = make_trainer(tmp_path, precompute_ref_log_probs=True, ref_logps_dir=str(tmp_path / "scores"))
+    given = Dataset.from_list(list(first.train_dataset))
+    trainer = make_trainer(tmp_path, model=tiny_model(seed=4), rows=given, precompute_ref_log_probs=True, max_steps=1)
+    trainer.train()
+    assert abs(history(trainer, "rewards/margins")[0]) > 1e-4
+
+
 def test_a_reference_with_an_adapter_is_cached_with_it(tmp_path):
     def trained_adapter():
         model = get_peft_model(tiny_model(), lora())
@@ -539,7 +572,7 @@ def test_losses_without_a_reference_keep_none(tmp_path):
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_resumed_equals_uninterrupted(tmp_path, layout):
-    """Stopped in the middle of the second epoch (step 8 of 12, 6 steps an epoch) and taken up in a new process's state."""
+    """Stopped in the middle of the second epoch (step 8 of 12, 6 steps an epoch) and resumed by a new trainer."""
     settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4, "batch_layout": layout}
     whole = make_trainer(tmp_path / "a", **settings)
     whole.train()
@@ -707,19 +740,81 @@ def test_a_model_that_cannot_be_packed_is_padded_with_one_line_why(tmp_path, cap
     assert make_trainer(tmp_path).layout.name == "packed"
 
 
-def test_an_architecture_without_flex_attention_loads_with_its_own_on_a_gpu(tmp_path):
-    from prefopt.trainers.policy import load_model
+def numbers_positions_itself(model):
+    """Count positions along the row, whatever `position_ids` say, as models of remote code do."""
+    forward = model.model.forward
 
-    AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2, vocab_size=50)
-    ).save_pretrained(tmp_path / "bloom")
-    tiny_model().save_pretrained(tmp_path / "llama")
-    args = prefopt.DPOConfig(str(tmp_path), **COMMON)
-    gpu = SimpleNamespace(**{**vars(args), "device": torch.device("cuda"), "distributed_state": None})
-    assert load_model(str(tmp_path / "bloom"), gpu).config._attn_implementation == "eager"
-    assert load_model(str(tmp_path / "llama"), gpu).config._attn_implementation == "flex_attention"
-    gpu.model_init_kwargs = {"attn_implementation": "sdpa"}
-    assert load_model(str(tmp_path / "llama"), gpu).config._attn_implementation == "sdpa"
+    def counted(input_ids, position_ids=None, **kwargs):
+        return forward(input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
+
+    model.model.forward = counted
+    return model
+
+
+def attends_by_itself(model):
+    """Compute attention without transformers' interface, so that no boundaries reach it."""
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.copy(layer.self_attn.config)
+        layer.self_attn.config._attn_implementation = "sdpa"
+        attend = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, attend=attend, attention_mask=None, **kwargs: attend(
+            *args, attention_mask=None, **kwargs
+        )
+    return model
+
+
+def takes_no_positions(model):
+    forward = model.model.forward
+
+    def plain(input_ids, attention_mask=None, use_cache=None):
+        return forward(input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model.model.forward = plain
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (numbers_positions_itself, "scores differently packed"),
+        (attends_by_itself, "scores differently packed"),
+        (takes_no_positions, "does not take packed rows"),
+    ],
+)
+def test_a_model_whose_packed_rows_are_not_exact_is_found_before_training(tmp_path, capsys, change, reason):
+    """One pair is scored packed and by the model's plain forward: positions and boundaries must reach every layer."""
+    trainer = make_trainer(tmp_path, model=change(tiny_model()), max_steps=1)
+    assert trainer.layout.name == "padded"
+    assert reason in capsys.readouterr().out
+    assert "batches: padded (" in trainer.describe_run()
+    assert reason in trainer.describe_run()
+    with pytest.raises(ValueError, match=f"`batch_layout: packed` cannot be exact.*{reason}"):
+        make_trainer(tmp_path, model=change(tiny_model()), batch_layout="packed")
+
+
+def test_the_probe_is_two_forwards_and_its_result_is_printed(tmp_path, capsys):
+    model = tiny_model()
+    calls = []
+    model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    trainer = make_trainer(tmp_path, model=model, max_steps=1)
+    assert len(calls) == 2
+    assert trainer.model.config._attn_implementation == "sdpa"
+    trainer.train()
+    assert "batches: packed, which scores a pair of the data as padded rows do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_a_model_gets_its_own_attention_back(tmp_path, attention):
+    model = tiny_model(attn_implementation=attention if attention != "flex_attention" else None)
+    if attention == "flex_attention":
+        model.set_attn_implementation(attention)
+    trainer = make_trainer(tmp_path, "DPO", model=model, max_steps=2, batch_layout="packed")
+    other = make_trainer(tmp_path, "DPO", model=tiny_model(), max_steps=2, batch_layout="padded")
+    trainer.train()
+    other.train()
+    assert history(trainer) == pytest.approx(history(other), rel=1e-5)
+    for each in (trainer.model, trainer.ref_model):
+        assert each.config._attn_implementation == attention
 
 
 def test_pairs_can_be_trained_on_in_the_order_of_the_data(tmp_path):

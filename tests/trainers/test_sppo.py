@@ -301,7 +301,7 @@ def test_scores_may_be_negative_or_large(tmp_path):
             "Unknown loss_type 'sigmoid' for SPPOTrainer. Known: gpo, sft, sppo, sppo_hard, sppo_single",
         ),
         ({"max_target": 100.0}, "`max_target` bounds the targets of `loss_type: gpo`"),
-        ({"loss_type": "gpo", "max_target": 0.0}, "`max_target` must be above 0"),
+        ({"loss_type": "gpo", "max_target": 0.0}, "max_target is 0.0; it must be above 0"),
         ({"label_smoothing": 0.1}, "`label_smoothing` is not used"),
         ({"loss_type": ["sppo", "sft"], "use_weighting": True}, "weights belong to pairs"),
         ({"beta": 0.0}, "`beta` must be positive"),

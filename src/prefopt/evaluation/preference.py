@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -15,7 +14,8 @@ from prefopt.data import tokenize_pairs
 from prefopt.data.encoding import load_tokenizer
 from prefopt.models.heads import head_kind
 from prefopt.references.filling import ReferenceModel, group_scorer, plan_batches, prepare_model
-from prefopt.scoring.layouts import Group, choose_layout
+from prefopt.scoring.layouts import Group
+from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_group
 
 GPU_TOKENS, CPU_TOKENS = 16384, 1024  # of one forward
 
@@ -83,10 +83,17 @@ def _logps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute (N,) summed log-probs of chosen and of rejected, the same on every process."""
     state = PartialState()
-    module, config = prepare_model(model, dtype=dtype, padded=False, accelerator=None)
+    module, config = prepare_model(model, dtype=dtype, accelerator=None)
     longest = max(len(group.prompt) + len(completion) for group in groups for completion in group.completions)
-    layout, _ = choose_layout("auto", config, pad_token_id=pad_token_id, longest_sequence=longest)
-    score = group_scorer(module, config, layout, device=state.device, dtype=getattr(torch, dtype))
+    tried = groups[nearest_to_probe([group.shared_length for group in groups])]
+    layout, _ = choose_layout(
+        "auto",
+        config,
+        pad_token_id=pad_token_id,
+        longest_sequence=longest,
+        probe=lambda packed: probe_group(module, tried, packed, device=state.device),
+    )
+    score = group_scorer(module, layout, device=state.device)
     sizes = [group.shared_length if layout.name == "packed" else 2 * longest for group in groups]
     batches = plan_batches(sizes, max_tokens or (CPU_TOKENS if state.device.type == "cpu" else GPU_TOKENS))
     mine = []

@@ -21,11 +21,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt._transformers import attention_of
 from prefopt._trl import prepare_deepspeed
 from prefopt.progress import Progress
 from prefopt.references.cache import SIDES, ScoreCache, Scores, ids_digest
-from prefopt.scoring.attention import load_with_flex_attention
+from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.waiting import announced_wait
@@ -87,35 +86,28 @@ def pair_lengths(pairs: Dataset) -> np.ndarray:
 
 def group_scorer(
     model: nn.Module,
-    config: PretrainedConfig,
     layout: Layout,
     *,
     device: torch.device,
-    dtype: torch.dtype,
-    row_length: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> ScoreGroups:
     """Return a function that scores groups with one forward of `model`, without gradient.
 
     Args:
         model: prepared by `install_scoring`, wrapped or not; its mode (dropout) is set to eval for the forward.
-        config: the base model's config.
         layout: how groups become rows; a packed batch is one row.
         device: where the model takes its inputs.
-        dtype: the model's dtype.
-        row_length: pad packed rows to this many tokens, so that compiled attention kernels are reused.
         autocast: context of the forward.
     """
 
     def score(groups: Sequence[Group]) -> torch.Tensor:
-        batch = layout.collate([list(groups)], row_length=row_length if layout.name == "packed" else None)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = {name: value.to(device) for name, value in layout.collate([list(groups)]).items()}
         training = model.training
         model.eval()
         with torch.no_grad(), autocast():
-            scores = score_completions(model, batch, attn_implementation=attention_of(config), dtype=dtype)
+            scores = score_completions(model, batch)
         model.train(training)
-        assert scores.logps is not None
+        restore_attention(model)
         return scores.logps.float().cpu()
 
     return score
@@ -270,14 +262,13 @@ class ReferenceModel:
 
 
 def prepare_model(
-    reference: str | ReferenceModel, *, dtype: str, padded: bool, accelerator: Accelerator | None
+    reference: str | ReferenceModel, *, dtype: str, accelerator: Accelerator | None
 ) -> tuple[nn.Module, PretrainedConfig]:
     """Return the model with its scoring path, frozen, on the device; and its config as loaded.
 
     Args:
         reference: a name, a folder, or a model in memory.
         dtype: to load a named one in.
-        padded: whether its batches will be padded for sure; otherwise a GPU gets an attention that can be packed.
         accelerator: under DeepSpeed, the one that shards the model.
     """
     device = PartialState().device
@@ -285,9 +276,7 @@ def prepare_model(
         model = reference.model
     else:
         options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-        load: Any = AutoModelForCausalLM.from_pretrained
-        packs = device.type == "cuda" and not padded
-        model = load_with_flex_attention(load, reference, **options) if packs else load(reference, **options)
+        model = AutoModelForCausalLM.from_pretrained(reference, **options)
         model.requires_grad_(False)
     install_scoring(model)
     if accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -18,7 +18,6 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from prefopt._transformers import attention_of
 from prefopt.data.encoding import load_tokenizer, prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.loading import normalise_rows
 from prefopt.data.tokenization import tokenize_pairs
@@ -47,7 +46,8 @@ from prefopt.references.filling import (
 )
 from prefopt.references.fingerprints import adapted_model, files_fingerprint, model_folder, module_fingerprint
 from prefopt.references.health import HealthCard, health_cards
-from prefopt.scoring.layouts import Group, choose_layout
+from prefopt.scoring.layouts import Group
+from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_group
 
 logger = logging.getLogger(__name__)
 
@@ -191,22 +191,19 @@ def _score(
     accelerator: Accelerator | None,
 ) -> None:
     """Load the reference, score the groups, and compare a few scores with those of single texts."""
-    padded, dtype = settings.batch_layout == "padded", cache.scorer.dtype
-    model, config = prepare_model(reference, dtype=dtype, padded=padded, accelerator=accelerator)
-    longest = max(max(each.lengths) for each in groups)
-    layout, reason = choose_layout(settings.batch_layout, config, pad_token_id=pad_token_id, longest_sequence=longest)
+    model, config = prepare_model(reference, dtype=cache.scorer.dtype, accelerator=accelerator)
+    device = PartialState().device
+    tried = groups[nearest_to_probe([each.group.shared_length for each in groups])].group
+    layout, reason = choose_layout(
+        settings.batch_layout,
+        config,
+        pad_token_id=pad_token_id,
+        longest_sequence=max(max(each.lengths) for each in groups),
+        probe=lambda packed: probe_group(model, tried, packed, device=device),
+    )
     if reason is not None:
         logger.info("References are scored padded, not packed: %s.", reason)
-    compiled = attention_of(config) == "flex_attention"
-    longest_row = max(settings.max_tokens, max(each.group.shared_length for each in groups))
-    score = group_scorer(
-        model,
-        config,
-        layout,
-        device=PartialState().device,
-        dtype=getattr(torch, dtype),
-        row_length=longest_row if compiled else None,
-    )
+    score = group_scorer(model, layout, device=device)
     padded, shown = layout.name == "padded", settings.show_progress
     fill(cache, groups, score, max_tokens=settings.max_tokens, padded=padded, show_progress=shown)
     report.batched_vs_single = _compare_single(cache, groups, score)

@@ -1,10 +1,8 @@
 """Batch layouts: how groups (a prompt and its completions) become rows of tokens.
 
-Two layouts share one small interface, `collate(rows) -> dict of tensors`, where `rows` lists the groups that share a
-row:
+Two layouts share one small interface, `collate(rows) -> batch`, where `rows` lists the groups that share a row:
 
-- `PaddedLayout`: every completion has its own row, prompt repeated before it, padded on the right to a common
-  length.
+- `PaddedLayout`: every completion has its own row, prompt repeated before it, padded on the right to a common length.
 - `PackedLayout`: the groups of a row stand one after the other, each as prompt, completion 0, completion 1, ...; every
   completion restarts its positions after the prompt, and `scoring.attention` keeps it from seeing any other completion
   or group.
@@ -19,13 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from transformers import PretrainedConfig
 
-from prefopt._transformers import attention_of
-from prefopt.scoring.attention import why_not_packed
+from prefopt.scoring.attention import PackedRows
 
 
 @dataclass(frozen=True)
@@ -49,20 +45,18 @@ class Layout(Protocol):
         """Return "padded" or "packed"."""
         ...
 
-    def collate(self, rows: Sequence[Sequence[Group]], *, row_length: int | None = None) -> dict[str, torch.Tensor]:
-        """Return the tensors for one forward pass over the groups of `rows`.
+    def collate(self, rows: Sequence[Sequence[Group]]) -> dict[str, Any]:
+        """Return the batch of one forward pass over the groups of `rows`.
 
         Args:
             rows: for each row, the groups that it holds (the padded layout ignores the division into rows).
-            row_length: pad rows to this many tokens; default: the longest row.
 
         Returns:
             - `input_ids`, `position_ids` (N, T) long;
-            - `attention_mask` (N, T) bool, padded layout; `group_ids` and `branch_ids` (N, T) int, packed layout
-              (group -1: padding; branch 0: prompt, r + 1: completion r);
+            - `attention_mask`: (N, T) bool, padded layout; `PackedRows`, packed layout;
             - `token_weights` (N, T) float: in how many completions' sequences a token stands (0 for padding);
             - `score_index` (S,) long: position in the flattened (N*T) outputs that predicts the scored token
-            `score_targets` (S,);
+              `score_targets` (S,);
             - `score_completions` (S,) long: the completion that owns it, 0..C-1;
             - `first_index`, `last_index` (C,) long: flattened positions of each completion's first and last token;
             - `prompt_index` (C,) long: flattened position of the last prompt token before each completion.
@@ -71,50 +65,56 @@ class Layout(Protocol):
 
 
 class _Rows:
-    """Lists that grow while groups are laid out, and become the tensors of `Layout.collate`."""
+    """Lists that grow while groups are laid out, and become the tensors of `Layout.collate`.
+
+    Places are (row, position), since positions among all tokens are known only once T is.
+    """
 
     def __init__(self) -> None:
         self.input_ids: list[list[int]] = []
         self.position_ids: list[list[int]] = []
-        self.group_ids: list[list[int]] = []
-        self.branch_ids: list[list[int]] = []
         self.weights: list[list[int]] = []
-        # (row, position) pairs stay unflattened until T is known
         self.score: list[tuple[int, int, int, int]] = []  # row, predicting position, target, completion
         self.first: list[tuple[int, int]] = []
         self.last: list[tuple[int, int]] = []
-        self.prompt: list[tuple[int, int]] = []
+        self.prompt_end: list[tuple[int, int]] = []
+        self.segments: list[tuple[int, int, int]] = []  # row, begin, end
+        self.prompts: list[tuple[int, int, int, int]] = []  # row, begin and end of a prompt, end of its completions
+        self.longest = 0
 
     def open_row(self) -> None:
-        for columns in (self.input_ids, self.position_ids, self.group_ids, self.branch_ids, self.weights):
+        for columns in (self.input_ids, self.position_ids, self.weights):
             columns.append([])
 
-    def add_tokens(self, tokens: Sequence[int], *, start: int, group: int, branch: int, weight: int) -> int:
-        """Append `tokens` with positions from `start` to the open row; returns where in the row they begin."""
-        begin = len(self.input_ids[-1])
-        self.input_ids[-1].extend(tokens)
-        self.position_ids[-1].extend(range(start, start + len(tokens)))
-        self.group_ids[-1].extend([group] * len(tokens))
-        self.branch_ids[-1].extend([branch] * len(tokens))
-        self.weights[-1].extend([weight] * len(tokens))
-        return begin
+    def add_segment(self, *parts: Sequence[int], start: int = 0, weight: int = 1) -> int:
+        """Append tokens that attend to one another, with positions from `start`; return the last part's place."""
+        begin, row = len(self.input_ids[-1]), len(self.input_ids) - 1
+        for part in parts:
+            last = len(self.input_ids[-1])
+            self.input_ids[-1].extend(part)
+        end = len(self.input_ids[-1])
+        self.position_ids[-1].extend(range(start, start + end - begin))
+        self.weights[-1].extend([weight] * (end - begin))
+        self.segments.append((row, begin, end))
+        self.longest = max(self.longest, start + end - begin)
+        return last
 
-    def add_completion(self, tokens: Sequence[int], *, begin: int, prompt_end: int) -> None:
+    def share_prompt(self, begin: int, end: int) -> None:
+        """Let what the row holds since `end` attend to the prompt from `begin` to `end`."""
+        self.prompts.append((len(self.input_ids) - 1, begin, end, len(self.input_ids[-1])))
+
+    def score_completion(self, tokens: Sequence[int], *, begin: int, prompt_end: int) -> None:
         """Record that `tokens`, at `begin` in the open row, are scored, the first of them from `prompt_end`."""
         row, completion = len(self.input_ids) - 1, len(self.first)
         self.score.append((row, prompt_end, tokens[0], completion))
         self.score.extend((row, begin + i, token, completion) for i, token in enumerate(tokens[1:]))
         self.first.append((row, begin))
         self.last.append((row, begin + len(tokens) - 1))
-        self.prompt.append((row, prompt_end))
+        self.prompt_end.append((row, prompt_end))
 
-    def tensors(self, *, pad_token_id: int, row_length: int | None, packed: bool) -> dict[str, torch.Tensor]:
+    def batch(self, *, pad_token_id: int, packed: bool, pad_to_multiple_of: int = 1) -> dict[str, Any]:
         longest = max(len(row) for row in self.input_ids)
-        length = row_length or longest
-        if longest > length:
-            raise ValueError(
-                f"A row of {longest} tokens does not fit in rows of {length}; raise `max_tokens_per_row`."
-            )
+        length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
 
         def pad(rows: list[list[int]], value: int) -> torch.Tensor:
             return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.long)
@@ -122,23 +122,27 @@ class _Rows:
         def flat(places: list[tuple[int, int]]) -> torch.Tensor:
             return torch.tensor([row * length + position for row, position in places], dtype=torch.long)
 
-        batch = {
+        weights = pad(self.weights, 0)
+        return {
             "input_ids": pad(self.input_ids, pad_token_id),
             "position_ids": pad(self.position_ids, 0),
-            "token_weights": pad(self.weights, 0).float(),
+            "attention_mask": self._packed_rows(length) if packed else weights > 0,
+            "token_weights": weights.float(),
             "score_index": flat([(row, position) for row, position, _, _ in self.score]),
             "score_targets": torch.tensor([target for _, _, target, _ in self.score], dtype=torch.long),
             "score_completions": torch.tensor([completion for _, _, _, completion in self.score], dtype=torch.long),
             "first_index": flat(self.first),
             "last_index": flat(self.last),
-            "prompt_index": flat(self.prompt),
+            "prompt_index": flat(self.prompt_end),
         }
-        group_ids = pad(self.group_ids, -1)
-        if packed:
-            batch |= {"group_ids": group_ids, "branch_ids": pad(self.branch_ids, 0)}
-        else:
-            batch["attention_mask"] = group_ids >= 0
-        return batch
+
+    def _packed_rows(self, length: int) -> PackedRows:
+        segments = [(row * length + begin, row * length + end) for row, begin, end in self.segments]
+        prompts = [
+            ((row * length + begin, row * length + end), (row * length + end, row * length + last))
+            for row, begin, end, last in self.prompts
+        ]
+        return PackedRows.of(len(self.input_ids), length, segments, prompts, self.longest)
 
 
 def _check(group: Group) -> None:
@@ -154,20 +158,16 @@ class PaddedLayout:
     pad_to_multiple_of: int = 1
     name: str = "padded"
 
-    def collate(self, rows: Sequence[Sequence[Group]], *, row_length: int | None = None) -> dict[str, torch.Tensor]:
+    def collate(self, rows: Sequence[Sequence[Group]]) -> dict[str, Any]:
         """See `Layout.collate`."""
         built = _Rows()
-        for number, group in enumerate(group for row in rows for group in row):
+        for group in (group for row in rows for group in row):
             _check(group)
-            for branch, completion in enumerate(group.completions, start=1):
+            for completion in group.completions:
                 built.open_row()
-                built.add_tokens(group.prompt, start=0, group=number, branch=0, weight=1)
-                begin = built.add_tokens(completion, start=len(group.prompt), group=number, branch=branch, weight=1)
-                built.add_completion(completion, begin=begin, prompt_end=begin - 1)
-        if row_length is None:
-            longest = max(len(row) for row in built.input_ids)
-            row_length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        return built.tensors(pad_token_id=self.pad_token_id, row_length=row_length, packed=False)
+                begin = built.add_segment(group.prompt, completion)
+                built.score_completion(completion, begin=begin, prompt_end=begin - 1)
+        return built.batch(pad_token_id=self.pad_token_id, packed=False, pad_to_multiple_of=self.pad_to_multiple_of)
 
 
 @dataclass(frozen=True)
@@ -178,73 +178,30 @@ class PackedLayout:
     share_prompt: bool = True
     name: str = "packed"
 
-    def collate(self, rows: Sequence[Sequence[Group]], *, row_length: int | None = None) -> dict[str, torch.Tensor]:
+    def collate(self, rows: Sequence[Sequence[Group]]) -> dict[str, Any]:
         """See `Layout.collate`."""
         built = _Rows()
         for row in rows:
             built.open_row()
-            for number, group in enumerate(row):
+            for group in row:
                 _check(group)
                 if self.share_prompt:
-                    self._add_shared(built, group, number)
+                    self._add_shared(built, group)
                 else:
-                    self._add_repeated(built, group, number)
-        return built.tensors(pad_token_id=self.pad_token_id, row_length=row_length, packed=True)
+                    self._add_repeated(built, group)
+        return built.batch(pad_token_id=self.pad_token_id, packed=True)
 
     @staticmethod
-    def _add_shared(built: _Rows, group: Group, number: int) -> None:
-        sharing = len(group.completions)
+    def _add_shared(built: _Rows, group: Group) -> None:
         start = len(group.prompt)
-        prompt_end = built.add_tokens(group.prompt, start=0, group=number, branch=0, weight=sharing) + start - 1
-        for branch, completion in enumerate(group.completions, start=1):
-            begin = built.add_tokens(completion, start=start, group=number, branch=branch, weight=1)
-            built.add_completion(completion, begin=begin, prompt_end=prompt_end)
+        prompt = built.add_segment(group.prompt, weight=len(group.completions))
+        for completion in group.completions:
+            begin = built.add_segment(completion, start=start)
+            built.score_completion(completion, begin=begin, prompt_end=prompt + start - 1)
+        built.share_prompt(prompt, prompt + start)
 
     @staticmethod
-    def _add_repeated(built: _Rows, group: Group, number: int) -> None:
-        # a repeated prompt belongs to its completion's branch, so that the two copies do not see each other
-        for branch, completion in enumerate(group.completions, start=1):
-            built.add_tokens(group.prompt, start=0, group=number, branch=branch, weight=1)
-            begin = built.add_tokens(completion, start=len(group.prompt), group=number, branch=branch, weight=1)
-            built.add_completion(completion, begin=begin, prompt_end=begin - 1)
-
-
-def choose_layout(
-    batch_layout: str,
-    config: PretrainedConfig,
-    *,
-    pad_token_id: int,
-    longest_sequence: int,
-    pad_to_multiple_of: int = 1,
-    share_prompt: bool = True,
-    against_packing: str | None = None,
-) -> tuple[Layout, str | None]:
-    """Choose the layout of a model's batches: packed where that is exact, unless the padded one is asked for.
-
-    Args:
-        batch_layout: "auto", "packed" or "padded".
-        config: the model's config, with its attention implementation.
-        pad_token_id, pad_to_multiple_of: of the padded layout.
-        longest_sequence: longest prompt + completion of the data, in tokens.
-        share_prompt: of the packed layout.
-        against_packing: a reason that only the caller knows.
-
-    Returns:
-        The layout, and why it is padded where packing would have been tried.
-
-    Raises:
-        ValueError: "packed" is asked for and cannot be exact.
-    """
-    padded = PaddedLayout(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
-    if batch_layout == "padded":
-        return padded, None
-    reason = against_packing or why_not_packed(
-        config, implementation=attention_of(config), longest_sequence=longest_sequence
-    )
-    if reason is None:
-        return PackedLayout(pad_token_id, share_prompt=share_prompt), None
-    if batch_layout == "packed":
-        raise ValueError(
-            f"`batch_layout: packed` cannot be exact for this model: {reason}. Use `batch_layout: padded`."
-        )
-    return padded, reason
+    def _add_repeated(built: _Rows, group: Group) -> None:
+        for completion in group.completions:
+            begin = built.add_segment(group.prompt, completion)
+            built.score_completion(completion, begin=begin, prompt_end=begin - 1)

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import has_compiled_regions
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -31,7 +30,7 @@ from prefopt._trl import (
     ChunkedLogProbFunction,
     maybe_gather_lm_head_ctx,
 )
-from prefopt.scoring.attention import PackedMask, by_parts, packed_attention_mask
+from prefopt.scoring.attention import PackedRows, plain_attention, use_packed_attention
 
 ALIGNMENTS = ("sampled", "greedy", "none")
 VOCAB_STATISTICS = ("entropy", "mean_logits", "is_top1")
@@ -64,7 +63,7 @@ class CompletionScores(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-# ---- the scoring path -----------------------------------------------------------------------------------------------
+# ---- the scoring path
 
 
 def install_scoring(model: PreTrainedModel) -> None:
@@ -88,7 +87,9 @@ def _scoring_forward(model_class: Any) -> Callable[..., Any]:
     @functools.wraps(model_class.forward)
     def forward(self: Any, *args: Any, score_index: Tensor | None = None, **kwargs: Any) -> Any:
         if score_index is None:
-            return self._plain_forward(*args, **kwargs)
+            # generation, and whatever else users call, computes attention as before
+            with plain_attention(self):
+                return self._plain_forward(*args, **kwargs)
         # PEFT adds `inputs_embeds=None`, ...
         given = {name: value for name, value in kwargs.items() if value is not None}
         return _score(self, score_index=score_index, **given)
@@ -99,26 +100,27 @@ def _scoring_forward(model_class: Any) -> Callable[..., Any]:
     return forward
 
 
-def attention_mask_of(model: nn.Module, batch: dict[str, Any], *, attn_implementation: str, dtype: torch.dtype) -> Any:
-    """Return the `attention_mask` of a batch for `model`; a packed one is built once and kept in the batch."""
-    if "group_ids" not in batch:
-        return batch["attention_mask"]
-    key = f"packed_mask_{attn_implementation}"
-    if key not in batch:
-        ids = batch["group_ids"], batch["branch_ids"]
-        if by_parts(attn_implementation, ids[0].device, compiled=has_compiled_regions(model)):
-            batch[key] = PackedMask.of(*ids)
-        else:
-            batch[key] = packed_attention_mask(*ids, implementation=attn_implementation, dtype=dtype)
-    return batch[key]
+def is_sharded(parameter: Tensor) -> bool:
+    """Check whether a rank holds only a part of a parameter (ZeRO-3, FSDP2)."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def has_scoring_path(model: nn.Module) -> bool:
+    """Check whether `install_scoring` has prepared a model, wrapped or not."""
+    return any("_plain_forward" in module.__dict__ for module in model.modules())
+
+
+def attention_mask_of(model: nn.Module, batch: dict[str, Any]) -> Any:
+    """Return a batch's `attention_mask`, with `model` switched to the attention that packed rows need."""
+    if isinstance(batch["attention_mask"], PackedRows):
+        use_packed_attention(model)
+    return batch["attention_mask"]
 
 
 def score_completions(
     model: nn.Module,
     batch: dict[str, Any],
     *,
-    attn_implementation: str,
-    dtype: torch.dtype = torch.float32,
     alignment: str | None = None,
     vocab_statistics: bool = False,
     aux_loss: bool = False,
@@ -128,10 +130,8 @@ def score_completions(
     Args:
         model: a model that `install_scoring` has prepared, or a wrapper around one.
         batch: made by a layout (`scoring.layouts.Layout.collate`), on the model's device; optionally `score_weights`
-            (S,), the weight of each scored token in `logps`. The packed attention mask is built once and kept in the
-            batch, for the reference's sake.
-        attn_implementation: the model's attention implementation; chooses the form of the packed mask.
-        dtype: the model's dtype (the additive mask of "eager" needs it).
+            (S,), the weight of each scored token in `logps`. Packed rows switch the model to the attention that they
+            need; it stays switched, since checkpointed layers run again in the backward pass (`restore_attention`).
         alignment: WPO's alignment, one of `ALIGNMENTS`, or None for no weights.
         vocab_statistics: also return entropy, mean logits and first choices, from the same pass over the vocabulary.
         aux_loss: also return the MoE load-balancing loss.
@@ -141,7 +141,7 @@ def score_completions(
     """
     scores: CompletionScores = model(
         input_ids=batch["input_ids"],
-        attention_mask=attention_mask_of(model, batch, attn_implementation=attn_implementation, dtype=dtype),
+        attention_mask=attention_mask_of(model, batch),
         position_ids=batch["position_ids"],
         score_index=batch["score_index"],
         score_targets=batch["score_targets"],
@@ -193,7 +193,7 @@ def _score(
     return scores
 
 
-# ---- the LM head ----------------------------------------------------------------------------------------------------
+# ---- the LM head
 
 
 def token_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], token_weights: Tensor
     return probs.shape[-1] * (share * mean_prob).sum()
 
 
-# ---- logits: how a model makes them, and whether the scoring path makes the same ------------------------------------
+# ---- logits: how a model makes them, and whether the scoring path makes the same
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
@@ -316,7 +316,7 @@ def check_logits(model: PreTrainedModel) -> None:
     if backbone is model or head is None:
         raise ValueError(f"{type(model).__name__} has no backbone with a separate LM head, so it cannot be scored.")
     weight = head.weight
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or weight.device.type == "meta":
+    if is_sharded(weight) or weight.device.type == "meta":
         return
     draw = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
     hidden = draw.to(weight.device, weight.dtype)

@@ -16,9 +16,6 @@ from functools import lru_cache
 
 import torch
 
-MAX_ROW_LENGTHS = 12
-"""How many different row lengths a packed run may use: FlexAttention compiles a kernel for each."""
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -26,7 +23,6 @@ class MicroBatch:
 
     Attributes:
         rows: indices into the data set, row by row.
-        row_length: tokens to pad each row to; None: the longest row.
         is_filler: no group of this step was left for this micro-batch; its one group weighs zero.
         step_groups: groups of the whole optimizer step, over micro-batches and ranks.
         step_first_tokens: scored tokens of first completions over the whole step (the SFT term divides by it).
@@ -34,7 +30,6 @@ class MicroBatch:
     """
 
     rows: tuple[tuple[int, ...], ...]
-    row_length: int | None
     is_filler: bool
     step_groups: int
     step_first_tokens: int
@@ -67,9 +62,6 @@ class BatchPlan(torch.utils.data.Sampler):
         world_size, rank: number of ranks, and which one this is.
         seed: seed of the shuffles; ignored without `shuffle`.
         max_tokens_per_row: packed rows hold at most this many tokens; None plans for the padded layout.
-        epochs: how many epochs the row lengths are chosen for.
-        few_row_lengths: pad rows to one of a few lengths, for kernels that are compiled per length; False: to the
-            longest row.
         shuffle: draw a new order each epoch.
         drop_last: leave out the last, smaller step of an epoch.
 
@@ -87,8 +79,6 @@ class BatchPlan(torch.utils.data.Sampler):
         rank: int = 0,
         seed: int = 0,
         max_tokens_per_row: int | None = None,
-        epochs: int = 1,
-        few_row_lengths: bool = True,
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
@@ -112,8 +102,6 @@ class BatchPlan(torch.utils.data.Sampler):
         full, rest = divmod(len(lengths), self.groups_per_step)
         self.num_steps = full + (rest > 0 and not (drop_last and full > 0))
         self.epoch = 0
-        self.few_row_lengths = few_row_lengths and max_tokens_per_row is not None
-        self._row_lengths = self._choose_row_lengths(epochs) if self.few_row_lengths else ()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of `epoch`; the trainer calls it before every epoch, on resume too."""
@@ -127,11 +115,6 @@ class BatchPlan(torch.utils.data.Sampler):
             for micro_batch in self.step(self.epoch, step)[self.rank]:
                 yield [micro_batch]
 
-    @property
-    def row_lengths(self) -> tuple[int, ...]:
-        """The row lengths that a packed run uses, shortest first; empty for the padded layout."""
-        return self._row_lengths
-
     def step(self, epoch: int, step: int) -> list[list[MicroBatch]]:
         """Return the micro-batches of one optimizer step, [rank][micro-batch]."""
         indices = self._step_indices(epoch, step)
@@ -141,9 +124,7 @@ class BatchPlan(torch.utils.data.Sampler):
         plan: list[list[MicroBatch]] = [[] for _ in range(self.world_size)]
         for number, members in enumerate(bins):
             rows = self._rows(members or [indices[0]])
-            plan[number % self.world_size].append(
-                MicroBatch(rows, self._row_length(rows), not members, len(indices), tokens, ranked)
-            )
+            plan[number % self.world_size].append(MicroBatch(rows, not members, len(indices), tokens, ranked))
         return plan
 
     def _step_indices(self, epoch: int, step: int) -> list[int]:
@@ -172,22 +153,6 @@ class BatchPlan(torch.utils.data.Sampler):
         if self.max_tokens_per_row is None:
             return (tuple(members),)
         return pack_rows(members, [self.lengths[index].packed for index in members], self.max_tokens_per_row)
-
-    def _row_length(self, rows: tuple[tuple[int, ...], ...]) -> int | None:
-        if not self.few_row_lengths:
-            return None
-        longest = max(sum(self.lengths[index].packed for index in row) for row in rows)
-        # a step beyond those judged may hold a longer row; the cap always fits
-        return next((length for length in self._row_lengths if length >= longest), self.max_tokens_per_row)
-
-    def _choose_row_lengths(self, epochs: int) -> tuple[int, ...]:
-        """At most `MAX_ROW_LENGTHS` lengths that pad the rows of all epochs least (judged on up to 2,000 steps)."""
-        fills: list[int] = []
-        for step in range(min(self.num_steps * epochs, 2000)):
-            for members in self._deal(self._step_indices(*divmod(step, self.num_steps))):
-                if members:
-                    fills.append(max(sum(self.lengths[i].packed for i in row) for row in self._rows(members)))
-        return choose_row_lengths(fills, cap=self.max_tokens_per_row, count=MAX_ROW_LENGTHS)
 
 
 def balance(members: Sequence[int], sizes: Mapping[int, int], parts: int) -> list[list[int]]:
@@ -241,44 +206,6 @@ def pack_rows(members: Sequence[int], sizes: Sequence[int], capacity: int) -> tu
         level[place] += sizes[i]
     best = levelled if max(level) <= max(fills) else rows
     return tuple(tuple(members[i] for i in row) for row in best)
-
-
-def choose_row_lengths(fills: Sequence[int], *, cap: int, count: int, multiple_of: int = 128) -> tuple[int, ...]:
-    """Row lengths that waste least: at most `count` multiples of `multiple_of`, the last of them covering every fill.
-
-    Args:
-        fills: tokens of the rows to be covered.
-        cap: no row is longer; used as it is when it is the best last length.
-        count: how many lengths are allowed.
-        multiple_of: granularity (FlexAttention's block size is 128).
-
-    Returns:
-        The lengths, shortest first.
-    """
-    rounded = sorted(min(-(-fill // multiple_of) * multiple_of, cap) for fill in fills)
-    levels = sorted(set(rounded))
-    if len(levels) <= count:
-        return tuple(levels)
-    # dynamic programme: best[k][j] = least padded total when k lengths cover the fills up to levels[j]
-    ends = [sum(1 for value in rounded if value <= level) for level in levels]
-    best = [levels[j] * ends[j] for j in range(len(levels))]
-    choice: list[list[int]] = []
-    for _ in range(count - 1):
-        following, back = [], []
-        for j in range(len(levels)):
-            options = [(best[i] + levels[j] * (ends[j] - ends[i]), i) for i in range(j)] + [(best[j], -1)]
-            cost, i = min(options)
-            following.append(cost)
-            back.append(i)
-        best = following
-        choice.append(back)
-    lengths, j = [], len(levels) - 1
-    lengths.append(levels[j])
-    for back in reversed(choice):
-        if back[j] >= 0:
-            j = back[j]
-            lengths.append(levels[j])
-    return tuple(sorted(lengths))
 
 
 @lru_cache(maxsize=2)

@@ -15,11 +15,13 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
@@ -30,19 +32,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from prefopt import files
-from prefopt._transformers import HookedTrainer, attention_of
-from prefopt.scoring.attention import by_parts
-from prefopt.scoring.layouts import Layout, choose_layout
-from prefopt.scoring.plan import BatchPlan, GroupLengths
+from prefopt._transformers import HookedTrainer
+from prefopt.scoring.attention import PackedRows, restore_attention
+from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
+from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_packing
+from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
 from prefopt.trainers.checkpoints import check_saved_shapes, last_checkpoint
 from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
 from prefopt.trainers.policy import base_model_of
 from prefopt.trainers.precision import MasterWeights, UpdatesLost, keep_updates
-
-CPU_ROW_TOKENS = 1024
-"""Capacity of a packed row on a CPU where its mask is dense: it costs the square of the row."""
 
 METHOD_STATE_FILE = "method_state.json"
 """File of a checkpoint that holds what `BaseTrainer.method_state` returns."""
@@ -77,6 +77,7 @@ class BaseTrainer(HookedTrainer):
     _tag_names: tuple[str, ...] = ("prefopt",)
     _name = ""
     _paper: Mapping[str, str] = {}
+    movable = (torch.Tensor, PackedRows)
     metric_minima: tuple[str, ...] = ()
     metric_maxima: tuple[str, ...] = ()
 
@@ -108,7 +109,7 @@ class BaseTrainer(HookedTrainer):
         self._masters: MasterWeights | None = None
         self._updates_lost: UpdatesLost | None = None
         self._tokens_seen = 0.0
-        self._row_lengths: tuple[int, ...] = ()
+        self._packing = ""  # what `describe_run` says about the choice of the layout
         self._clock = time.perf_counter()
         super().__init__(
             model=model,
@@ -120,6 +121,7 @@ class BaseTrainer(HookedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        keep_float32_under_fsdp2(self.accelerator)
         parallel = self.accelerator.parallelism_config
         if parallel is not None and parallel.non_data_parallel_size > 1:
             raise ValueError(
@@ -170,9 +172,8 @@ class BaseTrainer(HookedTrainer):
 
     def describe_run(self) -> str:
         """Describe processes, wrapping and batches in one line."""
-        rows = f", rows of {', '.join(map(str, self._row_lengths))} tokens" if self._row_lengths else ""
-        wrapping = describe_wrapping(self.model_wrapped)
-        return f"Training on {self.args.world_size} process(es) as {wrapping}; batches: {self.layout.name}{rows}."
+        wrapping, batches = describe_wrapping(self.model_wrapped), f"{self.layout.name}{self._packing}"
+        return f"Training on {self.args.world_size} process(es) as {wrapping}; batches: {batches}."
 
     def why_not_packed(self) -> str | None:
         """Return the method's own reason against packed rows, if it has one."""
@@ -199,33 +200,74 @@ class BaseTrainer(HookedTrainer):
         return self._lengths[key]
 
     def _choose_layout(self) -> Layout:
+        longest = max((group.longest for data in self._datasets() for group in self.lengths(data)), default=0)
         multiple = getattr(self.args, "pad_to_multiple_of", None)
+        # a model that is sharded later can run only then
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         layout, reason = choose_layout(
             self.args.batch_layout,
             self.model.config,
             pad_token_id=self.processing_class.pad_token_id,
             pad_to_multiple_of=multiple if isinstance(multiple, int) else 1,  # TRL's default is "auto"
             share_prompt=self.args.share_prompt,
-            longest_sequence=max((g.longest for data in self._datasets() for g in self.lengths(data)), default=0),
+            longest_sequence=longest,
             against_packing=self.why_not_packed(),
+            probe=self._probe if self._datasets() and not sharded else None,
         )
-        if reason and self.is_world_process_zero():
-            print(f"Batches are padded, not packed: {reason}.")
+        self._note_layout(reason)
         return layout
 
-    @property
-    def attn_implementation(self) -> str:
-        """Return the model's attention implementation."""
-        return attention_of(self.model.config)
+    def _note_layout(self, reason: str | None) -> None:
+        if reason is not None:
+            self._packing = f" ({reason})"
+            if self.is_world_process_zero():
+                print(f"Batches are padded, not packed: {reason}.")
+
+    def _probe(self, packed: PackedLayout) -> str | None:
+        """Score one pair of the data packed and by the model's plain forward; return a reason against packing."""
+        dataset = self._datasets()[0]
+        index = nearest_to_probe([group.packed for group in self.lengths(dataset)])
+        twice = MicroBatch(((index, index),), False, 2, 1, 1)
+        batches = [
+            self.to_device(PlannedBatches(dataset, self.collate, layout)[twice])
+            for layout in (packed, PaddedLayout(packed.pad_token_id))
+        ]
+        reason = probe_packing(self.model_wrapped, *batches, autocast=self.compute_loss_context_manager)
+        if reason is None:
+            self._packing = ", which scores a pair of the data as padded rows do"
+        return reason
+
+    def probe_sharded(self, loader: PlannedLoader) -> None:
+        """Try packed rows on a model that has just been sharded; pad the batches of `loader` where they are not exact.
+
+        Raises:
+            ValueError: they are not, and the recipe demands them.
+        """
+        if self._packing or not isinstance(self.layout, PackedLayout):
+            return
+        multiple = getattr(self.args, "pad_to_multiple_of", None)
+        self.layout, reason = choose_layout(
+            self.args.batch_layout,
+            self.model.config,
+            pad_token_id=self.layout.pad_token_id,
+            pad_to_multiple_of=multiple if isinstance(multiple, int) else 1,
+            share_prompt=self.args.share_prompt,
+            longest_sequence=0,  # was checked in the constructor
+            probe=self._probe,
+        )
+        self._note_layout(reason)
+        loader.use_layout(self.layout)
+
+    def restore_attention(self) -> None:
+        """Give the models back the attention that they were given with, once nothing will run backward."""
+        restore_attention(self.model)
 
     def _row_capacity(self, lengths: list[GroupLengths], batch_size: int) -> int | None:
         if self.layout.name == "padded":
             return None
         if self.args.max_tokens_per_row is not None:
             return self.args.max_tokens_per_row
-        on_cpu = self.args.device.type == "cpu"
-        parts = by_parts(self.attn_implementation, self.args.device, compiled=self.args.torch_compile)
-        return row_capacity(lengths, groups_per_row=batch_size, dense=on_cpu and not parts)
+        return row_capacity(lengths, groups_per_row=batch_size)
 
     def _loader(self, dataset: Dataset, *, training: bool) -> DataLoader:
         args, lengths = self.args, self.lengths(dataset)
@@ -238,13 +280,9 @@ class BaseTrainer(HookedTrainer):
             rank=args.process_index,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             max_tokens_per_row=self._row_capacity(lengths, batch_size),
-            epochs=math.ceil(args.num_train_epochs) if training else 1,
-            few_row_lengths=args.device.type != "cpu",  # nothing is compiled there
             shuffle=training and args.train_sampling_strategy == "random",
             drop_last=training and args.dataloader_drop_last,
         )
-        if training:
-            self._row_lengths = plan.row_lengths
         workers = args.dataloader_num_workers
         return PlannedLoader(
             PlannedBatches(dataset, self.collate, self.layout),
@@ -283,7 +321,10 @@ class BaseTrainer(HookedTrainer):
         if resume_from_checkpoint and (state := Path(resume_from_checkpoint) / METHOD_STATE_FILE).exists():
             self.load_method_state(files.read_json(state))
         self.restart_clock()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.restore_attention()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`; updates of 16-bit weights are kept as `master_weights` says."""
@@ -404,6 +445,7 @@ class BaseTrainer(HookedTrainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only=True, metric_key_prefix=metric_key_prefix
         )
+        self.restore_attention()
         watch, self._watch = self._watch, FiniteWatch()
         values = self._eval_sums.reduce()
         if values.pop("not_finite").item() > 0:  # nothing is trained on it, so nothing stops
@@ -475,7 +517,8 @@ class _RunCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print how the run is set up, once everything is wrapped."""
+        """Try packed rows on a sharded model, and print how the run is set up, once everything is wrapped."""
+        self.trainer.probe_sharded(kwargs["train_dataloader"])
         if state.is_world_process_zero:
             print(self.trainer.describe_run())
         self.trainer.before_first_update()
@@ -506,19 +549,22 @@ class PlannedLoader(DataLoader):
         """Have the plan draw the order of `epoch`."""
         self.batch_sampler.set_epoch(epoch)
 
+    def use_layout(self, layout: Layout) -> None:
+        """Lay out batches in another way; call it before the first one."""
+        dataset: Any = self.dataset
+        dataset.layout = layout
+        if layout.name == "padded":
+            self.batch_sampler.max_tokens_per_row = None
 
-def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int, dense: bool) -> int:
-    """Choose the tokens of a packed row where the recipe sets none.
+
+def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int) -> int:
+    """Choose the tokens of a packed row where the recipe sets none: enough for one row a micro-batch.
 
     Args:
         lengths: of all groups.
         groups_per_row: groups that one micro-batch holds on average.
-        dense: the attention mask is, so rows are short; otherwise one row a micro-batch, in which attention skips what
-            other pairs own.
     """
     longest = max(group.packed for group in lengths)
-    if dense:
-        return max(longest, CPU_ROW_TOKENS)
     mean = sum(group.packed for group in lengths) / len(lengths)
     return math.ceil(max(longest, 1.5 * mean * groups_per_row + longest / 2) / 1024) * 1024
 
@@ -544,7 +590,7 @@ KEPT = (
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
+    _aten._flash_attention_forward.default,
 )
 """Operations whose results selective checkpointing keeps: nearly all of a layer's arithmetic."""
 
@@ -555,6 +601,18 @@ def selective_contexts() -> Any:
     Only norms and activations are recomputed then: more memory, less time.
     """
     return create_selective_checkpoint_contexts(list(KEPT))
+
+
+def keep_float32_under_fsdp2(accelerator: Accelerator) -> None:
+    """Have FSDP2 return outputs as they are and reduce gradients in float32, before anything is sharded.
+
+    Under `mixed_precision: bf16` accelerate sets both to bf16: the root module would round log-probs of hundreds of
+    nats to 8 bits, and heads' rewards as well.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def describe_wrapping(model: Any) -> str:

@@ -45,7 +45,7 @@ class PairCollator:
     ) -> dict[str, Any]:
         """Collate `examples`, which are in the order of `micro_batch.indices`."""
         groups = [Group(e["prompt_ids"], (e["chosen_ids"], e["rejected_ids"])) for e in examples]
-        batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch), row_length=micro_batch.row_length)
+        batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch))
         if self.ld_alpha is not None:
             batch["score_weights"] = _length_desensitised(groups, self.ld_alpha)
         return batch | step_columns(examples, micro_batch) | _pair_columns(examples)

@@ -95,7 +95,7 @@ class ComparisonCollator:
     ) -> dict[str, Any]:
         """Collate `examples`, which are in the order of `micro_batch.indices`."""
         groups = [Group(e["prompt_ids"], e["response_ids"]) for e in examples]
-        batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch), row_length=micro_batch.row_length)
+        batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch))
         batch |= step_columns(examples, micro_batch)
         scores = [e["scores"] for e in examples]
         width = max(map(len, scores))

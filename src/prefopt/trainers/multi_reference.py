@@ -325,16 +325,14 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             shuffle=False,
         )
         batches = PlannedBatches(dataset, self.collate, self.layout)
-        policy, model = self.step_model, self.model
+        policy = self.step_model
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         training = policy.training
         policy.eval()
         for (micro_batch,) in plan:
             batch = self.to_device(batches[micro_batch])
             with torch.no_grad(), self.compute_loss_context_manager():
-                scores = score_completions(
-                    policy, batch, attn_implementation=self.attn_implementation, dtype=model.dtype
-                )
+                scores = score_completions(policy, batch)
                 by_accuracy = self.args.sampling_metric == "accuracy"
                 merit = _right_per_token(scores) if by_accuracy else -self._plain_loss(scores, batch)
             total += torch.where(batch["real"], merit, 0.0).sum()

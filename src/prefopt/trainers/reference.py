@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefopt._transformers import attention_of
 from prefopt._trl import prepare_deepspeed, prepare_fsdp
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.references.cache import default_folder
@@ -23,14 +22,13 @@ from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
 from prefopt.scoring.layouts import Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
-from prefopt.trainers.base import CPU_ROW_TOKENS
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of, frozen_copy, load_model
 
 LARGEST_LOGP = 0.01  # 0, and room for rounding in bfloat16
-GPU_ROW_TOKENS = 16384
-"""Tokens of one forward of the reference pass on a GPU: no gradient is kept, so it can exceed a training row."""
+CPU_ROW_TOKENS, GPU_ROW_TOKENS = 1024, 16384
+"""Tokens of one forward of the reference pass: no gradient is kept, so it can exceed a training row."""
 
 
 class Reference:
@@ -47,14 +45,12 @@ class Reference:
         self, module: PreTrainedModel | PeftModel | None, policy: PreTrainedModel | PeftModel, accelerator: Accelerator
     ) -> None:
         self.policy = policy
-        self.config = base_model_of(module or policy).config
         self.module = None if module is None else shard(module, accelerator)
 
     def logps(self, batch: dict[str, Any], wrapped_policy: nn.Module) -> torch.Tensor:
         """Return the summed log-probs (C,) float32 of the batch's completions."""
         with torch.no_grad(), self._scoring_model(wrapped_policy) as model:
-            implementation, dtype = attention_of(self.config), base_model_of(self.policy).dtype
-            return score_completions(model, batch, attn_implementation=implementation, dtype=dtype).logps
+            return score_completions(model, batch).logps
 
     @contextlib.contextmanager
     def _scoring_model(self, wrapped_policy: nn.Module) -> Iterator[nn.Module]:
@@ -233,11 +229,8 @@ def attach_scores(
     engine = prepare_deepspeed(model, accelerator) if sharded else unsharded.to(args.device)
     score = group_scorer(
         engine,
-        base.config,
         layout,
         device=args.device,
-        dtype=base.dtype,
-        row_length=-(-tokens // 128) * 128 if args.device.type == "cuda" else None,
         autocast=accelerator.autocast,
     )
     with adapter_of_reference(model) if module is None else contextlib.nullcontext():

@@ -149,9 +149,8 @@ class HeadTrainer(ComparisonTrainer):
 
     def run_model(self, model: Any, batch: dict[str, Any], **inputs: Tensor) -> Any:
         """Run one forward over the batch's responses, through whatever wraps the model."""
-        mask = attention_mask_of(model, batch, attn_implementation=self.attn_implementation, dtype=self.model.dtype)
         shared = {name: batch[name] for name in ("input_ids", "position_ids", "last_index")}
-        return model(attention_mask=mask, **shared, **inputs)
+        return model(attention_mask=attention_mask_of(model, batch), **shared, **inputs)
 
     def why_not_packed(self) -> str | None:
         """Give each sequence a separate row for heads that read every token of it."""

@@ -78,7 +78,7 @@ class RRHFTrainer(ComparisonTrainer):
 
     def step_loss(self, model: Any, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 1) ranking losses."""
-        scores = score_completions(model, batch, attn_implementation=self.attn_implementation, dtype=self.model.dtype)
+        scores = score_completions(model, batch)
         assert scores.logps is not None and scores.counts is not None
         mean_logps = scores.logps / scores.counts  # (C,)
         ranking = rrhf_loss(as_table(mean_logps, batch), batch["ranks"], mask=batch["mask"])  # (B,)

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from prefopt import losses as pure
+from prefopt.arguments import setting
 from prefopt.launch import print_on_main
 from prefopt.scoring.logprobs import CompletionScores
 from prefopt.trainers.config import PreferenceConfig
@@ -27,12 +28,10 @@ WIN_PROBABILITIES = ("chosen_win_prob", "rejected_win_prob", "chosen_over_reject
 class SPPOConfig(PreferenceConfig):
     """Settings of `SPPOTrainer`; the papers' `beta` is far below DPO's, since it divides targets."""
 
-    beta: float = field(
-        default=0.001,
-        metadata={
-            "help": "1 / eta. Targets are (win probability - 1/2) / beta nats, so a SMALLER beta moves the policy "
-            "further (0.001 in the papers, for whole answers of 7B models)."
-        },
+    beta: float = setting(
+        0.001,
+        "1 / eta. Targets are (win probability - 1/2) / beta nats, so a SMALLER beta moves the policy further (0.001 "
+        "in the papers, for whole answers of 7B models).",
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sppo"],
@@ -41,20 +40,17 @@ class SPPOConfig(PreferenceConfig):
             "(plain pairs), 'gpo' (scores of a general preference model); 'sft' may be added."
         },
     )
-    max_target: float | None = field(
-        default=None,
-        metadata={
-            "help": "gpo: largest size of a target in nats; null: no bound. Scores of 2 to 8 make targets of "
-            "thousands of nats at beta 0.001."
-        },
+    max_target: float | None = setting(
+        None,
+        "gpo: largest size of a target in nats; null: no bound. Scores of 2 to 8 make targets of thousands of nats at "
+        "beta 0.001.",
+        above=0,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_target is not None and "gpo" not in self.loss_type:
             raise ValueError("`max_target` bounds the targets of `loss_type: gpo`; remove it.")
-        if self.max_target is not None and not self.max_target > 0:
-            raise ValueError(f"`max_target` must be above 0 nats, not {self.max_target}.")
         if self.label_smoothing:
             raise ValueError("`label_smoothing` is not used here: uncertain pairs have win probabilities near 1/2.")
 

@@ -71,6 +71,21 @@ class RankerOptions(RankerSettings, _Choice):
         return torch.float32 if self.device.type == "cpu" else RANKERS[self.kind].accelerated_dtype
 
 
+# recorded by the ranker's fingerprint or in another way
+_RECORDED = ("dtype", "max_length", "model_revision", "trust_remote_code", "judge_template")
+
+
+def deciding_options(kind: str, args: Any) -> dict[str, Any]:
+    """Return the options of a ranker that decide its scores and have been set, for the record of a result."""
+    return {
+        declared.name: getattr(args, declared.name)
+        for declared in dataclasses.fields(RANKERS[kind].options)
+        if declared.metadata.get("decides_result", True)
+        and declared.name not in _RECORDED
+        and getattr(args, declared.name) != declared.default
+    }
+
+
 def build_ranker(options: RankerOptions) -> Ranker:
     """Load the ranker that `options` describe.
 
