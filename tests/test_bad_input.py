@@ -29,7 +29,7 @@ from prefopt import (
 )
 from prefopt.cli import main
 from prefopt.data import DataArguments, DataSource, load_datasets
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_tokenizer, write_checkpoint
 from tests.tiny_runs import pair_rows, tiny_recipe, write_model, write_pairs
 
 
@@ -79,8 +79,7 @@ def earlier_run(folder: Path, model: Path) -> None:
 
 
 def earlier_checkpoint(folder: Path, model: Path) -> None:
-    (folder / "out" / "checkpoint-7").mkdir(parents=True)
-    (folder / "out" / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    write_checkpoint(folder / "out" / "checkpoint-7")
     (folder / "out" / "recipe.yaml").write_text("beta: 3\nlearning_rate: 1.0\n")
 
 
