@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prefopt.waiting import announced_wait
+
 CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
 """Keys of a config in memory about how and from where it was loaded; nothing that a model computes depends on them."""
 
@@ -71,7 +73,8 @@ class HookedTrainer(Trainer):
         # the last that every rank writes; the main process writes the trainer's state after it, which therefore proves
         # that the checkpoint is whole only if all ranks have arrived here
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
+        with announced_wait("the other ranks to write their part of the checkpoint"):
+            self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # a run resumed at its last step would train one step more: the end is tested after a step only
