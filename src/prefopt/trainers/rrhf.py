@@ -25,12 +25,7 @@ class RRHFConfig(ComparisonConfig):
     truncation_mode: str = setting(
         "keep_start", "What a row longer than `max_length` keeps: 'keep_start' or 'keep_end'."
     )
-    sft_coeff: float = setting(1.0, "Weight of the log-likelihood of the best response.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.sft_coeff >= 0:
-            raise ValueError(f"`sft_coeff` must not be negative, not {self.sft_coeff}.")
+    sft_coeff: float = setting(1.0, "Weight of the log-likelihood of the best response.", at_least=0)
 
 
 class RRHFTrainer(ComparisonTrainer):
