@@ -183,12 +183,22 @@ def test_one_reference_and_equal_references_are_dpo(tmp_path, mode):
     plain = DPOTrainer(
         tiny_model("llama", vocab_size=len(TOKENIZER)),
         args=DPOConfig(
-            output_dir=str(tmp_path), beta=0.1, logging_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-            gradient_checkpointing=False, save_strategy="no", max_length=128, precompute_ref_log_probs=True, **shared,
+            output_dir=str(tmp_path),
+            beta=0.1,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            max_length=128,
+            precompute_ref_log_probs=True,
+            **shared,
         ),
         train_dataset=single,
         processing_class=TOKENIZER,
-    )  # fmt: skip
+    )
     plain.train()
     for data in (one, three):
         run = trainer(tmp_path, data, mode=mode)

@@ -506,7 +506,8 @@ def test_errors_that_are_not_of_the_disk_stay_what_they_are(tmp_path, monkeypatc
 
 
 def test_a_logarithmic_warm_up_is_deepspeeds(tmp_path):
-    """lr(step) = lr log(step) / log(W) below W = 6 steps, DeepSpeed's gamma one step on; then the linear schedule's."""
+    """lr(step) = lr log(step) / log(W) below W = 6 steps, DeepSpeed's gamma one step on; then the linear
+    schedule's."""
     rates = {}
     for kind in ("linear", "log"):
         settings = {"max_steps": 12, "warmup_steps": 6, "lr_scheduler_type": "linear", "learning_rate": 1e-3}

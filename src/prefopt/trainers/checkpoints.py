@@ -202,7 +202,8 @@ def check_space(args: Any, weights: float, states: float, *, steps: int) -> None
     if needed > free:
         raise ValueError(
             f"{folder} has {free / GIB:.3g} GiB free, and the run will keep {needed / GIB:.3g} GiB ({kept} "
-            "checkpoints and the model): free some space, choose another output_dir, or set a smaller `save_total_limit`, a "
+            "checkpoints and the model): free some space, choose another output_dir, or set a smaller "
+            "`save_total_limit`, a "
             "larger `save_steps` or `save_only_model`."
         )
 
