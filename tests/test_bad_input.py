@@ -11,13 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from prefopt import WPOConfig, WPOTrainer
+from prefopt import (
+    GeneralPreferenceConfig,
+    GeneralPreferenceTrainer,
+    MultiReferenceDPOConfig,
+    MultiReferenceDPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RRHFConfig,
+    RRHFTrainer,
+    WPOConfig,
+    WPOTrainer,
+)
 from prefopt.cli import main
 from prefopt.data import DataArguments, DataSource, load_datasets
-from tests.tiny_runs import tiny_recipe, write_model, write_pairs
+from tests.tiny import tiny_tokenizer, write_checkpoint
+from tests.tiny_runs import pair_rows, tiny_recipe, write_model, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +79,7 @@ def earlier_run(folder: Path, model: Path) -> None:
 
 
 def earlier_checkpoint(folder: Path, model: Path) -> None:
-    (folder / "out" / "checkpoint-7").mkdir(parents=True)
-    (folder / "out" / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    write_checkpoint(folder / "out" / "checkpoint-7")
     (folder / "out" / "recipe.yaml").write_text("beta: 3\nlearning_rate: 1.0\n")
 
 
@@ -267,6 +279,29 @@ def test_policy_and_reference_are_one_object(tmp_path, model, data):
         WPOTrainer(policy, ref_model=policy, args=args, train_dataset=train, processing_class=tokenizer)
 
 
+TRAINERS = [
+    (WPOTrainer, WPOConfig),
+    (MultiReferenceDPOTrainer, MultiReferenceDPOConfig),
+    (RewardTrainer, RewardConfig),
+    (GeneralPreferenceTrainer, GeneralPreferenceConfig),
+    (RRHFTrainer, RRHFConfig),
+]
+
+
+@pytest.mark.parametrize(("trainer_class", "config_class"), TRAINERS)
+@pytest.mark.parametrize(("model", "words"), [(None, "`model` is None: give the name"), (3, "`model` is of type int")])
+def test_no_model(tmp_path, trainer_class, config_class, model, words):
+    args = config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match=words):
+        trainer_class(model, args=args, train_dataset=Dataset.from_list(pair_rows(2)))
+
+
+def test_a_path_is_a_folder(tmp_path, model):
+    args = WPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = WPOTrainer(Path(model), args=args, train_dataset=Dataset.from_list(pair_rows(2)))
+    assert type(trainer.model).__name__ == "LlamaForCausalLM"
+
+
 def test_a_library_error_while_preparing_is_one_line_too(tmp_path, model, data, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{broken")
@@ -295,3 +330,33 @@ def test_recipe_written_beside_the_model_is_never_half_there(tmp_path, model, da
     assert "the trainer cannot be built" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert yaml.safe_load(recipe.read_text())["output_dir"] == str(tmp_path / "out")
+
+
+def gpt2(folder, **settings):
+    tokenizer = tiny_tokenizer("llama3")
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=16, n_layer=1, n_head=2, **{"vocab_size": len(tokenizer), "n_positions": 512, **settings}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_positions": 24}, "learned 24 positions: set `max_length` to at most 24"),
+        ({"vocab_size": 100}, "but the model has 100 embeddings"),
+    ],
+)
+@pytest.mark.parametrize("command", ["wpo", "reward-model", "check"])
+def test_ids_and_lengths_beyond_the_models_tables(tmp_path, data, capsys, monkeypatch, settings, words, command):
+    """Found before weights are loaded: in training they are an IndexError, on a GPU a device assertion."""
+    gpt2(tmp_path / "model", **settings)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    recipe = tiny_recipe(tmp_path, tmp_path / "model", data, method=None if command == "reward-model" else "wpo")
+    if command == "reward-model":
+        recipe.write_text(recipe.read_text().replace("max_prompt_length: 48", "pooling: last"))
+    assert main([command, str(recipe)]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err + printed.out
+    assert "Traceback" not in printed.err

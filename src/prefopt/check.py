@@ -14,7 +14,7 @@ from trl import ModelConfig
 from prefopt import run
 from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
-from prefopt.data import TokenizationReport
+from prefopt.data import TokenizationReport, check_fits_model
 from prefopt.launch import launch_words, split_launch_settings, world_size
 from prefopt.memory import GIB, Launch, Memory, ModelShape, estimate
 from prefopt.pages import printable
@@ -155,9 +155,9 @@ def check_model_and_data(
 ) -> None:
     """Check model and reference by their configs, the tokenizer, the data, and the memory that these ask for."""
     trainer, rows, name = function_of(found.method), COMMANDS[found.method].rows, str(model_args.model_name_or_path)
-    is_there = found.attempt(run.read_config, name, model_args, config) is not None
+    model_config = found.attempt(run.read_config, name, model_args, config)
     found.attempt(run.check_reference, run_args, config, rows)
-    tokenizer = found.attempt(run.load_tokenizer, name, model_args, config, run_args) if is_there else None
+    tokenizer = found.attempt(run.load_tokenizer, name, model_args, config, run_args) if model_config else None
     if tokenizer is not None and data_args is not None:
         with contextlib.redirect_stdout(sys.stderr):
             datasets, found.reports = found.attempt(tokenise_data, rows, tokenizer, config, data_args) or ({}, [])
@@ -165,6 +165,8 @@ def check_model_and_data(
                 found.notices += run.data_warnings(data, config.max_length)
             for split, dataset in datasets.items():
                 found.attempt(trainer.check_data, dataset, config, split)
+                if not run.is_adapter(name):
+                    found.attempt(check_fits_model, dataset, model_config, split)
     found.memory = found.attempt(estimate_memory, config, model_args, found)
     if found.memory is not None and torch.cuda.is_available() and not found.launch.use_cpu:
         available = torch.cuda.get_device_properties(0).total_memory

@@ -27,7 +27,9 @@ YAML_VALUES = 100_000  # once every alias is written out
 # a disk or a quota that is full, a limit on a file's size, a read-only or failing disk, a folder without permission
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 # the same in the words of torch and safetensors, which raise other errors
-_STORAGE_WORDS = re.compile(r"os error (28|122|27|30|5|13|1)\)|file write failed|iostream error|enforce fail.*write")
+_STORAGE_WORDS = re.compile(
+    r"os error (28|122|27|30|5|13|1)\)|file write failed|iostream error|enforce fail.*(write|unexpected pos)"
+)
 
 
 def storage_fault(error: BaseException, folder: str | os.PathLike[str], needed: float = 0) -> str | None:
@@ -42,12 +44,13 @@ def storage_fault(error: BaseException, folder: str | os.PathLike[str], needed: 
     known = isinstance(error, OSError) and error.errno in _STORAGE_ERRORS
     if not (known or _STORAGE_WORDS.search(str(error)) or (lost and isinstance(error, (OSError, RuntimeError)))):
         return None
-    if lost:
+    if lost and not known:
         return f"{folder} was removed while it was written to."
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
     where = error.filename if isinstance(error, OSError) and error.filename else folder
     room = f"; about {needed / 2**30:.2f} GiB were to be written" if needed else ""
-    return f"{where} cannot be written: {reason} ({shutil.disk_usage(folder).free / 2**30:.2f} GiB are free{room})."
+    disk = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    return f"{where} cannot be written: {reason} ({shutil.disk_usage(disk).free / 2**30:.2f} GiB are free{room})."
 
 
 @contextmanager

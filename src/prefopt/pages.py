@@ -34,6 +34,11 @@ def escape(text: object) -> str:
     return re.sub(r"(?i)(https?|ftp|mailto|xmpp|www)([:.])", lambda found: f"{found[1]}&#{ord(found[2])};", line)
 
 
+def fenced(text: str) -> str:
+    """Return text for a block of three backticks, which it cannot end early."""
+    return printable(text).replace("```", "\u02cb\u02cb\u02cb")
+
+
 def picture(title: str, path: str) -> str:
     """Return the Markdown of a picture that lies beside the page; no character of its path ends the link early."""
     return f"![{title}]({quote(path)})"

@@ -31,7 +31,7 @@ from prefopt.files import parse_yaml, read_yaml, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
-from prefopt.trainers.checkpoints import is_whole, last_checkpoint
+from prefopt.trainers.checkpoints import cannot_resume, checkpoint_to_resume, is_whole, last_checkpoint
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import load_model
 
@@ -266,13 +266,12 @@ def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, res
         )
     if isinstance(resume, str) and resume.lower() not in ("true", "false"):
         if not is_whole(Path(resume)):
-            raise ValueError(
-                f"resume_from_checkpoint: {resume} holds no whole checkpoint (no readable trainer_state.json)."
-            )
+            raise ValueError(cannot_resume(Path(resume)))
         _check_same_run(Path(resume).parent, resolved)
         return resume
-    last, has_model = last_checkpoint(output_dir), _has_model(output_dir)
-    is_same, resumes = _changes(output_dir, resolved) == [], str(resume).lower() == "true"
+    resumes = str(resume).lower() == "true"
+    last = checkpoint_to_resume(output_dir) if resumes else last_checkpoint(output_dir)
+    is_same, has_model = _changes(output_dir, resolved) == [], _has_model(output_dir)
     if resumes and last is not None:
         _check_same_run(output_dir, resolved)
         return last

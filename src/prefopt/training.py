@@ -21,7 +21,14 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
-from prefopt.data import RowTokenizer, TokenizationReport, Truncation, describe_sample, load_tokenized
+from prefopt.data import (
+    RowTokenizer,
+    TokenizationReport,
+    Truncation,
+    check_fits_model,
+    describe_sample,
+    load_tokenized,
+)
 from prefopt.data.rows import Kind
 from prefopt.files import locked, read_json, storage_fault
 from prefopt.launch import check_launcher, print_on_main, rank, world_size
@@ -36,6 +43,7 @@ from prefopt.run import (
     check_output,
     check_reference,
     data_warnings,
+    is_adapter,
     is_finished,
     load_tokenizer,
     missing_packages,
@@ -158,9 +166,11 @@ def make_trainer(
     assert name is not None
     trainer_class.check_settings(args)
     check_reference(run_args, args, rows)
-    read_config(name, model_args, args)
+    config = read_config(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
-    train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args)
+    # an adapter may bring embeddings that its base's config does not know of
+    fits = None if is_adapter(name) else config
+    train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args, fits)
     if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
         print_on_main(
             "There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out)."
@@ -175,9 +185,14 @@ def make_trainer(
 
 
 def prepare_data(
-    trainer_class: Any, rows: Kind, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DatasetArguments
+    trainer_class: Any,
+    rows: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    data_args: DatasetArguments,
+    model_config: Any = None,
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Return tokenised training and evaluation rows; print the counts and one decoded sample."""
+    """Return tokenised training and evaluation rows, checked; print the counts and one decoded sample."""
     datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
@@ -185,6 +200,9 @@ def prepare_data(
             for warning in data_warnings(report, args.max_length):
                 print_on_main(f"Warning: {warning}")
         print(printable(describe_sample(tokenizer, datasets["train"][0])), flush=True)
+    if model_config is not None:
+        for name, dataset in datasets.items():
+            check_fits_model(dataset, model_config, name)
     if rows != "pairs":  # the pair trainers check them before they load weights
         for name, dataset in datasets.items():
             trainer_class.check_data(dataset, args, name)

@@ -383,6 +383,43 @@ def test_a_released_general_preference_model_reads_what_it_was_trained_on(tmp_pa
     assert ranker.as_released and not build("general-preference", tmp_path / "ours").as_released
 
 
+@pytest.mark.parametrize("template", ["llama3", "gemma2"])
+@pytest.mark.parametrize("form", ["example", "fork"])
+def test_general_preference_ids_of_the_authors_other_code(tmp_path, template, form):
+    """Transcribed (their code needs a GPU): the rendered text is encoded again, as gpm_example_usage.py and the fork's
+    RMs/reward_model.py do, and the prompt is the first turn alone, encoded in the same way."""
+    tokenizer = tiny_tokenizer(template)
+    base = spread(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=len(tokenizer), **SHAPE)))
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors") | {"value_head.weight": torch.randn(4, 32)}
+    save_file(weights | {"prompt_head.weight": torch.randn(2, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    request = Request("one", "What is two plus three?", ["five", "six or so"])
+    ranker = build("general-preference", tmp_path, released_format=form)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for answer, text in zip(ranker.encode([request], tally())[0], request.candidates):
+        whole = tokenizer.apply_chat_template(conversation(request.prompt, text), tokenize=False)
+        first = tokenizer.apply_chat_template(conversation(request.prompt, text)[:1], tokenize=False)
+        if form == "example":
+            expected, prompt = tokenizer(whole)["input_ids"], tokenizer(first)["input_ids"]
+            expected[-1] = eos
+            assert expected[:2] == [bos, bos]
+        else:
+            expected, prompt = (
+                tokenizer(text.replace(tokenizer.bos_token, ""), add_special_tokens=False)["input_ids"]
+                for text in (whole, first)
+            )
+            assert bos not in expected
+        assert answer.ids == expected and answer.prompt_length == len(prompt)
+    (table,) = ranker.rank([request], tally())
+    (trained,) = build("general-preference", tmp_path).rank([request], tally())
+    assert table[0, 1] == -table[1, 0] and abs(table[0, 1] - trained[0, 1]) > 1e-6
+    ranker.model.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="no checkpoint in the authors' layout"):
+        build("general-preference", tmp_path / "ours", released_format=form)
+
+
 # --- the judge
 # ------------------------------------------------------------------------------------------------------------------
 

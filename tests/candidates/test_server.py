@@ -160,8 +160,8 @@ def test_a_server_that_answers_mostly_nonsense_ends_the_run():
     [
         ("7", 7, 7),
         ("0.5", 0.5, 0.5),
-        (formatdate(time.time() + 9000, usegmt=True), 5000, 9000),
-        (formatdate(time.time() - 30, usegmt=True), 0, 0),
+        pytest.param(formatdate(time.time() + 9000, usegmt=True), 5000, 9000, id="a date to come"),
+        pytest.param(formatdate(time.time() - 30, usegmt=True), 0, 0, id="a date gone by"),
         ("-3", 0, 0),
         ("soon", 0, 0),
         ("nan", 0, 0),

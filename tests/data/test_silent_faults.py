@@ -7,8 +7,19 @@ import pytest
 from datasets import Dataset
 
 from prefopt.candidates.prompts import PromptSet, tokenize
-from prefopt.data import BadRow, tokenize_comparisons, tokenize_pairs, tokenize_prompts
+from prefopt.data import (
+    BadRow,
+    DataArguments,
+    DataSource,
+    load_datasets,
+    tokenize_comparisons,
+    tokenize_pairs,
+    tokenize_prompts,
+)
 from prefopt.data.rows import METHOD_COLUMNS, REFERENCE_COLUMNS, normalise_comparison, normalise_pair, normalise_prompt
+from prefopt.files import write_jsonl
+from prefopt.recipes import build, read_recipe
+from prefopt.recipes.arguments import DatasetArguments
 from tests.tiny import CHAT_TEMPLATES, tiny_tokenizer
 
 CHAT = tiny_tokenizer("llama3")
@@ -296,3 +307,92 @@ def test_d_a_blank_prompt_is_a_bad_row(prompt):
         normalise_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     with pytest.raises(BadRow, match="empty prompt"):
         normalise_comparison({"prompt": prompt, "responses": [chosen, rejected], "scores": [1, 0]})
+
+
+ORCA = {"system": "Be brief.", "question": "Which colour is it?", "chosen": "Blue.", "rejected": "Red."}
+ALPACA = {"instruction": "Translate.", "input": "Guten Tag", "chosen": "Hello", "rejected": "Bye"}
+WHOLE = {"instruction": "Hi", "chosen": [U, A], "rejected": [U, B]}
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        (ORCA, "system"),
+        ({name: ORCA[name] for name in ("question", "chosen", "rejected")}, "question"),
+        (ALPACA, "instruction"),
+        ({**ALPACA, "prompt": "Translate."}, "input"),
+        ({**GOOD, "context": "Once upon a time."}, "context"),
+        ({"Query": "what?", "chosen": "a", "rejected": "b"}, "Query"),
+        ({"messages": [turn("user", "what?")], "chosen": "a", "rejected": "b"}, "messages"),
+        (
+            {"prompt": "p", "system_prompt": "Be brief.", "responses": ["a", "b"], "scores": [1.0, 0.0]},
+            "system_prompt",
+        ),
+    ],
+)
+def test_a2_an_unused_column_that_belongs_to_the_prompt_stops_the_run(tmp_path, row, column):
+    tokenise = tokenize_comparisons if "responses" in row else tokenize_pairs
+    with pytest.raises(ValueError, match=f"text in the column '{column}' that nothing reads.*`columns: "):
+        tokenise(Dataset.from_list([row]), CHAT, max_length=None)
+    if "responses" not in row:
+        write_jsonl(tmp_path / "rows.jsonl", [row])
+        with pytest.raises(ValueError, match=rf"rows.jsonl' .*'{column}'"):
+            load_datasets(DataArguments([DataSource(str(tmp_path / "rows.jsonl"))]))
+
+
+def test_a2_columns_that_say_nothing_new_are_left_alone():
+    rows = [{**WHOLE, "system": "", "input": None}, {**WHOLE, "system": None, "input": " "}]
+    assert fault_of(rows[0], good=rows[1])[0] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "prompt"),
+    [
+        (
+            ORCA,
+            {"prompt": "question", "system": "system"},
+            [turn("system", "Be brief."), turn("user", ORCA["question"])],
+        ),
+        ({**ORCA, "system": ""}, {"prompt": "question", "system": "system"}, [turn("user", ORCA["question"])]),
+        (ALPACA, {"prompt": ["instruction", "input"]}, "Translate.\n\nGuten Tag"),
+        ({**ALPACA, "input": ""}, {"prompt": ["instruction", "input"]}, "Translate."),
+        (WHOLE, {"prompt": "instruction"}, [U]),
+        ({**WHOLE, "system": "Be brief."}, {"prompt": "instruction", "system": "system"}, [S, U]),
+        ({"q": "Hi", "good": "a", "bad": "b"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, "Hi"),
+    ],
+)
+def test_a2_common_layouts_are_read_by_mapping_alone(tmp_path, row, columns, prompt):
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    rows, _ = load_datasets(DataArguments([DataSource(str(tmp_path / "rows.jsonl"), columns=columns)]))
+    assert rows[0]["prompt"] == prompt
+    if isinstance(prompt, list):
+        assert rows[0]["chosen"][0]["role"] == "assistant"
+
+
+def test_a2_a_recipe_maps_columns_of_every_source(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [ORCA])
+    write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b"}])
+    mapping = {"prompt": "question", "system": "system"}
+    path, other = str(tmp_path / "train.jsonl"), str(tmp_path / "other.jsonl")
+    args = DatasetArguments(
+        datasets=[DataSource(path)], columns=mapping, eval_datasets={"x": path, "y": DataSource(other, columns=[])}
+    )
+    assert args.resolve(evaluates=True, seed=0).train[0].columns == mapping
+    assert [source.train[0].columns for _, source in args.named_evaluations()] == [mapping, []]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset_name: {path}\ncolumns: {{prompt: [question, system]}}\n")
+    (built,) = build(read_recipe([str(recipe)], [DatasetArguments]), [DatasetArguments])
+    assert built.resolve(evaluates=False, seed=0).train[0].columns == {"prompt": ["question", "system"]}
+    with pytest.raises(ValueError, match="columns maps to 'promt', which nothing reads"):
+        load_datasets(DataArguments([DataSource(path, columns={"promt": "question"})]))
+    with pytest.raises(ValueError, match="has no column 'questions'"):
+        load_datasets(DataArguments([DataSource(path, columns={"prompt": "questions"})]))
+
+
+def test_a2_the_system_column_of_ms_swifts_form_is_read_by_mapping(tmp_path):
+    row = {"system": "Be brief.", "messages": [U, A], "rejected_response": "Red."}
+    with pytest.raises(ValueError, match="the column 'system'"):
+        tokenize_pairs(Dataset.from_list([row]), CHAT, max_length=None)
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    rows, _ = load_datasets(DataArguments([DataSource(str(tmp_path / "rows.jsonl"), columns={"system": "system"})]))
+    assert (rows[0]["prompt"], rows[0]["chosen"], rows[0]["rejected"]) == ([S, U], [A], [B])

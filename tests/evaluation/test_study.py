@@ -117,3 +117,11 @@ def test_what_is_no_study_is_refused_in_one_line(tmp_path, capsys):
     assert "no run of this study is done" in capsys.readouterr().err
     assert main(["evaluate", "--study", str(tmp_path), "--answers", "x"]) == 2
     assert "by itself" in capsys.readouterr().err
+
+
+def test_a_study_shows_names_literally(tmp_path):
+    """Names of runs come from recipes: no tag, image or cell of theirs acts on the page."""
+    hostile = "<img src=x>![y](z)|"
+    report_study(write_study(tmp_path, {**RUNS, hostile: RUNS["geometric"]}), plots=False)
+    page = (tmp_path / TABLE_FILE).read_text()
+    assert "<img" not in page and "![" not in page and r"&lt;img src=x&gt;!\[y\](z)\|" in page

@@ -19,6 +19,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHO
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse
+import ctypes
 import importlib
 import json
 import random
@@ -27,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -34,9 +36,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from tqdm import tqdm
 
 import prefopt.training  # noqa: F401 - so that forked processes have it
 from prefopt import cli
+from prefopt.launch import PR_SET_PDEATHSIG
 from tests.faults.commands import Command, differences, every_command, write_inputs
 
 PATIENCE = 300  # seconds that a command may take at most: one that waits for ever has lost its run as well
@@ -52,7 +56,12 @@ class Victim:
             with open(log, "ab") as output:
                 program = command.program(run)
                 self.process = subprocess.Popen(
-                    program, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+                    program,
+                    stdout=output,
+                    stderr=output,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
             self.pid = self.process.pid
         else:
@@ -82,15 +91,23 @@ class Victim:
         os.waitpid(self.pid, 0)
 
 
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _become(words: list[str], log: Path) -> None:
     """Turn a forked process into the command."""
     status = 70
     try:
         os.setsid()
+        _end_with_parent()
         output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # tqdm's lock is one for all processes that are forked, and who is killed while it holds it never gives it back
+        tqdm.set_lock(threading.RLock())
         torch.set_num_threads(1)
         status = cli.main(words)
     except SystemExit as end:
@@ -148,6 +165,7 @@ def faults_of(name: str, command: Command, folder: Path, kills: int, rng: random
                 lost.append(f"killed at {moments}: " + "\n  ".join(unequal[:5]))
         except Exception as error:
             lost.append(f"killed at {moments}: {error}")
+        print(f"  {name}: killed at {', '.join(moments) or 'no time'}: {'LOST' if lost else 'equal'}", flush=True)
         if lost:
             break  # the folder is kept as it is
         shutil.rmtree(run)

@@ -33,8 +33,8 @@ TRAINING = {
     "save_total_limit": 2,
 }
 RULE = "def score(prompt, candidates):\n    return [float(len(text) + text.count('e')) for text in candidates]\n"
-# What differs between two equal runs: times, and what is counted in them.
-TIMES = ("runtime", "per_second", "seconds", "flos")
+# What differs between two equal runs: times, and what a process measures of itself (`perf/`: since it has started).
+TIMES = ("runtime", "per_second", "seconds", "flos", "perf/")
 
 
 @dataclass(frozen=True)

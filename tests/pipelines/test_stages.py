@@ -218,7 +218,13 @@ def test_a_damaged_state_says_how_to_go_on(tmp_path):
     runner(chain(tmp_path), tmp_path).run()
     state = tmp_path / STATE_FILE
     whole = state.read_text()
-    for damaged in (whole[: len(whole) // 2], "[]", '{"version": 1, "stages": {"a": {"status": "done"}}}', "\0"):
+    record = '{"version": 1, "stages": {"a": {"status": "done", "settings": %s, "inputs": {}, "consumed": {}%s}}}'
+    for damaged in (
+        *(whole[: len(whole) // 2], "", "\0", "[]", "null", "1", '{"version": 1}', '{"version": 1, "stages": []}'),
+        *('{"version": 1, "stages": {"a": {"status": "done"}}}', '{"version": 1, "stages": {"a": null}}'),
+        *(record % ("null", ""), record % ("{}", ', "more": 1'), record % ("{}", ', "files": {"a/result": 1}')),
+        *(record.replace("done", "odd") % ("{}", ""), record % ("{}", ', "digest": 7'), "[" * 100_000),
+    ):
         state.write_text(damaged)
         with pytest.raises(ValueError, match=rf"{STATE_FILE} is damaged .*{PREVIOUS_FILE}"):
             runner(chain(tmp_path), tmp_path).run()
@@ -230,6 +236,20 @@ def test_a_damaged_state_says_how_to_go_on(tmp_path):
     state.write_text((tmp_path / PREVIOUS_FILE).read_text())
     runner(chain(tmp_path), tmp_path).run()
     assert calls(tmp_path) == ["d"]
+
+
+@pytest.mark.parametrize("content", ["", "\0", "[1]", "null", '{"x": 1}', '{"x": ["a", 2, 3]}', "[" * 100_000])
+def test_damaged_notes_cost_time_only(tmp_path, content):
+    """Hashes of inputs, and who holds the lock."""
+    (tmp_path / "in").write_text("1")
+    run_dir = tmp_path / "run"
+    stages = [shell(run_dir, "a", "echo 1 > $OUT/result", inputs=[tmp_path / "in"])]
+    runner(stages, run_dir).run()
+    (run_dir / "input_hashes.json").write_text(content.replace("x", str(tmp_path / "in")))
+    (run_dir / LOCK_FILE).write_text(content or '{"pid": "x", "born": null}')
+    calls(run_dir)
+    runner(stages, run_dir).run()
+    assert calls(run_dir) == []
 
 
 def test_a_full_disk_stops_the_run_and_harms_nothing(tmp_path, monkeypatch):

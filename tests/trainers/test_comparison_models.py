@@ -5,6 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from prefopt import (
+    DPOConfig,
+    DPOTrainer,
     GeneralPreferenceConfig,
     GeneralPreferenceTrainer,
     RewardConfig,
@@ -86,6 +88,18 @@ def test_adapters_that_the_scoring_path_would_ignore_are_found_before_training(t
         make(backbone(tie_word_embeddings=True), target_modules=["q_proj"], trainable_token_indices=[3, 4])
     with pytest.raises(ValueError, match="An adapter on `lm_head` would be ignored"):
         make(backbone(), target_modules=["q_proj", "lm_head"])
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(RRHFTrainer, RRHFConfig), (DPOTrainer, DPOConfig)])
+def test_a_policys_adapter_folder_is_trained_on(folders, trainer, config):
+    rows = ROWS if trainer is RRHFTrainer else dataset(pairs(comparison_rows(8)))
+    built = trainer(str(folders / "policy"), args=config(**settings(folders / "out")), train_dataset=rows)
+    trained = {name: p.detach().clone() for name, p in built.model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    built.train()
+    assert any(not torch.equal(p, trained[name]) for name, p in built.model.named_parameters() if name in trained)
+    built.save_model()
+    assert (folders / "out" / "adapter_config.json").is_file()
 
 
 def test_new_tokens_train_where_the_embeddings_are_not_tied(tmp_path):

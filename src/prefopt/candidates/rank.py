@@ -19,6 +19,7 @@ from prefopt.candidates.rankers import (
     RankerOptions,
     RankerSettings,
     build_ranker,
+    deciding_options,
 )
 from prefopt.candidates.rankers.base import Request, check_scores
 from prefopt.candidates.records import (
@@ -111,6 +112,7 @@ def run(args: RankArguments) -> Path:
     settings = {
         name: getattr(args, name) for name in ("ranker", "model_name_or_path", "max_length", "policy_template")
     }
+    settings |= deciding_options(args.ranker, args)
     settings |= {"fingerprint": identity, "score_name": args.name, "dtype": str(work.options.torch_dtype)}
     plan = run_shards(
         records,

@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from prefopt.arguments import check_settings, setting
 from prefopt.data.holdout import check_test_size, hold_out, hold_out_rows
-from prefopt.data.rows import Kind, check_columns, is_tokenised, normalise, text_features
+from prefopt.data.rows import Kind, check_columns, check_unused_text, is_tokenised, normalise, text_features
 from prefopt.data.sources import DataSource, load_source
 from prefopt.data.tokenization import OUTCOME, RowTokenizer, form_of, main_process_first, outcomes_of
 from prefopt.files import content_hash
@@ -178,6 +178,7 @@ def normalise_rows(
     if kind == "any" or is_tokenised(dataset.column_names, kind):
         return dataset
     dataset = dataset.with_format(None)
+    check_unused_text(dataset, kind, where=where)
     first = next(
         (clean for row in dataset if (clean := normalise(row, kind, ("prompt", "fault")))["fault"] is None), {}
     )

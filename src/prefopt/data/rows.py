@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from datasets import Features, Json, List, Value
+from datasets import Dataset, Features, Json, List, Value
 
 from prefopt.data.messages import (
+    ASSISTANT,
     BadRow,
     Fault,
     TextOrMessages,
+    as_messages,
     check_answers,
     clean_template_kwargs,
     clean_text,
@@ -45,6 +47,16 @@ COLUMN_ALIASES = {
     "chosen_probs_win": "chosen_win_prob",
     "chosen_probs_lose": "rejected_win_prob",
 }
+# where a recipe's `columns` puts a system turn, and further columns that belong to the prompt
+SYSTEM_COLUMN = "system_turn"
+PROMPT_PARTS = ("prompt_part_2", "prompt_part_3", "prompt_part_4")
+# columns that hold a question or what belongs to one, in the layouts of common datasets
+PROMPT_LIKE = frozenset({
+    "question", "questions", "instruction", "instructions", "input", "inputs", "query", "context", "problem", "human",
+    "system", "system_prompt", "system_message", "user", "user_prompt", "user_input", "user_message", "passage",
+    "document", "background", "article", "post", "history", "messages", "conversation", "conversations", "dialogue",
+    "dialog",
+})  # fmt: skip
 CONTEXT_COLUMNS = ("tools", "chat_template_kwargs")
 COMPLETION_COLUMNS = {"pairs": ("chosen", "rejected"), "comparisons": ("responses",), "prompts": ()}
 
@@ -63,6 +75,22 @@ ACCEPTED_SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "prompts": (("prompt",), ("messages",), *_PAIR_SHAPES[1:]),
 }
+# what a recipe's `columns` may map to
+READ_COLUMNS = (
+    *(
+        "system",
+        "prompt",
+        "chosen",
+        "rejected",
+        "messages",
+        "rejected_response",
+        "responses",
+        "scores",
+        "text",
+        "type",
+    ),
+    *(*CONTEXT_COLUMNS, "is_adversarial", *METHOD_COLUMNS, *REFERENCE_COLUMNS),
+)
 # one comparison of APO's form: strings of query and response around this mark, of `type` "apo" where adversarial
 SEPARATOR = "<sep>"
 ADVERSARIAL_TYPE = "apo"
@@ -95,6 +123,42 @@ def check_columns(columns: Iterable[str], kind: Kind, *, where: str = "The datas
         return
     accepted = "; ".join(" + ".join(shape) for shape in ACCEPTED_SHAPES[kind])
     raise ValueError(f"{where} has the columns {sorted(present)}. Rows of {kind} need one of: {accepted}.")
+
+
+def check_unused_text(dataset: Dataset, kind: Kind, *, where: str = "The dataset") -> None:
+    """Check that no text that belongs to the prompts stands in a column that nothing reads.
+
+    Raises:
+        ValueError: a column with the name of a question, an instruction, a system turn, ... holds text that is in none
+            of the columns that are read.
+    """
+    names = set(dataset.column_names)
+    read = {*READ_COLUMNS, SYSTEM_COLUMN, *PROMPT_PARTS} - {"system"}
+    if "chosen" in names or "responses" in names:
+        read -= {"messages"}
+    suspects = [name for name in dataset.column_names if name.lower() in PROMPT_LIKE and name not in read]
+    if not suspects or is_tokenised(names, kind) or kind not in ("pairs", "comparisons"):
+        return
+    known = [name for name in dataset.column_names if name in read]
+    for row in dataset.select_columns([*suspects, *known]).select(range(min(len(dataset), 100))):
+        shown = " ".join(_plain(row[name]) for name in known)
+        for name in suspects:
+            if (text := _plain(row[name])) and text not in shown:
+                role = "system" if "system" in name.lower() else "prompt"
+                raise ValueError(
+                    f"{where} has text in the column {name!r} that nothing reads ({text[:60]!r}). Map it, as in "
+                    f"`columns: {{{role}: {name}}}` (several columns of one prompt: `prompt: [instruction, input]`), "
+                    "or leave it out: `columns: [prompt, chosen, rejected]`. In Python, rename or remove the column."
+                )
+
+
+def _plain(value: Any) -> str:
+    """Return all words of a text or of (lists of) messages, for comparisons."""
+    if isinstance(value, list):
+        return " ".join(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return _plain(value.get("content"))
+    return " ".join(value.split()).casefold() if isinstance(value, str) else ""
 
 
 def kept_features(features: Mapping[str, Any], kind: Kind, contents: Mapping[str, Any]) -> Features:
@@ -202,11 +266,11 @@ def normalise_prompt(row: Mapping[str, Any]) -> Row:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         prompt = _pair_texts(row)[0]
     elif "prompt" in row or "messages" not in row:
-        prompt = _text(row, "prompt")
+        prompt, _ = _with_system(row, _prompt(row), [])
     else:
         messages = _text(row, "messages")
         answered = isinstance(messages, list) and messages and messages[-1]["role"] == "assistant"
-        prompt = messages[:-1] if answered else messages
+        prompt, _ = _with_system(row, messages[:-1] if answered else messages, [])
     if is_blank(prompt):
         raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is empty")
     return {"row_id": row_id(prompt, [], context), "prompt": prompt, **context}
@@ -345,7 +409,32 @@ def _pair_texts(row: Mapping[str, Any]) -> PromptAndResponses:
     if "chosen" not in row and "messages" in row:
         return _from_conversation(row)
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    return split_prompt(_text(row, "prompt") if "prompt" in row else None, [chosen, rejected])
+    return _with_system(row, *split_prompt(_prompt(row) if "prompt" in row else None, [chosen, rejected]))
+
+
+def _prompt(row: Mapping[str, Any]) -> TextOrMessages:
+    """Return the prompt of a row, with the further columns that a recipe has mapped to it."""
+    prompt = _text(row, "prompt")
+    parts = [row[name] for name in PROMPT_PARTS if row.get(name)]
+    if not parts:
+        return prompt
+    if not all(isinstance(part, str) for part in (prompt, *parts)):
+        raise BadRow(Fault.WRONG_TYPE, "`prompt` is made of several columns, and one of them is no string")
+    return "\n\n".join(part for part in (prompt, *parts) if part.strip())
+
+
+def _with_system(
+    row: Mapping[str, Any], prompt: TextOrMessages, responses: list[TextOrMessages]
+) -> PromptAndResponses:
+    """Put the mapped system turn before the prompt; the row is a conversation then, with or without one."""
+    if SYSTEM_COLUMN not in row:
+        return prompt, responses
+    system, turns = row[SYSTEM_COLUMN] or "", as_messages(prompt)
+    if not isinstance(system, str):
+        raise BadRow(Fault.WRONG_TYPE, "the column of the system turn is no string")
+    if system.strip() and turns[:1] and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns, [[{"role": ASSISTANT, "content": r}] if isinstance(r, str) else r for r in responses]
 
 
 def _text(row: Mapping[str, Any], field: str) -> TextOrMessages:
@@ -358,7 +447,7 @@ def _from_conversation(row: Mapping[str, Any]) -> PromptAndResponses:
     if isinstance(messages, str) or not messages or messages[-1]["role"] != "assistant":
         raise BadRow(Fault.MISSING_FIELD, "`messages` does not end with an assistant turn, the chosen answer")
     answer: TextOrMessages = [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) else rejected
-    return messages[:-1], [messages[-1:], answer]
+    return _with_system(row, messages[:-1], [messages[-1:], answer])
 
 
 def _from_responses(row: Mapping[str, Any]) -> PromptAndResponses:
@@ -366,8 +455,8 @@ def _from_responses(row: Mapping[str, Any]) -> PromptAndResponses:
         raise BadRow(Fault.WRONG_TYPE, f"`responses` is not a list: {row['responses']!r}")
     tools = clean_tools(row.get("tools"))
     responses = [clean_text(response, "responses", tools) for response in row["responses"]]
-    prompt = _text(row, "prompt")
-    return split_prompt(prompt, responses) if responses else (prompt, [])
+    prompt = _prompt(row)
+    return _with_system(row, *(split_prompt(prompt, responses) if responses else (prompt, [])))
 
 
 def _from_separated(row: Mapping[str, Any]) -> PromptAndResponses:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, loa
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from prefopt.arguments import setting
+from prefopt.data.rows import PROMPT_PARTS, READ_COLUMNS, SYSTEM_COLUMN
 from prefopt.files import read_json
 
 # file ending -> name of the reader in `datasets`
@@ -24,6 +25,12 @@ _SPLIT_LIKE = re.compile(r"(train|test|val|dev|eval)")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # columns of text: in CSV files a cell such as "None" or "42" is text there, and neither missing nor a number
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "messages", "rejected_response")
+
+
+COLUMNS_HELP = (
+    "Columns to keep (a list), or how columns are read: {prompt: question, system: system}; several columns make one "
+    "prompt: {prompt: [instruction, input]}. All columns under their own names when unset."
+)
 
 
 @dataclass
@@ -40,7 +47,7 @@ class DataSource:
     split: str = setting("train", 'Split, or a slice of one such as "train[:1000]".')
     data_files: Any = setting(None, "Files inside the dataset: a path, a list, or a mapping split -> files.")
     data_dir: str | None = setting(None, "Folder inside the dataset.")
-    columns: list[str] | None = setting(None, "Columns to keep; all when unset.")
+    columns: list[str] | dict[str, str | list[str]] | None = setting(None, COLUMNS_HELP)
     fraction: float | None = setting(None, "Part of the rows to use, above 0 and at most 1; see `mixing`.")
 
     def __post_init__(self) -> None:
@@ -50,6 +57,28 @@ class DataSource:
             raise ValueError(f'Dataset {self.path!r}: split must be a name such as "train", not {self.split!r}.')
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"Dataset {self.path!r}: fraction {self.fraction} is outside (0, 1].")
+        _ = self.mapping  # checks it
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Column of the dataset -> the name under which rows are read, where `columns` is a mapping."""
+        if not isinstance(self.columns, Mapping):
+            return {}
+        names: dict[str, str] = {}
+        for target, given in self.columns.items():
+            if target not in READ_COLUMNS:
+                raise ValueError(
+                    f"Dataset {self}: columns maps to {target!r}, which nothing reads. Known: "
+                    f"{', '.join(READ_COLUMNS)}."
+                )
+            parts = given if isinstance(given, list) else [given]
+            if not parts or (len(parts) > 1 and target != "prompt") or len(parts) > 1 + len(PROMPT_PARTS):
+                raise ValueError(
+                    f"Dataset {self}: columns maps {parts} to {target!r}; only a prompt has several parts."
+                )
+            targets = (SYSTEM_COLUMN if target == "system" else target, *PROMPT_PARTS)
+            names |= dict(zip(parts, targets))
+        return names
 
     def __str__(self) -> str:
         return f"{self.path!r} ({self.name + ', ' if self.name else ''}split {self.split!r})"
@@ -80,12 +109,16 @@ def load_source(source: DataSource) -> Dataset:
     assert not isinstance(dataset, (IterableDataset, DatasetDict))
     if len(dataset) == 0:
         raise ValueError(f"Dataset {source} has no rows.")
-    if source.columns is None:
+    if not source.columns:
         return dataset
-    unknown = [column for column in source.columns if column not in dataset.column_names]
+    mapping = source.mapping
+    unknown = [column for column in mapping or source.columns if column not in dataset.column_names]
     if unknown:
         raise ValueError(f"Dataset {source} has no column {unknown[0]!r}; it has {sorted(dataset.column_names)}.")
-    return dataset.select_columns(source.columns)
+    if not mapping:
+        return dataset.select_columns(list(source.columns))
+    replaced = [name for name in mapping.values() if name in dataset.column_names and name not in mapping]
+    return dataset.remove_columns(replaced).rename_columns(mapping)
 
 
 def _looks_local(path: str) -> bool:
@@ -167,7 +200,11 @@ def _load_files(files: list[Path], source: DataSource) -> Dataset:
         raise _unknown_split(source, ["train"])
     options: dict[str, Any] = {"parse_agent_traces": False} if reader == "json" else {}
     if reader == "csv":
-        options = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
+        options = {
+            "converters": dict.fromkeys((*TEXT_COLUMNS, *source.mapping), str),
+            "keep_default_na": False,
+            "na_values": [""],
+        }
         options["sep"] = "\t" if ".tsv" in files[0].name else ","
     names = [
         glob.escape(str(file)) for file in files

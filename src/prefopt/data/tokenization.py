@@ -37,6 +37,7 @@ from prefopt.data.rows import (
     Kind,
     Row,
     check_columns,
+    check_unused_text,
     id_column,
     id_features,
     is_tokenised,
@@ -48,6 +49,8 @@ from prefopt.files import content_hash
 # part of the cache key: raise it whenever the same input would give other ids
 VERSION = 3
 OUTCOME = "_outcome"
+# settings of models that compute positions from a formula, and go beyond those that they were trained on
+OTHER_POSITIONS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_pct", "alibi")
 
 
 def tokenize_pairs(
@@ -215,6 +218,7 @@ class RowTokenizer:
         """
         check_columns(dataset.column_names, self.kind, where=where)
         dataset = dataset.with_format(None)
+        check_unused_text(dataset, self.kind, where=where)
         columns = id_features(dataset.features, self.kind)
         tokenised = is_tokenised(dataset.column_names, self.kind)
         faults = ("fault", "fault_detail")
@@ -371,6 +375,41 @@ def token_counts(dataset: Dataset, part: str) -> Any:
     name = id_column(part)
     values = dataset.select_columns(name).with_format("arrow")[:][name]
     return pc.list_value_length(pc.list_flatten(values) if part == "responses" else values).to_numpy()
+
+
+def check_fits_model(dataset: Dataset, config: Any, name: str) -> None:
+    """Check that a model has an embedding for every token id, and a position for every token if it learns positions.
+
+    Args:
+        dataset: tokenised pairs or comparisons.
+        config: of the model.
+        name: of the set, in errors.
+
+    Raises:
+        ValueError: it has not; on a GPU this would be a device assertion in the middle of training.
+    """
+    config = config.get_text_config()
+    parts = [part for part in ("prompt", "chosen", "rejected", "responses") if id_column(part) in dataset.column_names]
+    table = dataset.select_columns([id_column(part) for part in parts]).with_format("arrow")[:]
+    largest = max(pc.max(pc.list_flatten(column, recursive=True)).as_py() or 0 for column in table.columns)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"The {name} set has the token id {largest}, but the model has {config.vocab_size} embeddings: the "
+            "tokenizer belongs to another model, or has tokens that the model was never resized for."
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or config.model_type == "xglm" or any(hasattr(config, sign) for sign in OTHER_POSITIONS):
+        return
+    if "responses" in parts:
+        answers = np.array([max(map(len, row)) for row in dataset["response_ids"]])
+    else:
+        answers = np.maximum(token_counts(dataset, "chosen"), token_counts(dataset, "rejected"))
+    longest = int((token_counts(dataset, "prompt") + answers).max())
+    if longest > limit:
+        raise ValueError(
+            f"The {name} set has a row of {longest} tokens, but the model has learned {limit} positions: set "
+            f"`max_length` to at most {limit}."
+        )
 
 
 def check_dataset(dataset: Any, name: str) -> None:

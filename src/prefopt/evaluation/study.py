@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt import pages
 from prefopt.files import atomic_path, read_json, write_json, write_text
 from prefopt.intervals import bootstrap_interval, t_interval
 from prefopt.launch import print_on_main
@@ -332,7 +333,7 @@ def report_study(run_dir: Path, *, plots: bool = True) -> Verdict:
     write_text(run_dir / TABLE_FILE, page)
     write_text(run_dir / ROWS_FILE, rows_csv(study))
     write_json(run_dir / VERDICT_FILE, _plain(verdict))
-    print(cards_table(study.health))
+    print(pages.printable(cards_table(study.health)))
     print(
         "\n".join(["", *runs_table(study, verdict), "", *verdict.lines, f"study: {run_dir / TABLE_FILE}"]), flush=True
     )
@@ -359,9 +360,18 @@ def _plain(verdict: Verdict) -> dict[str, Any]:
 
 def study_page(study: Study, verdict: Verdict, *, picture: str | None) -> str:
     """Write the study as Markdown."""
-    lines = ["# Multi-reference study", "", *(f"**{line}**\n" for line in verdict.lines)]
-    lines += [f"![The study in pictures]({picture})", ""] if picture is not None else []
-    lines += ["## The references before training", "", "```", cards_table(study.health), "```", "", "## Runs", ""]
+    lines = ["# Multi-reference study", "", *(f"**{pages.escape(line)}**\n" for line in verdict.lines)]
+    lines += [pages.picture("The study in pictures", picture), ""] if picture is not None else []
+    lines += [
+        "## The references before training",
+        "",
+        "```",
+        pages.fenced(cards_table(study.health)),
+        "```",
+        "",
+        "## Runs",
+        "",
+    ]
     return "\n".join([*lines, *runs_table(study, verdict), "", _LEGEND]) + "\n"
 
 
@@ -372,7 +382,7 @@ def runs_table(study: Study, verdict: Verdict) -> list[str]:
         differences = verdict.per_run.get(run.name, (None, None))
         rows.append(
             {
-                "run": run.name,
+                "run": pages.escape(run.name),
                 "seeds": f"{len(run.test)}/{len(study.seeds)}",
                 "accuracy": _mean(run.test, ".4f"),
                 "validation": _mean(run.validation, ".4f"),
@@ -384,9 +394,8 @@ def runs_table(study: Study, verdict: Verdict) -> list[str]:
                 "dominance": f"{run.mean_influence('harmonic_dominance'):.3g}",
             }
         )
-    table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    missing = [run.name for run in study.runs if not run.test]
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    missing = [pages.escape(run.name) for run in study.runs if not run.test]
+    lines = pages.table(list(rows[0]), [list(row.values()) for row in rows])
     return lines + ([f"\nNot done, or failed: {', '.join(missing)}."] if missing else [])
 
 
@@ -409,9 +418,7 @@ def rows_csv(study: Study) -> str:
 
 def draw(path: Path, study: Study, verdict: Verdict) -> bool:
     """Draw the references' accuracies, the runs' differences and the influence; False where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if (Figure := pages.figure_class()) is None:
         print_on_main("no plots, as matplotlib is missing (pip install prefopt[plots]).")
         return False
     figure = Figure(figsize=(16, 2.5 + 0.3 * max(len(study.multi), len(study.health))), layout="constrained")

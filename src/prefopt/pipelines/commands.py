@@ -16,7 +16,7 @@ from typing import Any
 from prefopt.arguments import MASK, names_without_effect, without_secrets
 from prefopt.cli import COMMANDS, METHODS, arguments_of, function_of
 from prefopt.evaluation.evaluate import EVALUATION_FILE
-from prefopt.launch import LAUNCH_KEYS
+from prefopt.launch import LAUNCH_KEYS, launch_words
 from prefopt.pipelines.stages import Stage
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.recipe import Recipe, build, collect, plain
@@ -85,11 +85,14 @@ class Commands:
         given = {key: value for key, value in settings.items() if key not in LAUNCH_KEYS or value is not None}
         typed = [f"--{key}={self._typed(value)}" for key, value in given.items()]
         try:
+            if recipe is not None and not isinstance(recipe, str):
+                raise ValueError(f"recipe: expected the name or path of a recipe, found {recipe!r}.")
+            launch_words({key: str(value) for key, value in given.items() if key in LAUNCH_KEYS})
             deciding = self._deciding_settings(tool, recipe, typed)
+            outside = [_local_path(path) for path in inputs if path and not isinstance(path, Place)]
+            program = shlex.split(self.launchers.get(name.rsplit("/", 1)[-1], "prefopt"))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        program = shlex.split(self.launchers.get(name.rsplit("/", 1)[-1], "prefopt"))
-        outside = [Path(path).expanduser() for path in inputs if path and not isinstance(path, Place)]
         return Stage(
             name=name,
             command=(*program, tool, *([recipe] if recipe else []), *typed),
@@ -122,6 +125,12 @@ class Commands:
         """Replace the run's folder at the start of a path, so that a run may be moved."""
         inside = isinstance(value, str) and f"{value}/".startswith(f"{self.run_dir}/")
         return f"RUN{value.removeprefix(str(self.run_dir))}" if inside else value
+
+
+def _local_path(name: Any) -> Path:
+    if not isinstance(name, str):
+        raise ValueError(f"expected a name or a path, found {name!r}; a number needs quotes.")
+    return Path(name).expanduser()
 
 
 def _free_to_change(command: str) -> frozenset[str]:
@@ -210,12 +219,14 @@ def _send_problem(method: str, parsed: Recipe, answer: Connection) -> None:
     answer.send(problem)
 
 
-def check_method(name: str | None) -> str:
+def check_method(name: Any) -> str:
     """Return the training command called `name`.
 
     Raises:
         ValueError: there is none.
     """
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"method: expected the name of a training method, found {name!r}.")
     clean = (name or "").replace("_", "-")
     if clean not in METHODS:
         raise ValueError(unknown_key(name, list(METHODS)).replace("key", "method") + ".")

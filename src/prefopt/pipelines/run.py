@@ -11,6 +11,7 @@ by one with a dot, `--training.beta 0.01`, in the recipe (`training.beta: 0.01`)
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,13 @@ class PipelineArguments:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        for kind, words in self.launchers.items():
+            try:
+                usable = bool(shlex.split(words))
+            except ValueError:
+                usable = False
+            if not usable:
+                raise ValueError(f"launchers: {kind}: {words!r} is no command line; see its quotes.")
 
 
 def run(words: list[str]) -> int:
@@ -78,6 +86,10 @@ def run(words: list[str]) -> int:
     name, settings = load_settings(words)
     arguments, loop, resolved = read_pipeline(name, settings)
     run_dir = Path(arguments.run_dir).expanduser()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir {run_dir} is a file; name a folder.")
+    if arguments.write_script is not None and Path(arguments.write_script).is_dir():
+        raise ValueError(f"write_script {arguments.write_script} is a folder; name a file.")
     entry = LOOPS[arguments.pipeline]
     stages = entry.stages_of(loop, Commands(run_dir, arguments.launchers))
     check_launchers(arguments.launchers, stages)
@@ -109,10 +121,14 @@ def read_pipeline(name: str | None, settings: list[Setting]) -> tuple[PipelineAr
     Raises:
         ValueError: a mistake in the recipe.
     """
+    if bare := [item.key for item in settings if item.bare and item.key in ("pipeline", *ALIASES)]:
+        raise ValueError(f"--{bare[0]} needs a value.")
     settings = [replace(item, key=ALIASES.get(item.key, item.key)) for item in folded(settings)]
     kinds = [item for item in settings if item.key == "pipeline"]
     if not kinds:
         raise ValueError(f"{name or 'the command line'}: pipeline is missing: {', '.join(LOOPS)}.")
+    if not isinstance(kinds[-1].value, str):
+        raise ValueError(f"{kinds[-1].place}: pipeline: expected one name, found {kinds[-1].value!r}.")
     if kinds[-1].value not in LOOPS:
         raise ValueError(f"{kinds[-1].place}: {unknown_key(kinds[-1].value, list(LOOPS)).replace('key', 'pipeline')}.")
     if launching := [item for item in settings if item.key in LAUNCH_KEYS]:
@@ -138,8 +154,12 @@ def folded(settings: list[Setting]) -> list[Setting]:
         parts.sort(key=lambda item: (item.level, "." in item.key))
         value: Any = {}
         for part in parts:
-            path = part.key.split(".")[1:]
-            value = _put(value, path, _parsed(part.value), f"{part.place}: {part.key}")
+            where = f"{part.place}: {part.key}"
+            try:
+                given = _parsed(part.value)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            value = _put(value, part.key.split(".")[1:], given, where)
         result.append(Setting(outer, value, parts[-1].place, parts[-1].level))
     return result
 

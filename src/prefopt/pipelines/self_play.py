@@ -96,7 +96,7 @@ class SelfPlayLoop:
     precompute_references: bool = setting(
         False, "Score the reference in a stage before training, so that training holds one model in memory."
     )
-    seed: int = setting(42, "Seed; iteration t samples with seed + t and trains with seed.")
+    seed: int = setting(42, "Seed; iteration t samples with seed + t and trains with seed.", at_least=0)
 
     sampling: dict[str, Any] = setting(factory=dict, help="Settings of `prefopt generate`.")
     ranking: dict[str, Any] = setting(factory=dict, help="Settings of `prefopt rank`: ranker, model_name_or_path, ...")

@@ -59,6 +59,19 @@ class StageRecord:
     digest: str = ""
     seconds: float = 0.0
 
+    def check(self) -> None:
+        """Raise a TypeError where a damaged state file gives an attribute another type."""
+        mappings = (self.settings, self.inputs, self.consumed, self.files)
+        right = all(isinstance(value, dict) for value in mappings) and isinstance(self.digest, str)
+        right = right and isinstance(self.seconds, (int, float)) and self.status in (RUNNING, DONE, FAILED)
+        if not right or not all(_is_entry(entry) for entry in self.files.values()):
+            raise TypeError(f"a stage with status {self.status!r} is not described as stages are")
+
+
+def _is_entry(value: Any) -> bool:
+    """Return whether a value is [size, mtime in ns, SHA-256], as files are described."""
+    return isinstance(value, list) and list(map(type, value)) == [int, int, str]
+
 
 class RunState:
     """The state file of a run; each change is on disk before anything follows from it.
@@ -83,7 +96,9 @@ class RunState:
             value = read_json(self.path)
             version = value["version"]
             records = {name: StageRecord(**record) for name, record in value["stages"].items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            for record in records.values():
+                record.check()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.path} is damaged ({type(error).__name__}: {error}). {remedy}") from error
         if version != VERSION:
             raise ValueError(
@@ -138,8 +153,9 @@ class InputHashes:
         self.path = run_dir / "input_hashes.json"
         self.keep = keep
         self._known: dict[str, list[Any]] = {}
-        with suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            self._known = read_json(self.path)  # only saves time: a damaged one is made again
+        with suppress(FileNotFoundError, ValueError, AttributeError, RecursionError):
+            # only saves time: what is damaged is made again
+            self._known = {name: entry for name, entry in read_json(self.path).items() if _is_entry(entry)}
 
     def of(self, path: Path) -> str:
         """Hash a file, or every file in a folder with its name; checkpoints within a model's folder are left out.
@@ -248,7 +264,7 @@ def _signed(file: Any) -> dict[str, Any]:
 
 def _born(pid: int) -> float | None:
     """Return when a living process was started (its id may be given again); None for one that has ended."""
-    with suppress(psutil.Error):
+    with suppress(psutil.Error, TypeError, ValueError, OverflowError):  # the lock file may hold anything
         process = psutil.Process(pid)
         return process.create_time() if process.status() != psutil.STATUS_ZOMBIE else None
     return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefopt.arguments import setting
 from prefopt.data import DataArguments, DataSource
+from prefopt.data.sources import COLUMNS_HELP
 
 
 @dataclass
@@ -16,7 +17,7 @@ class MixtureSource:
     id: str
     config: str | None = None
     split: str = "train"
-    columns: list[str] | None = None
+    columns: list[str] | dict[str, str | list[str]] | None = None
     weight: float | None = None
 
 
@@ -63,6 +64,10 @@ class DatasetArguments:
         None, "A mapping with `datasets` (id, config, split, columns, weight), test_split_size, seed."
     )
 
+    columns: list[str] | dict[str, str | list[str]] | None = setting(
+        None, f"{COLUMNS_HELP} For every source that does not say so itself."
+    )
+
     # not a key: False where the recipe says do_eval: false, and then named test data stays unread
     evaluates: bool = field(default=True, init=False)
 
@@ -103,7 +108,11 @@ class DatasetArguments:
             sources = self._from_name(self.dataset_name, evaluates, seed)
         if not self.evaluates:
             sources.test = []
+        sources.train, sources.test = map(self._with_columns, (sources.train, sources.test))
         return sources
+
+    def _with_columns(self, sources: list[DataSource]) -> list[DataSource]:
+        return [source if source.columns is not None else replace(source, columns=self.columns) for source in sources]
 
     def named_evaluations(self) -> list[tuple[str, DataArguments]]:
         """Return each set of `eval_datasets` with its name.
@@ -116,7 +125,7 @@ class DatasetArguments:
             if name in ("train", "eval"):
                 raise ValueError(f"eval_datasets: choose another name than {name!r}.")
             whole = DataSource(source, split=_split(source, "test")) if isinstance(source, str) else source
-            named.append((name, DataArguments(train=[whole])))
+            named.append((name, DataArguments(train=self._with_columns([whole]))))
         return named
 
     def _from_name(self, path: str, evaluates: bool, seed: int) -> DataArguments:

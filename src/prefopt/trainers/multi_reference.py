@@ -325,7 +325,7 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             shuffle=False,
         )
         batches = PlannedBatches(dataset, self.collate, self.layout)
-        policy, model = self.step_model, self.model
+        policy = self.step_model
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         training = policy.training
         policy.eval()

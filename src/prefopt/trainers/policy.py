@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
@@ -26,10 +28,10 @@ _RESERVED_NAMES = {
 
 
 def load_model(
-    model: str | PreTrainedModel | PeftModel,
+    model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
     args: Any,
     quantization_config: Any = None,
-    loader: Callable[..., PreTrainedModel] = create_model_from_path,
+    loader: Callable[..., Any] = create_model_from_path,
 ) -> PreTrainedModel | PeftModel:
     """Load the model where `model` is a name or folder; return one in memory unchanged.
 
@@ -37,11 +39,19 @@ def load_model(
         model: hub name, local folder, or a model in memory (a `PeftModel` too).
         args: trainer config; `model_init_kwargs` and `trust_remote_code` are read.
         quantization_config: passed to the loader.
-        loader: loads a name or folder, given the settings as keywords.
+        loader: loads a name or folder, given the settings as keywords; the default one also takes a local folder that
+            holds an adapter, which is loaded onto its base and trained on.
 
     Raises:
-        ValueError: settings for loading were given together with a model in memory.
+        ValueError: `model` is none, or settings for loading were given together with a model in memory.
     """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, (str, nn.Module)):
+        raise ValueError(
+            f"`model` is {'None' if model is None else f'of type {type(model).__name__}'}: give the name of a model, "
+            "its folder, or a model in memory."
+        )
     init = dict(args.model_init_kwargs or {})
     if not isinstance(model, str):
         for name, value in (("model_init_kwargs", init), ("quantization_config", quantization_config)):
@@ -55,7 +65,22 @@ def load_model(
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         init["device_map"] = None
     init.setdefault("trust_remote_code", args.trust_remote_code)
+    if loader is create_model_from_path and is_adapter(model):
+        loader = _load_adapter
     return loader(model, **init)
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a local folder holds an adapter and no whole model."""
+    path = Path(name).expanduser()
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
+def _load_adapter(path: str, *, dtype: Any = "float32", **init: Any) -> PeftModel:
+    # peft takes no names of types, unlike transformers
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    folder = str(Path(path).expanduser())
+    return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, dtype=dtype, **init)
 
 
 def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from prefopt.arguments import only_read_with
 from prefopt.candidates.rankers.base import ModelOptions, Ranker
 from prefopt.candidates.rankers.function import FunctionRanker
 from prefopt.candidates.rankers.general_preference import GeneralPreferenceRanker
@@ -37,16 +38,7 @@ def _settings() -> list[tuple[str, Any, Any]]:
         for declared in dataclasses.fields(ranker.options):
             fields.setdefault(declared.name, (hints[declared.name], declared, []))[2].append(kind)
     return [
-        (
-            name,
-            hint,
-            dataclasses.field(
-                default=declared.default,
-                # its keys list only what argparse knows, its items list everything
-                metadata={**dict(declared.metadata.items()), "only_for": {"ranker": tuple(readers)}},
-            ),
-        )
-        for name, (hint, declared, readers) in fields.items()
+        (name, hint, only_read_with(declared, ranker=readers)) for name, (hint, declared, readers) in fields.items()
     ]
 
 
@@ -71,6 +63,21 @@ class RankerOptions(RankerSettings, _Choice):
         if self.dtype != "auto":
             return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
         return torch.float32 if self.device.type == "cpu" else RANKERS[self.kind].accelerated_dtype
+
+
+# recorded by the ranker's fingerprint or in another way
+_RECORDED = ("dtype", "max_length", "model_revision", "trust_remote_code", "judge_template")
+
+
+def deciding_options(kind: str, args: Any) -> dict[str, Any]:
+    """Return the options of a ranker that decide its scores and have been set, for the record of a result."""
+    return {
+        declared.name: getattr(args, declared.name)
+        for declared in dataclasses.fields(RANKERS[kind].options)
+        if declared.metadata.get("decides_result", True)
+        and declared.name not in _RECORDED
+        and getattr(args, declared.name) != declared.default
+    }
 
 
 def build_ranker(options: RankerOptions) -> Ranker:
