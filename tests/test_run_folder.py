@@ -14,6 +14,7 @@ from prefopt import WPOTrainer
 from prefopt.cli import main
 from prefopt.files import read_json
 from prefopt.run import RECIPE_FILE, find_start, holds_run, open_folder, package_versions
+from tests.tiny import write_checkpoint
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
 MINE = "beta: 0.1\nlearning_rate: 1.0e-06\noutput_dir: out\n"
@@ -30,8 +31,7 @@ def start(folder, *, resume=None, overwrite=False, resolved=MINE):
 
 def checkpoint(folder, step):
     path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "trainer_state.json").write_text("{}")
+    write_checkpoint(path)
     return str(path)
 
 
@@ -88,8 +88,7 @@ def test_finished_and_unfinished_runs_are_told_apart(folder):
     ):
         start(folder)
     (folder / "model.safetensors").write_text("")
-    (folder / "checkpoint-10" / "trainer_state.json").unlink()
-    (folder / "checkpoint-10").rmdir()
+    shutil.rmtree(folder / "checkpoint-10")
     with pytest.raises(ValueError, match="a trained model"):
         start(folder)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -125,3 +128,12 @@ def tiny_model(
     kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = AutoModelForCausalLM.from_config(config, **kwargs)
     return model.float().eval()
+
+
+def write_checkpoint(folder: Path) -> None:
+    """The files of a checkpoint from which training could continue, with next to nothing in them."""
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, folder / name)
+    (folder / "trainer_state.json").write_text("{}")

@@ -7,13 +7,17 @@ installed transformers and says what changed.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from prefopt.waiting import announced_wait
 
 CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
 """Keys of a config in memory about how and from where it was loaded; nothing that a model computes depends on them."""
@@ -35,6 +39,19 @@ class HookedTrainer(Trainer):
 
     def after_model_saved(self, folder: Path) -> None:
         """Run on every rank after model and tokenizer were written to `folder`."""
+
+    def after_weights_of_checkpoint(self, folder: Path) -> None:
+        """Run on every rank after the model was written to the checkpoint `folder`, before the optimizer's state."""
+
+    def before_checkpoint_is_whole(self, folder: Path) -> None:
+        """Run on the main process when only the trainer's state is missing from the checkpoint `folder`."""
+
+    def save_weights_alone(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Run on a rank that could not save config, weights and tokenizer as usual."""
+
+    def writing(self, folder: Path) -> AbstractContextManager[None]:
+        """Return the context in which a model or a checkpoint is written to `folder`."""
+        return nullcontext()
 
     def add_early_callback(self, callback: TrainerCallback) -> None:
         """Have `callback` called before those of users and trackers.
@@ -58,20 +75,39 @@ class HookedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `Trainer.save_model`; a checkpoint passes `_internal_call`, so that it is not pushed to the hub."""
-        super().save_model(output_dir, _internal_call)
-        self.after_model_saved(Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        with nullcontext() if _internal_call else self.writing(folder):
+            super().save_model(output_dir, _internal_call)
+            self.after_model_saved(folder)
+        if _internal_call:
+            self.after_weights_of_checkpoint(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # `save_pretrained` writes configs first, and one that it rejects must not cost the weights
+        try:
+            super()._save(output_dir, state_dict)
+        except (OSError, RuntimeError, SafetensorError):  # of the disk, which would not take the weights either
+            raise
+        except Exception:
+            self.save_weights_alone(Path(output_dir or self.args.output_dir), state_dict)
+            raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # no event comes before a checkpoint: `on_save` comes after its last file
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.before_checkpoint(Path(self._get_output_dir(trial=trial)) / name)
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / name
+        with self.writing(folder):
+            self.before_checkpoint(folder)
+            super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # the last that every rank writes; the main process writes the trainer's state after it, which therefore proves
         # that the checkpoint is whole only if all ranks have arrived here
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
+        with announced_wait("the other ranks to write their part of the checkpoint"):
+            self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.before_checkpoint_is_whole(Path(output_dir))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # a run resumed at its last step would train one step more: the end is tested after a step only

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +28,9 @@ YAML_VALUES = 100_000  # once every alias is written out
 # a disk or a quota that is full, a limit on a file's size, a read-only or failing disk, a folder without permission
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 # the same in the words of torch and safetensors, which raise other errors
-_STORAGE_WORDS = re.compile(r"os error (28|122|27|30|5|13|1)\)|file write failed|iostream error|enforce fail.*write")
+_STORAGE_WORDS = re.compile(
+    r"os error (28|122|27|30|5|13|1)\)|file write failed|iostream error|enforce fail.*(write|unexpected pos)"
+)
 
 
 def storage_fault(error: BaseException, folder: str | os.PathLike[str], needed: float = 0) -> str | None:
@@ -42,12 +45,13 @@ def storage_fault(error: BaseException, folder: str | os.PathLike[str], needed: 
     known = isinstance(error, OSError) and error.errno in _STORAGE_ERRORS
     if not (known or _STORAGE_WORDS.search(str(error)) or (lost and isinstance(error, (OSError, RuntimeError)))):
         return None
-    if lost:
+    if lost and not known:
         return f"{folder} was removed while it was written to."
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
     where = error.filename if isinstance(error, OSError) and error.filename else folder
     room = f"; about {needed / 2**30:.2f} GiB were to be written" if needed else ""
-    return f"{where} cannot be written: {reason} ({shutil.disk_usage(folder).free / 2**30:.2f} GiB are free{room})."
+    disk = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    return f"{where} cannot be written: {reason} ({shutil.disk_usage(disk).free / 2**30:.2f} GiB are free{room})."
 
 
 @contextmanager
@@ -126,19 +130,24 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def iterate_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Read one JSON object a line from `path`, each when it is asked for; see `read_jsonl`."""
-    with _opener(path)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
+    number = 0
+    try:
+        with _opener(path)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
-            except RecursionError:
-                raise ValueError(f"{path}, line {number}: JSON of too many levels.") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
-            yield row
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
+                yield row
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+    except RecursionError:
+        raise ValueError(f"{path}, line {number}: JSON of too many levels.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, after line {number}: not text in UTF-8 ({error.reason}).") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}, after line {number}: the compressed file is damaged ({error}).") from error
 
 
 def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -31,7 +31,7 @@ from prefopt.files import parse_yaml, read_yaml, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
-from prefopt.trainers.checkpoints import is_whole, last_checkpoint
+from prefopt.trainers.checkpoints import cannot_resume, checkpoint_to_resume, is_whole, last_checkpoint, try_saving
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import load_model
 
@@ -268,13 +268,12 @@ def find_start(output_dir: Path, resume: bool | str | None, overwrite: bool, res
         )
     if isinstance(resume, str) and resume.lower() not in ("true", "false"):
         if not is_whole(Path(resume)):
-            raise ValueError(
-                f"resume_from_checkpoint: {resume} holds no whole checkpoint (no readable trainer_state.json)."
-            )
+            raise ValueError(cannot_resume(Path(resume)))
         _check_same_run(Path(resume).parent, resolved)
         return resume
-    last, has_model = last_checkpoint(output_dir), _has_model(output_dir)
-    is_same, resumes = _changes(output_dir, resolved) == [], str(resume).lower() == "true"
+    resumes = str(resume).lower() == "true"
+    last = checkpoint_to_resume(output_dir) if resumes else last_checkpoint(output_dir)
+    is_same, has_model = _changes(output_dir, resolved) == [], _has_model(output_dir)
     if resumes and last is not None:
         _check_same_run(output_dir, resolved)
         return last
@@ -465,6 +464,26 @@ def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArgu
         args.model_init_kwargs = models["quantization_config"] = models["peft_config"] = None
         print_on_main(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
     return models
+
+
+def check_saving(name: str, model_config: Any, args: Any, model_args: ModelConfig, tokenizer: Any) -> None:
+    """Try to save what is saved with the weights, without loading them; nothing is left on the disk.
+
+    Raises:
+        ValueError: it cannot be saved, or the output folder cannot be written.
+    """
+    generation = None
+    if not is_adapter(name) and adapter_config(model_args) is None:  # adapters are saved without one
+        with suppress(OSError):  # there is none
+            generation = GenerationConfig.from_pretrained(name, revision=model_args.model_revision)
+
+    def save(folder: Path) -> None:
+        for part in (model_config, generation, tokenizer):
+            if part is not None:
+                part.save_pretrained(folder)
+
+    folder = Path(args.output_dir).expanduser().absolute()
+    try_saving(next(path for path in (folder, *folder.parents) if path.is_dir()), save)
 
 
 def load_reference(run_args: RunArguments, args: Any) -> Any:

@@ -154,7 +154,8 @@ def test_quantised_recipes_keep_the_papers_batches_and_data():
     plain, quantised = read("llama3/wpo")[0].values, read("llama3/wpo_qlora")[0].values
     changed = {key for key in quantised if plain.get(key) != quantised[key]}
     assert {key for key in changed if not key.startswith("lora_")} == {
-        "use_peft", "load_in_4bit", "bnb_4bit_quant_type", "dtype", "learning_rate", "optim", "output_dir", "hub_model_id",
+        "use_peft", "load_in_4bit", "bnb_4bit_quant_type", "dtype", "learning_rate", "optim", "output_dir",
+        "hub_model_id",
     }  # fmt: skip
 
 
@@ -172,8 +173,8 @@ def test_accelerate_config(name):
 
 def test_the_named_configs_are_there():
     assert {
-        "single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2", "deepspeed_zero3_multinode",
-        "deepspeed_zero3_fp32", "cpu_zero3_2ranks", "cpu_zero2_2ranks", "cpu_ddp_2ranks",
+        "single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2",
+        "deepspeed_zero3_multinode", "deepspeed_zero3_fp32", "cpu_zero3_2ranks", "cpu_zero2_2ranks", "cpu_ddp_2ranks",
     } <= set(ACCELERATE)  # fmt: skip
     assert {"mistral", "llama3_instruct", "llama3/wpo", "gemma2/wpo_hb_qlora", "mistral/wpo_hb"} <= set(RECIPES)
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Trainer
 
 import prefopt
 from benchmarks.trajectories import COMMON, comparison_rows, make_model, make_tokenizer, pair_rows, scored
+from prefopt._transformers import HookedTrainer
+from prefopt.trainers.checkpoints import last_checkpoint
 from prefopt.trainers.metrics import MetricLog
 from prefopt.trainers.precision import round_stochastically
 from tests.trainers.pairs import history, make_trainer, preference_rows, weights_of
@@ -232,6 +241,268 @@ def test_copies_that_do_not_fit_give_way_to_stochastic_rounding(tmp_path, monkey
     assert "rounded stochastically" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="DeepSpeed"):
         trained(tmp_path, model=half(torch.float16), max_steps=1)
+
+
+# ---- saving that is tried first
+
+
+def bad_generation_config(trainer):
+    trainer.model.generation_config.update(temperature=0.6, do_sample=False)
+
+
+def bad_config(trainer):
+    trainer.model.config.note = object()
+
+
+def bad_tokenizer(trainer):
+    trainer.processing_class.save_pretrained = None
+
+
+def bad_arguments(trainer):
+    trainer.args.note = lambda: None
+
+
+def bad_method_state(trainer):
+    trainer.method_state = lambda: {"a": object()}
+
+
+def bad_card(trainer):
+    trainer._paper = {"no title": ""}
+
+
+@pytest.mark.parametrize(
+    "damage", [bad_generation_config, bad_config, bad_tokenizer, bad_arguments, bad_method_state, bad_card]
+)
+@pytest.mark.parametrize("name", ["WPO", "Reward"])
+def test_a_model_that_cannot_be_saved_is_not_trained(tmp_path, name, damage):
+    if name == "Reward" and damage is bad_generation_config:
+        pytest.skip("it generates nothing")
+    trainer = any_trainer(tmp_path, name)
+    damage(trainer)
+    batches = poison(trainer, call=0, make_bad=None)
+    with pytest.raises(ValueError, match="The model could not be saved after training"):
+        trainer.train()
+    assert not batches
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_the_trial_leaves_nothing_and_finds_nothing_wrong_with_adapters(tmp_path):
+    options = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])}
+    trainer = any_trainer(tmp_path, "DPO", trainer_options=options, max_steps=1)
+    trainer.train()
+    assert not list((tmp_path / "out").iterdir())
+    trainer.save_model()
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run_before_its_first_step(tmp_path):
+    trainer = any_trainer(tmp_path, "DPO")
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ValueError, match="out cannot be written"):
+        trainer.train()
+
+
+def test_a_disk_without_room_for_the_checkpoints_stops_the_run_before_its_first_step(tmp_path, monkeypatch):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    trainer = any_trainer(tmp_path, "DPO", **settings)
+    weights = 4 * weights_of(trainer.model).numel()
+    needed = 4 * 3 * weights + weights  # weights and two moments in each of four checkpoints, and the model
+    free = [needed - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    with pytest.raises(ValueError, match=r"4 checkpoints and the model.*save_total_limit"):
+        trainer.train()
+    assert not list((tmp_path / "out").iterdir())
+    any_trainer(tmp_path, "DPO", **settings, save_total_limit=1).train()  # two at a time
+
+
+def test_weights_are_saved_although_something_beside_them_cannot_be(tmp_path):
+    """Where a model was fine at the start, its weights survive what was done to its config since."""
+    for options in ({}, {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}):
+        trainer = any_trainer(tmp_path, "DPO", max_steps=1, trainer_options=options)
+        trainer.train()
+        model = trainer.model.get_base_model() if options else trainer.model
+        model.generation_config.update(temperature=0.6, do_sample=False)
+        if options:
+            trainer.processing_class.save_pretrained = None
+        with pytest.raises((ValueError, TypeError)):
+            trainer.save_model(str(tmp_path / "final"))
+        saved = {k: v for path in (tmp_path / "final").glob("*.safetensors") for k, v in load_file(path).items()}
+        expected = get_peft_model_state_dict(trainer.model) if options else trainer.model.state_dict()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+        shutil.rmtree(tmp_path / "final")
+
+
+# ---- checkpoints
+
+
+def no_optimizer(checkpoint):
+    (checkpoint / "optimizer.pt").unlink()
+
+
+def no_schedule(checkpoint):
+    (checkpoint / "scheduler.pt").unlink()
+
+
+def no_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+
+
+def no_random_state(checkpoint):
+    (checkpoint / "rng_state.pth").unlink()
+
+
+def flipped_bit(checkpoint):
+    data = bytearray((checkpoint / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(data)
+
+
+def cut_off(name):
+    def cut(checkpoint):
+        data = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(data[: len(data) // 2])
+
+    return cut
+
+
+def unread_record(checkpoint):
+    (checkpoint / "checkpoint_files.json").write_text("{")
+
+
+DAMAGES = {
+    "no optimizer": (no_optimizer, "optimizer.pt is missing"),
+    "no schedule": (no_schedule, "scheduler.pt is missing"),
+    "no weights": (no_weights, "model.safetensors is missing"),
+    "no random state": (no_random_state, "rng_state.pth is missing"),
+    "flipped bit": (flipped_bit, "model.safetensors is not what was written"),
+    "cut weights": (cut_off("model.safetensors"), "model.safetensors has"),
+    "cut optimizer": (cut_off("optimizer.pt"), "optimizer.pt has"),
+    "cut state": (cut_off("trainer_state.json"), "was not written to its end"),
+    "record": (unread_record, "checkpoint_files.json cannot be read"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    any_trainer(folder, "DPO", save_strategy="steps", save_steps=2).train()
+    return folder / "out"
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["", "older release"])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_left_out_for_the_next_older_one(tmp_path, saved_run, kind, recorded, capsys):
+    damage, words = DAMAGES[kind]
+    if not recorded and kind in ("flipped bit", "no random state", "record"):
+        pytest.skip("nothing tells")
+    shutil.copytree(saved_run, tmp_path / "out")
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        if not recorded:
+            (checkpoint / "checkpoint_files.json").unlink()
+    newest, older = tmp_path / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-2"
+    damage(newest)
+    assert last_checkpoint(tmp_path / "out") == str(older)
+    printed = capsys.readouterr().err
+    assert str(newest) in printed and "left out" in printed
+    assert not recorded or words in printed
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint.*begin the optimizer"):
+        any_trainer(tmp_path, "DPO").train(resume_from_checkpoint=str(newest))
+
+
+def test_the_run_continues_from_the_older_checkpoint_as_if_it_had_not_stopped(tmp_path, saved_run):
+    shutil.copytree(saved_run, tmp_path / "out")
+    flipped_bit(tmp_path / "out" / "checkpoint-4")
+    trainer = any_trainer(tmp_path, "DPO", save_strategy="steps", save_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    expected = load_file(saved_run / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(trainer.model.state_dict()[name], tensor) for name, tensor in expected.items())
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")
+
+
+def test_checkpoints_of_weights_alone_are_not_continued_from(tmp_path):
+    any_trainer(tmp_path, "DPO", save_strategy="steps", save_steps=2, save_only_model=True).train()
+    for start in (True, str(tmp_path / "out" / "checkpoint-2")):
+        with pytest.raises(ValueError, match=r"has no optimizer state.*Start another run from its weights"):
+            any_trainer(tmp_path, "DPO").train(resume_from_checkpoint=start)
+
+
+# ---- disks
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["weights", "optimizer", "state"])
+def test_a_full_disk_ends_the_run_in_one_line_and_it_continues_from_the_checkpoint_before(
+    tmp_path, monkeypatch, where
+):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = any_trainer(tmp_path / "whole", "DPO", **settings)
+    whole.train()
+    trainer = any_trainer(tmp_path, "DPO", **settings)
+    name = {"weights": "save_model", "optimizer": "_save_optimizer_and_scheduler", "state": "_save_rng_state"}[where]
+    monkeypatch.setattr(
+        HookedTrainer,
+        name,
+        lambda self, *a, **k: full() if self.state.global_step == 4 else getattr(Trainer, name)(self, *a, **k),
+    )
+    with pytest.raises(OSError, match=r"checkpoint-4 cannot be written: No space left.*GiB are free") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert f"continue from {tmp_path / 'out' / 'checkpoint-2'} with --resume_from_checkpoint true" in str(error.value)
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+    monkeypatch.undo()
+    again = any_trainer(tmp_path, "DPO", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(weights_of(again.model), weights_of(whole.model))
+
+
+def test_a_small_disk_that_really_fills_up(tmp_path):
+    trainer = any_trainer(tmp_path, "DPO", save_strategy="steps", save_steps=1, max_steps=3)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    size = 2 * 3 * 4 * weights_of(trainer.model).numel()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(tmp_path / "out")], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        with pytest.raises(ValueError, match="3 checkpoints and the model"):
+            trainer.train()
+        trainer.check_space = lambda: None
+        with pytest.raises(OSError, match=r"checkpoint-\d cannot be written: .*continue from .*checkpoint-\d"):
+            trainer.train()
+        assert last_checkpoint(tmp_path / "out") is not None
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "out")], check=True)
+
+
+def test_a_folder_that_is_taken_away_while_the_run_saves(tmp_path, monkeypatch):
+    trainer = any_trainer(tmp_path, "DPO", save_strategy="steps", save_steps=2)
+    after = trainer.after_weights_of_checkpoint
+    monkeypatch.setattr(
+        trainer, "after_weights_of_checkpoint", lambda folder: (after(folder), shutil.rmtree(tmp_path / "out"))
+    )
+    with pytest.raises(OSError, match=r"checkpoint-2 was removed while it was written to.*start the run again"):
+        trainer.train()
+
+
+def test_a_final_model_that_the_disk_does_not_take(tmp_path, monkeypatch):
+    trainer = any_trainer(tmp_path, "DPO", save_strategy="steps", save_steps=2)
+    trainer.train()
+    monkeypatch.setattr(trainer.model, "save_pretrained", full)
+    with pytest.raises(OSError, match=rf"{tmp_path / 'out'} cannot be written: .*continue from .*checkpoint-4"):
+        trainer.save_model()
+
+
+def test_errors_that_are_not_of_the_disk_stay_what_they_are(tmp_path, monkeypatch):
+    trainer = any_trainer(tmp_path, "DPO", save_strategy="steps", save_steps=2)
+    monkeypatch.setattr(trainer, "method_state", lambda: {}[0])
+    trainer.check_saving = lambda: None
+    with pytest.raises(KeyError):
+        trainer.train()
 
 
 def test_a_logarithmic_warm_up_is_deepspeeds(tmp_path):

@@ -17,7 +17,7 @@ class MixtureSource:
     id: str
     config: str | None = None
     split: str = "train"
-    columns: list[str] | dict[str, str | list[str]] | None = None
+    columns: list[str] | dict[str, str | list[str] | None] | None = None
     weight: float | None = None
 
 
@@ -64,7 +64,7 @@ class DatasetArguments:
         None, "A mapping with `datasets` (id, config, split, columns, weight), test_split_size, seed."
     )
 
-    columns: list[str] | dict[str, str | list[str]] | None = setting(
+    columns: list[str] | dict[str, str | list[str] | None] | None = setting(
         None, f"{COLUMNS_HELP} For every source that does not say so itself."
     )
 

@@ -1,0 +1,1 @@
+"""Trainers: what they share in `base`, and a module for each method."""

@@ -15,6 +15,7 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -22,26 +23,39 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from prefopt import files
 from prefopt._transformers import HookedTrainer
 from prefopt.data.encoding import vocabulary_fingerprint
 from prefopt.data.rows import REFERENCE_COLUMNS
+from prefopt.memory import optimizer_bytes
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_packing
 from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
-from prefopt.trainers.checkpoints import check_origin, check_saved_shapes, last_checkpoint
+from prefopt.trainers.checkpoints import (
+    cannot_resume,
+    check_origin,
+    check_saved_shapes,
+    check_space,
+    checkpoint_to_resume,
+    is_whole,
+    one_line_about_storage,
+    record_files,
+    try_saving,
+)
 from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
@@ -333,9 +347,12 @@ class BaseTrainer(HookedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `transformers.Trainer.train`. Resuming restores the method's state as well."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = checkpoint_to_resume(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
+        elif resume_from_checkpoint and not is_whole(Path(resume_from_checkpoint)):
+            raise ValueError(cannot_resume(Path(resume_from_checkpoint)))
+        self.check_saving()
         if (
             not self._origin
             and self.train_dataset is not None
@@ -521,19 +538,77 @@ class BaseTrainer(HookedTrainer):
             check_saved_shapes(folder)
 
     def before_checkpoint(self, folder: Path) -> None:
-        """Write the model card, and the method's state before the trainer's, which marks a checkpoint as whole."""
-        self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
+        """Remove the mark of a whole checkpoint that an earlier run left, which was resumed from one before it."""
         if self.is_world_process_zero():
-            # the mark of an earlier run that was resumed from a checkpoint before this one
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+    def after_weights_of_checkpoint(self, folder: Path) -> None:
+        """Write the model card and the method's state, which may fail, only once the weights are on the disk."""
+        self.create_model_card()
+        if self.is_world_process_zero():
             files.write_json(folder / METHOD_STATE_FILE, self.method_state())
+
+    def before_checkpoint_is_whole(self, folder: Path) -> None:
+        """Record what the checkpoint holds."""
+        record_files(folder)
+
+    def save_weights_alone(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Save the weights, as a config, tokenizer or argument could not be saved with them."""
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            state_dict = get_peft_model_state_dict(model, state_dict=state_dict)
+        save_torch_state_dict(state_dict if state_dict is not None else model.state_dict(), folder)
+        print(f"The weights are in {folder}; what else belongs to the model could not be saved.", flush=True)
+
+    def writing(self, folder: Path) -> AbstractContextManager[None]:
+        """See `one_line_about_storage`."""
+        return one_line_about_storage(folder, Path(self.args.output_dir))
+
+    def _save_without_weights(self, folder: Path) -> None:
+        """Save everything that is saved with the weights, and may fail."""
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            for config in model.peft_config.values():
+                config.save_pretrained(str(folder))
+        else:
+            model.save_pretrained(folder, state_dict={})
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        write_model_card(self, folder)
+        files.write_json(folder / METHOD_STATE_FILE, self.method_state())
+
+    def check_saving(self) -> None:
+        """Raise a ValueError on all ranks where the model could not be saved after training."""
+        self._raise_on_all_ranks(lambda: try_saving(Path(self.args.output_dir), self._save_without_weights))
+
+    def check_space(self) -> None:
+        """Raise a ValueError on all ranks where the disk has no room for the checkpoints that the run will keep."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)  # of ZeRO-3
+        saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
+        weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
+        copies = 4 if self.is_deepspeed_enabled or self._masters is not None else 0
+        states = (optimizer_bytes(args.optim) + copies) * trained
+        self._raise_on_all_ranks(lambda: check_space(args, weights, states, steps=self.state.max_steps))
+
+    def _raise_on_all_ranks(self, check: Callable[[], None]) -> None:
+        problem, cause = "", None
+        if self.is_world_process_zero():
+            try:
+                check()
+            except ValueError as error:
+                problem, cause = str(error), error.__cause__
+        (problem,) = broadcast_object_list([problem])
+        if problem:
+            raise ValueError(problem) from cause
 
     def create_model_card(  # type: ignore[override]  # the arguments are those of TRL's trainers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write a README.md with method, paper and settings into the output folder (main process only)."""
         if self.is_world_process_zero():
-            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+            folder = Path(self.args.output_dir)
+            write_model_card(self, folder, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
 
 def _add_flag(sums: MetricSums, flag: torch.Tensor) -> None:
@@ -567,6 +642,7 @@ class _RunCallback(TrainerCallback):
         self.trainer.probe_sharded(kwargs["train_dataloader"])
         if state.is_world_process_zero:
             print(self.trainer.describe_run())
+        self.trainer.check_space()
         self.trainer.before_first_update()
         if args.gradient_checkpointing and args.selective_checkpointing:
             # Trainer has turned checkpointing on by now, with the config's options, which hold no function

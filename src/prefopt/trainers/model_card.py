@@ -31,19 +31,24 @@ _SETTINGS = (
 
 
 def write_model_card(
-    trainer: Any, *, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
+    trainer: Any,
+    folder: Path,
+    *,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
 ) -> None:
-    """Write `README.md` into the trainer's output folder.
+    """Write `README.md` into `folder`.
 
     Args:
         trainer: a `BaseTrainer`; its `_name`, `_paper` and `_tag_names` say what the method is.
-        model_name: title of the card; default: the output folder's name.
+        folder: made where it is absent.
+        model_name: title of the card; default: the name of the hub's repository or of the output folder.
         dataset_name: hub name of the training data, if it has one.
         tags: more tags.
     """
-    folder = Path(trainer.args.output_dir)
     base_model = get_config_model_id(trainer.model.config)
-    title = model_name or folder.name
+    title = model_name or Path(trainer.args.hub_model_id or trainer.args.output_dir).name
     data = ModelCardData(
         base_model=base_model if base_model and not Path(base_model).exists() else None,  # a hub name
         datasets=dataset_name,

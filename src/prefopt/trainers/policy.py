@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _RESERVED_NAMES = {
 
 
 def load_model(
-    model: str | PreTrainedModel | PeftModel,
+    model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
     args: Any,
     quantization_config: Any = None,
     loader: Callable[..., Any] = create_model_from_path,
@@ -45,8 +46,15 @@ def load_model(
             holds an adapter, which is loaded onto its base and trained on.
 
     Raises:
-        ValueError: settings for loading were given together with a model in memory.
+        ValueError: `model` is none, or settings for loading were given together with a model in memory.
     """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, (str, nn.Module)):
+        raise ValueError(
+            f"`model` is {'None' if model is None else f'of type {type(model).__name__}'}: give the name of a model, "
+            "its folder, or a model in memory."
+        )
     init = dict(args.model_init_kwargs or {})
     if not isinstance(model, str):
         for name, value in (("model_init_kwargs", init), ("quantization_config", quantization_config)):

@@ -11,7 +11,7 @@ from trl import SFTConfig as TRLSFTConfig
 
 from prefopt.arguments import SecretsStayOut, check_settings, missing, setting
 from prefopt.data.sources import DataSource, load_source
-from prefopt.trainers.checkpoints import last_checkpoint
+from prefopt.trainers.checkpoints import checkpoint_to_resume
 from prefopt.trainers.config import choose_precision, model_options
 
 __all__ = ["ModelConfig", "SFTArguments", "SFTConfig", "run"]
@@ -70,5 +70,5 @@ def _start(config: SFTConfig) -> str | None:
     """Find the checkpoint to continue from: the one that is named, the last one where that is true, or none."""
     resume = str(config.resume_from_checkpoint or False)
     if resume.lower() == "true":
-        return last_checkpoint(Path(str(config.output_dir)))
+        return checkpoint_to_resume(Path(str(config.output_dir)))
     return None if resume.lower() == "false" else resume
