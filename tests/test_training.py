@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -108,6 +109,22 @@ def test_resumed_equals_uninterrupted(tmp_path, model, data, capsys, killed):
     assert history(folder) == history(whole)
     ours, theirs = load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_rows_that_changed_since_the_checkpoint_stop_the_command(tmp_path, model, data, capsys):
+    folder = Path(shutil.copytree(data, tmp_path / "rows"))
+    recipe = tiny_recipe(tmp_path, model, folder, max_steps=4, save_strategy="steps", save_steps=2)
+    run(recipe)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[1:]))
+    words = ["wpo", str(recipe), "--resume_from_checkpoint", "true"]
+    assert main(words) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint-2 was made, this has changed: the training data" in told and "resume_changed" in told
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+    assert main([*words, "--resume_changed", "true"]) == 0
 
 
 def test_resuming_a_run_that_is_through_changes_nothing(tmp_path, model, data, capsys):

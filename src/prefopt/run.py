@@ -47,6 +47,8 @@ FREE_TO_CHANGE = names_without_effect(RunArguments) | {
     "save_strategy", "save_steps", "save_total_limit", "dataset_num_proc", "ddp_timeout", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
 }  # fmt: skip
+# settings that the recipes of earlier versions do not hold, with the value that describes what happened then
+ADDED_LATER: dict[str, Any] = {"lora_init": "default", "warmup_type": "linear"}
 # key, value (a pattern), module (one of several), how it is installed: packages that are no dependencies of this one
 _QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")
 NEEDS_PACKAGE = (
@@ -352,7 +354,9 @@ def _changes(folder: Path, resolved: str) -> list[str] | None:
             f"{written} is damaged, so nobody knows whether this run is the same: if it is, remove that file. "
             f"({before if isinstance(before, ValueError) else 'It holds no settings.'})"
         )
-    return setting_changes(before, parse_yaml(resolved, RECIPE_FILE)[0], FREE_TO_CHANGE)
+    now = parse_yaml(resolved, RECIPE_FILE)[0]
+    added = {key: value for key, value in ADDED_LATER.items() if key in now}
+    return setting_changes(added | before, now, FREE_TO_CHANGE)
 
 
 def _check_same_run(folder: Path, resolved: str) -> None:
