@@ -117,6 +117,13 @@ def test_the_file_tree_is_up_to_date():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_reading_list_is_true():
+    """The functions that a row passes on its way to the loss, found by running it, are those that the page lists."""
+    command = [sys.executable, "docs/reading_list.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_ci_calls_the_same_targets():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
