@@ -6,6 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from prefopt.trainers.base import METHOD_STATE_FILE
+from prefopt.trainers.checkpoints import FILES_RECORD
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import test_multi_reference as multi_reference
 from tests.trainers.pairs import make_trainer, preference_rows
@@ -86,6 +87,7 @@ def test_a_checkpoint_of_before_is_resumed_with_a_warning(tmp_path, capsys):
     state = json.loads(path.read_text())
     assert len(state.pop("origin")) == 4  # the reference is the model that is trained
     path.write_text(json.dumps(state))
+    (path.parent / FILES_RECORD).unlink()
     trainer = run(tmp_path, rows=changed_rows())
     resume(trainer)
     assert trainer.state.global_step == 4 and "does not say which data" in capsys.readouterr().err

@@ -359,11 +359,13 @@ class BaseTrainer(HookedTrainer):
             and (self.args.save_strategy != "no" or resume_from_checkpoint)
         ):
             self._origin = self.origin()
-        if resume_from_checkpoint and (file := Path(resume_from_checkpoint) / METHOD_STATE_FILE).exists():
-            state = files.read_json(file)
+        if resume_from_checkpoint:
+            file = Path(resume_from_checkpoint) / METHOD_STATE_FILE
+            state = files.read_json(file) if file.exists() else {}
             before = state.get("origin")
             check_origin(str(resume_from_checkpoint), before, self._origin, may_change=self.args.resume_changed)
-            self.load_method_state(state)
+            if state:
+                self.load_method_state(state)
         self.restart_clock()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
