@@ -313,7 +313,7 @@ def plan(drawn: tuple[list[tuple[int, int]], int, int, int, int | None, int, boo
             if not batch.is_filler:
                 used.update(batch.indices)
             for row in batch.rows if capacity else ():
-                assert sum(lengths[i].packed for i in row) <= (batch.row_length or capacity) <= capacity
+                assert sum(lengths[i].packed for i in row) <= capacity
     assert used == Counter(range(len(sizes))) and counts == {len(plans[0])}
 
 

@@ -1,15 +1,15 @@
-"""Cyclic preferences, a > b > c > a: a general preference model learns them, Bradley-Terry cannot. Runs on a CPU in about a minute.
+"""Cyclic preferences, a > b > c > a: a general preference model learns them, Bradley-Terry cannot. Runs on a CPU in
+about a minute.
 
     python examples/cyclic_preferences.py docs/images/cyclic_preferences.png
 
 For each of 40 prompts three answers beat each other in a circle. A scalar reward can order at most two of the three
-pairs of a circle, so
-Bradley-Terry is right in at most 2/3 of them, however long it trains.
+pairs of a circle, so Bradley-Terry is right in at most 2/3 of them, however long it trains.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 
 import torch
@@ -117,4 +117,6 @@ def main(path: str) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "cyclic_preferences.png")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs="?", default="cyclic_preferences.png", help="where the curves are drawn")
+    main(parser.parse_args().path)

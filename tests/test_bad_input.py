@@ -11,14 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from prefopt import WPOConfig, WPOTrainer
+from prefopt import (
+    GeneralPreferenceConfig,
+    GeneralPreferenceTrainer,
+    MultiReferenceDPOConfig,
+    MultiReferenceDPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RRHFConfig,
+    RRHFTrainer,
+    WPOConfig,
+    WPOTrainer,
+)
 from prefopt.cli import main
 from prefopt.data import DataArguments, DataSource, load_datasets
 from tests.tiny import tiny_tokenizer, write_checkpoint
-from tests.tiny_runs import tiny_recipe, write_model, write_pairs
+from tests.tiny_runs import pair_rows, tiny_recipe, write_model, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +277,29 @@ def test_policy_and_reference_are_one_object(tmp_path, model, data):
     tokenizer = AutoTokenizer.from_pretrained(model)
     with pytest.raises(ValueError, match="same object"):
         WPOTrainer(policy, ref_model=policy, args=args, train_dataset=train, processing_class=tokenizer)
+
+
+TRAINERS = [
+    (WPOTrainer, WPOConfig),
+    (MultiReferenceDPOTrainer, MultiReferenceDPOConfig),
+    (RewardTrainer, RewardConfig),
+    (GeneralPreferenceTrainer, GeneralPreferenceConfig),
+    (RRHFTrainer, RRHFConfig),
+]
+
+
+@pytest.mark.parametrize(("trainer_class", "config_class"), TRAINERS)
+@pytest.mark.parametrize(("model", "words"), [(None, "`model` is None: give the name"), (3, "`model` is of type int")])
+def test_no_model(tmp_path, trainer_class, config_class, model, words):
+    args = config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match=words):
+        trainer_class(model, args=args, train_dataset=Dataset.from_list(pair_rows(2)))
+
+
+def test_a_path_is_a_folder(tmp_path, model):
+    args = WPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = WPOTrainer(Path(model), args=args, train_dataset=Dataset.from_list(pair_rows(2)))
+    assert type(trainer.model).__name__ == "LlamaForCausalLM"
 
 
 def test_a_library_error_while_preparing_is_one_line_too(tmp_path, model, data, capsys):

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefopt import __version__, cli
+from prefopt import DPOConfig, RewardConfig, __version__, cli
+from prefopt.recipes import packaged_names
+from prefopt.recipes.help import WITHOUT_EFFECT
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +56,55 @@ def test_unknown_command(capsys):
 @pytest.mark.parametrize("name", PRESENT)
 def test_every_command_is_there_and_explains_its_keys(name, capsys):
     assert callable(cli.function_of(name))
-    assert cli.main([name, "--help"]) == 0
+    assert cli.main([name, "--help", "all"]) == 0
     printed = capsys.readouterr().out
-    for cls in cli.arguments_of(name):
-        assert f"{cls.__name__}:" in printed
-        assert all(f"  --{field.name}" in printed for field in dataclasses.fields(cls) if field.init)
+    assert cli.COMMANDS[name].summary in printed
+    keys = {field.name for cls in cli.arguments_of(name) for field in dataclasses.fields(cls) if field.init}
+    left_out = WITHOUT_EFFECT if cli.COMMANDS[name].is_method else set()
+    assert {key for key in keys if f"  --{key}" in printed.replace(" (", "\n").splitlines()} == keys - left_out
+
+
+def test_help_begins_with_the_methods_own_keys_and_is_short(capsys):
+    assert cli.main(["wpo", "--help"]) == 0
+    usual = capsys.readouterr().out
+    own, shared, data, model, library = map(
+        usual.index, ("--max_weight", "--batch_layout", "--dataset_name", "--model_name_or_path", "--learning_rate")
+    )
+    assert own < shared < data < model < library
+    assert usual.index("--beta") < shared  # declared anew, with the paper's default
+    assert "--hub_always_push" not in usual and "`--help all`" in usual
+    assert cli.main(["wpo", "--help", "all"]) == 0
+    assert "--hub_always_push" in (everything := capsys.readouterr().out)
+    assert len(usual.splitlines()) < 0.6 * len(everything.splitlines())
+    assert "batch_layout (one of auto, packed, padded; default: auto)" in usual
+
+
+@pytest.mark.parametrize(
+    ("config_class", "values"),
+    [
+        (DPOConfig, {"label_smoothing_factor": 0.1, "batch_eval_metrics": True, "include_for_metrics": ["loss"],
+                     "eval_do_concat_batches": False, "dataloader_in_order": False, "auto_find_batch_size": True,
+                     "sync_ref_model": True, "f_divergence_type": "js_divergence", "activation_offloading": True,
+                     "pad_token": "<pad>", "precompute_ref_batch_size": 4, "neftune_noise_alpha": 5.0}),
+        (RewardConfig, {"center_rewards_coefficient": 0.1, "chat_template_path": "x", "eos_token": "</s>"}),
+    ],
+)  # fmt: skip
+def test_help_leaves_out_what_raises(tmp_path, config_class, values):
+    """And nothing else, but for settings that only mean something together with one of these."""
+    for name, value in values.items():
+        assert name in WITHOUT_EFFECT
+        with pytest.raises(ValueError, match=name):
+            config_class(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
+
+
+def test_recipes_are_listed_with_a_line_each(capsys):
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        name for name in packaged_names("training_configs") if not name.startswith("fragments/")
+    ]
+    assert all(len(line.split(maxsplit=1)) == 2 for line in lines)
+    assert any(line.startswith("llama3/wpo ") and "WPO on UltraFeedback" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", ["generate", "rank"])

@@ -64,6 +64,25 @@ def test_a_bad_line_is_named(tmp_path, text, message):
     assert str(tmp_path / "rows.jsonl") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "rows.jsonl, after line [01]: not text in UTF-8"),
+        ("rows.jsonl", b'{"a": 1}\n' + 100_000 * b"[", "rows.jsonl, line 2: JSON of too many levels"),
+        ("rows.jsonl.gz", b'{"a": 1}\n', "rows.jsonl.gz, after line 0: the compressed file is damaged"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(1000 * b'{"a": 1}\n', mtime=0)[:-20],
+            "rows.jsonl.gz, after line [0-9]+: the compressed",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_jsonl(tmp_path / name)
+
+
 def test_hashes(tmp_path):
     assert content_hash({"b": 1, "a": "ü"}) == content_hash({"a": "ü", "b": 1})
     assert content_hash(1) != content_hash("1")

@@ -29,6 +29,7 @@ from prefopt.launch import (
 )
 from prefopt.pages import printable
 from prefopt.recipes.convert import unknown_key
+from prefopt.recipes.help import keys_help
 from prefopt.recipes.recipe import BEFORE_TRAINING, before_training, build, load_settings, parse_settings
 from prefopt.recipes.source import Setting
 
@@ -94,6 +95,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run"),
     "sft": Command("supervised fine-tuning with TRL's trainer", "prefopt.trainers.sft",
                    ("SFTArguments", "SFTConfig", "ModelConfig"), launched=True),
+    "recipes": Command("list the packaged recipes", "prefopt.recipes.help", function="list_recipes"),
     "check": Command("show what a recipe would run, and what would stop it", "prefopt.check", function="check"),
 }
 # fmt: on
@@ -114,6 +116,9 @@ def main(words: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     try:
         return _run(words)
+    except BrokenPipeError:  # `prefopt recipes | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:  # the last: a loss that is not finite
         if os.environ.get("PREFOPT_TRACEBACK"):
             raise
@@ -190,7 +195,7 @@ def _run(words: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else "`prefopt --help` lists them."
         raise ValueError(f"unknown command {name!r}; {hint}")
     if "-h" in rest or "--help" in rest:
-        print(_help(name))
+        print(_help(name, everything="all" in rest))
         return 0
     return _run_command(name, rest)
 
@@ -262,28 +267,17 @@ def _overview() -> str:
     return "\n".join(lines) + (
         "\n\nA recipe is a YAML file or the name of a packaged one, such as llama3/wpo; the command line wins over it."
         "\nOn several GPUs: --num_processes 8 [--accelerate_config deepspeed_zero3], or start scripts/run_METHOD.py "
-        "with accelerate.\n`prefopt COMMAND --help` lists the keys of a command."
+        "with accelerate.\n`prefopt COMMAND --help` lists the usual keys of a command, `--help all` every key; "
+        "`prefopt recipes` lists the recipes."
     )
 
 
-def _help(name: str) -> str:
-    lines = [f"usage: prefopt {name} [RECIPE] [--key value | --key=value ...]", "", COMMANDS[name].summary, ""]
-    if not COMMANDS[name].arguments:
-        lines.append(str(importlib.import_module(COMMANDS[name].module).__doc__))
-    shown: set[str] = set()
-    for cls in arguments_of(name):
-        lines.append(f"{cls.__name__}:")
-        for field in sorted(
-            dataclasses.fields(cls), key=lambda field: field.kw_only is True
-        ):  # those of mixins come last
-            if not field.init or field.name in shown:
-                continue
-            shown.add(field.name)
-            default = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
-            text = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").split())
-            lines += [f"  --{field.name}{default}", *([f"      {text}"] if text else [])]
-        lines.append("")
-    return "\n".join(lines)
+def _help(name: str, *, everything: bool) -> str:
+    command = COMMANDS[name]
+    lines = [f"usage: prefopt {name} [RECIPE] [--key value | --key=value ...]", "", command.summary, ""]
+    if not command.arguments:
+        return "\n".join([*lines, str(importlib.import_module(command.module).__doc__)])
+    return "\n".join([*lines, keys_help(arguments_of(name), of_method=command.is_method, everything=everything)])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,19 +130,24 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def iterate_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Read one JSON object a line from `path`, each when it is asked for; see `read_jsonl`."""
-    with _opener(path)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
+    number = 0
+    try:
+        with _opener(path)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
-            except RecursionError:
-                raise ValueError(f"{path}, line {number}: JSON of too many levels.") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
-            yield row
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
+                yield row
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+    except RecursionError:
+        raise ValueError(f"{path}, line {number}: JSON of too many levels.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, after line {number}: not text in UTF-8 ({error.reason}).") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}, after line {number}: the compressed file is damaged ({error}).") from error
 
 
 def _opener(path: str | os.PathLike[str]) -> Callable[..., IO[str]]:

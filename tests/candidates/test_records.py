@@ -102,6 +102,7 @@ def test_rows_without_any_candidate_have_the_same_columns():
         ({"candidates": [{"text": "x", "scores": {"rm": math.nan}}]}, "a score is nan"),
         ({"candidates": [{"text": "x", "scores": {"rm": "high"}}]}, "a score is 'high'"),
         ({"candidates": [{"text": "x"}], "tables": {"t": [[0.0, 1.0]]}}, "table 't' does not have 1 rows of 1"),
+        ({"candidates": [], "tables": {"t": False}}, "table 't' does not have 0 rows of 0"),
         ({"candidates": [{"text": "x"}], "tables": {"t": [[math.inf]]}}, "table 't' is inf"),
     ],
 )

@@ -112,7 +112,8 @@ def test_runs_with_model_data_and_hardware_replaced(tmp_path, model, data, name,
     path.write_text(text)
     output = tmp_path / "out"
     source = (
-        f"--dataset_mixture={{datasets: [{{id: {data}, split: train_prefs, columns: [prompt, chosen, rejected]}}], test_split_size: 2}}"
+        f"--dataset_mixture={{datasets: [{{id: {data}, split: train_prefs, columns: [prompt, chosen, rejected]}}], "
+        "test_split_size: 2}"
         if "dataset_mixture" in text
         else f"--dataset_mixer={{{data}: 1.0}}"
     )

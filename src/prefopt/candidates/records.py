@@ -111,8 +111,8 @@ def check_record(record: Mapping[str, Any], where: str) -> Record:
         raise ValueError(f"{where}: `tables` is not a mapping from names to tables of logits.")
     clean["tables"] = {name: table for name, table in (record.get("tables") or {}).items() if table is not None}
     for name, table in clean["tables"].items():
-        lines = table if isinstance(table, list) else []
-        if len(lines) != size or any(not isinstance(line, list) or len(line) != size for line in lines):
+        is_square = isinstance(table, list) and all(isinstance(line, list) and len(line) == size for line in table)
+        if not is_square or len(table) != size:
             raise ValueError(f"{where}: the table {name!r} does not have {size} rows of {size} logits.")
         check_finite([value for line in table for value in line], f"{where}: the table {name!r}")
     return clean

@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,8 @@ def check_space(args: Any, weights: float, states: float, *, steps: int) -> None
     if needed > free:
         raise ValueError(
             f"{folder} has {free / GIB:.3g} GiB free, and the run will keep {needed / GIB:.3g} GiB ({kept} "
-            "checkpoints and the model): free some space, choose another output_dir, or set a smaller `save_total_limit`, a "
+            "checkpoints and the model): free some space, choose another output_dir, or set a smaller "
+            "`save_total_limit`, a "
             "larger `save_steps` or `save_only_model`."
         )
 
@@ -235,6 +236,33 @@ def one_line_about_storage(folder: Path, output_dir: Path) -> Iterator[None]:
             else "start the run again: there is no earlier checkpoint to continue from"
         )
         raise OSError(f"{fault} Make room, or the folder writable, then {advice}.") from error
+
+
+def check_origin(
+    checkpoint: str, saved: Mapping[str, str] | None, now: Mapping[str, str], *, may_change: bool
+) -> None:
+    """Check that a run continues from what its checkpoint was made from.
+
+    Args:
+        checkpoint: its folder.
+        saved: name -> fingerprint of data, tokenizer, template, policy and reference; None in checkpoints of before.
+        now: the same of this run.
+        may_change: print what has changed instead of raising.
+
+    Raises:
+        ValueError: something has changed; the message names it.
+    """
+    if saved is None:
+        print_on_main(f"{checkpoint} does not say which data and models it was made from: they are not compared.")
+        return
+    changed = [name for name in saved if name in now and saved[name] != now[name]]
+    if changed and may_change:
+        print_on_main(f"Since {checkpoint} was made, this has changed: {', '.join(changed)}.")
+    elif changed:
+        raise ValueError(
+            f"Since {checkpoint} was made, this has changed: {', '.join(changed)}. Restore it, start afresh in "
+            "another `output_dir`, or continue with the change by `resume_changed: true`."
+        )
 
 
 def check_saved_shapes(folder: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
@@ -16,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.logprobs import install_scoring
 
 REFERENCE_ADAPTER = "ref"
@@ -27,7 +31,7 @@ _RESERVED_NAMES = {
 
 
 def load_model(
-    model: str | PreTrainedModel | PeftModel,
+    model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
     args: Any,
     quantization_config: Any = None,
     loader: Callable[..., Any] = create_model_from_path,
@@ -42,8 +46,15 @@ def load_model(
             holds an adapter, which is loaded onto its base and trained on.
 
     Raises:
-        ValueError: settings for loading were given together with a model in memory.
+        ValueError: `model` is none, or settings for loading were given together with a model in memory.
     """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, (str, nn.Module)):
+        raise ValueError(
+            f"`model` is {'None' if model is None else f'of type {type(model).__name__}'}: give the name of a model, "
+            "its folder, or a model in memory."
+        )
     init = dict(args.model_init_kwargs or {})
     if not isinstance(model, str):
         for name, value in (("model_init_kwargs", init), ("quantization_config", quantization_config)):
@@ -90,6 +101,20 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         return model
     base: Any = model.get_base_model()
     return base
+
+
+def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:
+    """Hash the weights that a model has now, an adapter's that was given with it included; all ranks call it.
+
+    Returns:
+        64 hex digits; None where a rank does not hold the weights, as with FSDP's loading on one rank.
+    """
+    absent = [any(parameter.is_meta for parameter in model.parameters())]
+    if any(gather_object(absent) if PartialState().num_processes > 1 else absent):
+        return None
+    given = isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
+    adapter = str(model.active_adapter) if given else None
+    return module_fingerprint(model, base_model_of(model).config, adapter=adapter)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
