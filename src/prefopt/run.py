@@ -476,6 +476,10 @@ def check_saving(name: str, model_config: Any, args: Any, model_args: ModelConfi
     if not is_adapter(name) and adapter_config(model_args) is None:  # adapters are saved without one
         with suppress(OSError):  # there is none
             generation = GenerationConfig.from_pretrained(name, revision=model_args.model_revision)
+            for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                # as Trainer sets them; transformers is strict about a config that was changed only
+                if getattr(tokenizer, token) is not None:
+                    setattr(generation, token, getattr(tokenizer, token))
 
     def save(folder: Path) -> None:
         for part in (model_config, generation, tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import shutil
@@ -502,6 +503,18 @@ def test_errors_that_are_not_of_the_disk_stay_what_they_are(tmp_path, monkeypatc
     monkeypatch.setattr(trainer, "method_state", lambda: {}[0])
     trainer.check_saving = lambda: None
     with pytest.raises(KeyError):
+        trainer.train()
+
+
+def test_a_folder_with_a_generation_config_that_cannot_be_written_back_is_not_trained(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "temperature": 0.6, "do_sample": False, "pad_token_id": 3})
+    )
+    trainer = any_trainer(tmp_path, "WPO", model=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"could not be saved after training.*generation_config\.json"):
         trainer.train()
 
 

@@ -352,7 +352,6 @@ class BaseTrainer(HookedTrainer):
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
         elif resume_from_checkpoint and not is_whole(Path(resume_from_checkpoint)):
             raise ValueError(cannot_resume(Path(resume_from_checkpoint)))
-        self.check_saving()
         if (
             not self._origin
             and self.train_dataset is not None
@@ -644,6 +643,8 @@ class _RunCallback(TrainerCallback):
         self.trainer.probe_sharded(kwargs["train_dataloader"])
         if state.is_world_process_zero:
             print(self.trainer.describe_run())
+        # here and not earlier: Trainer has set the tokenizer's special tokens in the configs by now
+        self.trainer.check_saving()
         self.trainer.check_space()
         self.trainer.before_first_update()
         if args.gradient_checkpointing and args.selective_checkpointing:
