@@ -1,4 +1,5 @@
-"""The adversarial loop on a game with a known true reward: does it serve the policy better than a fixed reward model, and what are human comparisons for?
+"""The adversarial loop on a game with a known true reward: does it serve the policy better than a fixed reward model,
+and what are human comparisons for?
 
     python benchmarks/adversarial_game.py --seeds 0 1 2 --rounds 3 --outputs outputs/adversarial-game
 
@@ -162,14 +163,22 @@ def main() -> None:
             clock = time.process_time()
             result = play(folder, way, seed, options.rounds) | {"cpu_seconds": round(time.process_time() - clock)}
             results.setdefault(way, {})[str(seed)] = result
-            print(f"seed {seed} {way:<12} true reward {_list(result['true_reward'])}, words {_list(result['words'])}, reward model on "
-                  f"human comparisons {_list(result['human_accuracy'])} ({result['cpu_seconds']} s "
-                  "CPU)", flush=True)  # fmt: skip
+            print(
+                f"seed {seed} {way:<12} true reward {_list(result['true_reward'])}, words {_list(result['words'])}, "
+                "reward model on "
+                f"human comparisons {_list(result['human_accuracy'])} ({result['cpu_seconds']} s "
+                "CPU)",
+                flush=True,
+            )
     for way, by_seed in results.items():
         columns = zip(*(result["true_reward"] for result in by_seed.values()))
         accuracies = zip(*(result["human_accuracy"] for result in by_seed.values()))
-        print(f"mean {way:<12} true reward {_list([statistics.fmean(c) for c in columns])}, reward model on human comparisons "
-              f"{_list([statistics.fmean(c) for c in accuracies])}", flush=True)  # fmt: skip
+        print(
+            f"mean {way:<12} true reward {_list([statistics.fmean(c) for c in columns])}, reward model on human "
+            "comparisons "
+            f"{_list([statistics.fmean(c) for c in accuracies])}",
+            flush=True,
+        )
     write_json(options.outputs / "figures.json", results)
 
 

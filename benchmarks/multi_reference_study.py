@@ -1,4 +1,5 @@
-"""Several references on real pairs, one of them deliberately damaged: is it noticed, and which mode is hurt least by it?
+"""Several references on real pairs, one of them deliberately damaged: is it noticed, and which mode is hurt least by
+it?
 
     python benchmarks/multi_reference_study.py --data ../shared/data --seeds 0 1 2 --outputs
     outputs/multi-reference-study
@@ -127,7 +128,8 @@ def train_language_model(
 
 
 def damage(model: Any, *, scale: float) -> None:
-    """Give every token's output to another one, as when token ids come from another vocabulary, and make it `scale` times as large."""
+    """Give every token's output to another one, as when token ids come from another vocabulary, and make it `scale`
+    times as large."""
     with torch.no_grad():
         weight = model.get_output_embeddings().weight
         assert weight is not model.get_input_embeddings().weight

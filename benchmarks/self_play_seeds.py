@@ -1,4 +1,5 @@
-"""Does self-play raise the rule's win rate, iteration by iteration? The CPU toy of examples/self_play over methods and seeds.
+"""Does self-play raise the rule's win rate, iteration by iteration? The CPU toy of examples/self_play over methods and
+seeds.
 
     python benchmarks/self_play_seeds.py --methods sppo gpo dpo wpo --seeds 0 1 2 --output self_play.json
 

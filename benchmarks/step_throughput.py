@@ -29,11 +29,39 @@ import time
 from pathlib import Path
 
 SHAPES = {  # a Llama of each size
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
-    "small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 8192,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
 MEAN_LENGTHS = {  # prompt, chosen, rejected, in tokens
     "ultrafeedback": (190, 327, 302),
     "hh": (158, 67, 71),
@@ -106,7 +134,8 @@ def _log_normal(rng: random.Random, mean: float, sigma: float = 0.8) -> int:
 
 
 def make_dataset(lengths: list[tuple[int, int, int]], *, vocab_size: int, references: int | None, seed: int):
-    """Tokenised pairs of random ids, with SPPO's columns and those of K cached references (0: a number each, as TRL reads; None: not cached)."""
+    """Tokenised pairs of random ids, with SPPO's columns and those of K cached references (0: a number each, as TRL
+    reads; None: not cached)."""
     from datasets import Dataset
 
     rng = random.Random(seed)
@@ -148,9 +177,14 @@ def run_contender(args: argparse.Namespace) -> dict:
     dataset = make_dataset(lengths, vocab_size=shape["vocab_size"], references=references, seed=args.seed)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     config = AutoConfig.for_model(
-        "llama", **shape, max_position_embeddings=2 * args.max_length, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False
-    )  # fmt: skip
-    packed = contender["layout"] == "packed"
+        "llama",
+        **shape,
+        max_position_embeddings=2 * args.max_length,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(args.seed)
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -212,16 +246,32 @@ def build_trainer(contender: dict, args: argparse.Namespace, model, dataset, clo
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>")),
-        pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-    )  # fmt: skip
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
     size = contender["micro_batch"]
     common = {
-        "output_dir": folder, "per_device_train_batch_size": size, "gradient_accumulation_steps": args.pairs // size, "num_train_epochs": 1,
-        "learning_rate": 1e-6, "lr_scheduler_type": "constant", "beta": 0.01, "max_length": args.max_length, "logging_steps": 1, "report_to": "none",
-        "save_strategy": "no", "disable_tqdm": True, "use_cpu": args.device == "cpu", "bf16": args.device == "cuda", "seed": args.seed,
-        "gradient_checkpointing": args.checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False} if args.checkpointing else None,
-        "precompute_ref_log_probs": args.reference == "cached", "optim": "adamw_torch_fused",
-    }  # fmt: skip
+        "output_dir": folder,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": args.pairs // size,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "beta": 0.01,
+        "max_length": args.max_length,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": args.device == "cpu",
+        "bf16": args.device == "cuda",
+        "seed": args.seed,
+        "gradient_checkpointing": args.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if args.checkpointing else None,
+        "precompute_ref_log_probs": args.reference == "cached",
+        "optim": "adamw_torch_fused",
+    }
     order = step_order(len(dataset), args)
     if contender["library"] == "prefopt":
         trainers = {
@@ -258,7 +308,14 @@ def build_trainer(contender: dict, args: argparse.Namespace, model, dataset, clo
 
     extra = {"dpo": {}, "wpo": {"use_weighting": True}, "sppo": {"loss_type": ["sppo_hard"]}}[args.method]
     reference = copy.deepcopy(model) if args.reference == "live" else None
-    return Trainer(model, ref_model=reference, args=trl.DPOConfig(**common, **extra), train_dataset=dataset, processing_class=tokenizer, callbacks=[clock])  # fmt: skip
+    return Trainer(
+        model,
+        ref_model=reference,
+        args=trl.DPOConfig(**common, **extra),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
 
 
 def step_order(count: int, args: argparse.Namespace) -> list[int]:
@@ -367,12 +424,22 @@ def summarise(contender: dict, results: list[dict], args: argparse.Namespace, le
 
 
 COLUMNS = (  # field, heading, format
-    ("lengths", "lengths", "{}"), ("library", "library", "{}"), ("layout", "layout", "{}"), ("micro_batch", "micro-batch", "{}"), ("references", "references", "{}"),
-    ("step_ms", "ms/step", "{:.0f}"), ("pairs_per_second", "pairs/s", "{:.2f}"), ("unique_tokens_per_second", "unique tokens/s", "{:.0f}"),
-    ("useful_tflops", "TFLOP/s", "{:.3f}"), ("fraction_of_matrix_rate", "of matrix rate", "{:.2f}"), ("peak_gib", "peak GiB", "{:.2f}"),
-    ("compile_seconds", "compile s", "{:.1f}"), ("speedup_over_best_trl", "x TRL's best", "{:.2f}"),
-    ("relative_step_time", "time / first", "{:.3f}"), ("largest_loss_difference", "relative loss difference", "{:.1e}"),
-)  # fmt: skip
+    ("lengths", "lengths", "{}"),
+    ("library", "library", "{}"),
+    ("layout", "layout", "{}"),
+    ("micro_batch", "micro-batch", "{}"),
+    ("references", "references", "{}"),
+    ("step_ms", "ms/step", "{:.0f}"),
+    ("pairs_per_second", "pairs/s", "{:.2f}"),
+    ("unique_tokens_per_second", "unique tokens/s", "{:.0f}"),
+    ("useful_tflops", "TFLOP/s", "{:.3f}"),
+    ("fraction_of_matrix_rate", "of matrix rate", "{:.2f}"),
+    ("peak_gib", "peak GiB", "{:.2f}"),
+    ("compile_seconds", "compile s", "{:.1f}"),
+    ("speedup_over_best_trl", "x TRL's best", "{:.2f}"),
+    ("relative_step_time", "time / first", "{:.3f}"),
+    ("largest_loss_difference", "relative loss difference", "{:.1e}"),
+)
 
 
 def table(rows: list[dict]) -> str:
@@ -420,7 +487,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         print(json.dumps(run_contender(args)))
         return []
     rows = [row for lengths in args.lengths for row in compare(args, lengths)]
-    print(f"{args.method.upper()}, {args.size} on {args.device}, {args.pairs} pairs a step, reference {args.reference}, medians of {args.rounds} x {args.steps} steps\n")  # fmt: skip
+    print(
+        f"{args.method.upper()}, {args.size} on {args.device}, {args.pairs} pairs a step, reference {args.reference}, "
+        f"medians of {args.rounds} x {args.steps} steps\n"
+    )
     print(table(rows))
     if args.plot:
         draw(rows, args.plot)

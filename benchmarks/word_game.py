@@ -61,7 +61,8 @@ def draw_prompt(rng: random.Random) -> str:
 
 
 def draw_answer(prompt: str, rng: random.Random, longest: int = LONGEST) -> str:
-    """An answer as the start policy gives it: things of the kind and others, repetitions, any length up to `longest`."""
+    """An answer as the start policy gives it: things of the kind and others, repetitions, any length up to
+    `longest`."""
     things = KINDS[prompt.split()[0]]
     words = [rng.choice(things if rng.random() < ON_TOPIC else WORDS)]
     while len(words) < longest and rng.random() < GOES_ON:
@@ -78,7 +79,8 @@ def golden_answer(prompt: str, rng: random.Random) -> str:
 def write_game(
     folder: Path, *, seed: int, reward_prompts: int, policy_prompts: int, test_prompts: int, comparisons: int
 ) -> None:
-    """All data of a game: disjoint prompts for reward model, policy and test, golden answers, and human comparisons of three kinds.
+    """All data of a game: disjoint prompts for reward model, policy and test, golden answers, and human comparisons of
+    three kinds.
 
     Writes `reward_prompts.jsonl` (with `golden`), `policy_prompts.jsonl`, `test_prompts.jsonl`, `comparisons.jsonl`
     (of the reward model),

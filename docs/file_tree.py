@@ -1,4 +1,5 @@
-"""Writes the file tree of docs/architecture.md: one line a file, each with the first sentence that the file says about itself.
+"""Writes the file tree of docs/architecture.md: one line a file, each with the first sentence that the file says about
+itself.
 
 python docs/file_tree.py            (part of `make style`)
 python docs/file_tree.py --check    (exit status 1 where docs/architecture.md is out of date)

@@ -1,11 +1,15 @@
-"""The reading list of docs/architecture.md: every function that a row passes on its way to the loss, found by running it.
+"""The reading list of docs/architecture.md: every function that a row passes on its way to the loss, found by running
+it.
 
 python docs/reading_list.py            writes the list
 python docs/reading_list.py --check    exits with 1 where the list is out of date or longer than its limits
 
-A WPO trainer with the quickstart's layout is built on a tiny model, and Python's profiler records which functions of prefopt run while rows are
-tokenised (inside the one `map`, behind `tokenize_pairs`), become a batch and are scored, up to the value that `step_loss` returns. Left out is
-what a row does not pass: work once for a data set (report, fingerprint), and OBSERVERS, which look at the value and do not change it. Lines of
+A WPO trainer with the quickstart's layout is built on a tiny model, and Python's profiler records which functions of
+prefopt run while rows are
+tokenised (inside the one `map`, behind `tokenize_pairs`), become a batch and are scored, up to the value that
+`step_loss` returns. Left out is
+what a row does not pass: work once for a data set (report, fingerprint), and OBSERVERS, which look at the value and do
+not change it. Lines of
 code are those without docstrings, comments and blank lines.
 """
 
@@ -166,7 +170,8 @@ def table() -> tuple[str, int, int, int]:
     count = sum(len({**to_batch.get(file, {}), **to_loss.get(file, {})}) for file in files)
     lines = sum(sum({**to_batch.get(file, {}), **to_loss.get(file, {})}.values()) for file in files)
     text = [
-        f"{count} functions in {len(files)} files, {lines} lines of code; {total(to_loss)} of them from batch to loss.",
+        f"{count} functions in {len(files)} files, {lines} lines of code; {total(to_loss)} of them from batch to "
+        "loss.",
     ]
     for title, part in (("From row to batch", to_batch), ("From batch to loss", to_loss)):
         text += ["", f"**{title}**, {total(part)} lines", "", "| file | lines | functions |", "|---|---:|---|"]

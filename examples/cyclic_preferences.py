@@ -1,4 +1,5 @@
-"""Cyclic preferences, a > b > c > a: a general preference model learns them, Bradley-Terry cannot. Runs on a CPU in about a minute.
+"""Cyclic preferences, a > b > c > a: a general preference model learns them, Bradley-Terry cannot. Runs on a CPU in
+about a minute.
 
     python examples/cyclic_preferences.py docs/images/cyclic_preferences.png
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,3 +243,24 @@ def test_many_dropped_rows_are_a_warning(tmp_path, model, capsys):
     write_jsonl(tmp_path / "rows.jsonl", [*good, *(3 * [{"prompt": "a", "chosen": "b", "rejected": "b"}])])
     _, printed = check(capsys, tiny_recipe(tmp_path, model, tmp_path / "rows.jsonl"))
     assert "note: train: 3 of 23 rows are dropped: 3 " in printed
+
+
+def test_a_model_that_could_not_be_saved_is_a_problem(tmp_path, capsys):
+    """`temperature` without sampling: transformers loads it, and refuses to write it after training."""
+    model, data = write_model(tmp_path), write_pairs(tmp_path, {"train": 6})
+    path = model / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.6, "do_sample": False}))
+    recipe = tiny_recipe(tmp_path, model, data)
+    assert main(["check", str(recipe), "--method", "wpo"]) == 2
+    assert "could not be saved after training" in (printed := capsys.readouterr().out)
+    assert "generation_config.json" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_is_a_problem(tmp_path, monkeypatch, capsys):
+    recipe = tiny_recipe(
+        tmp_path, write_model(tmp_path), write_pairs(tmp_path, {"train": 6}), save_strategy="steps", save_steps=1
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert main(["check", str(recipe), "--method", "wpo"]) == 2
+    assert "checkpoints and the model" in capsys.readouterr().out

@@ -63,6 +63,16 @@ def test_the_trainer_moves_batches_with_a_method_of_its_own():
     )
 
 
+def test_parts_of_a_batch_are_moved_one_by_one_and_cast_under_deepspeed():
+    must(
+        parameters_of(Trainer._prepare_input) == ["self", "data"]
+        and "self._prepare_input(inputs)" in source_of(Trainer._prepare_inputs),
+        transformers,
+        "`Trainer._prepare_input` is gone, or `_prepare_inputs` does not call it",
+        "`HookedTrainer._prepare_input`: cached scores would be rounded to bf16",
+    )
+
+
 def test_a_checkpoint_is_written_by_one_method_and_saves_the_model_through_save_model(tmp_path):
     source = source_of(Trainer._save_checkpoint)
     must(

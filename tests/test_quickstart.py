@@ -1,4 +1,5 @@
-"""The quickstart: its preference set and rule, its measurements, and (slow) what WPO really changes, with three seeds."""
+"""The quickstart: its preference set and rule, its measurements, and (slow) what WPO really changes, with three
+seeds."""
 
 from __future__ import annotations
 

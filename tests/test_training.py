@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -15,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.cli import arguments_of, main
 from prefopt.data import RowTokenizer
+from prefopt.files import read_jsonl, write_jsonl
 from prefopt.recipes import build, read_recipe
 from prefopt.run import batch_sizes
 from tests.tiny import tiny_model
-from tests.tiny_runs import tiny_recipe, write_model, write_pairs
+from tests.tiny_runs import pair_rows, tiny_recipe, write_model, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,22 @@ def test_resumed_equals_uninterrupted(tmp_path, model, data, capsys, killed):
     assert history(folder) == history(whole)
     ours, theirs = load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_rows_that_changed_since_the_checkpoint_stop_the_command(tmp_path, model, data, capsys):
+    folder = Path(shutil.copytree(data, tmp_path / "rows"))
+    recipe = tiny_recipe(tmp_path, model, folder, max_steps=4, save_strategy="steps", save_steps=2)
+    run(recipe)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[1:]))
+    words = ["wpo", str(recipe), "--resume_from_checkpoint", "true"]
+    assert main(words) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint-2 was made, this has changed: the training data" in told and "resume_changed" in told
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+    assert main([*words, "--resume_changed", "true"]) == 0
 
 
 def test_resuming_a_run_that_is_through_changes_nothing(tmp_path, model, data, capsys):
@@ -198,6 +216,23 @@ def test_each_row_is_visited_once(tmp_path, model, data, capsys, monkeypatch, co
     assert "train: 7 rows read, 7 kept" in printed and "eval: 3 rows read, 3 kept" in printed
     assert mapped == [6, 4]  # half of the first source, all of the second
     assert len(read) == len(set(read)) == 10
+
+
+def test_dropped_rows_are_written_with_their_reasons(tmp_path, model, capsys):
+    rows = pair_rows(12)
+    rows[3]["chosen"], rows[7]["chosen"] = rows[3]["rejected"], None
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = tiny_recipe(tmp_path, model, tmp_path / "rows.jsonl", max_steps=1)
+    run(recipe, capsys=capsys)
+    lines = read_jsonl(tmp_path / "out" / "dropped.jsonl")
+    assert [(line["set"], line["row"], line["reason"]) for line in lines] == [
+        ("train", 3, "identical completions"),
+        ("train", 7, "missing field"),
+    ]
+    assert lines[1]["detail"] == "`chosen` is missing" and len(lines[0]["row_id"]) == 16
+    write_jsonl(tmp_path / "rows.jsonl", pair_rows(12))
+    run(recipe, "--overwrite_output_dir", "true", capsys=capsys)
+    assert not (tmp_path / "out" / "dropped.jsonl").exists()
 
 
 def test_one_file_has_no_test_split(tmp_path, model, data, capsys):

@@ -1,4 +1,4 @@
-"""Waiting for other processes: it is said, it ends, and locks of dead processes do not hold it up."""
+"""Waiting for other processes: it is printed, it ends, and locks of dead processes do not hold it up."""
 
 from __future__ import annotations
 

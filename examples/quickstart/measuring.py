@@ -36,7 +36,8 @@ class Measures:
 
 
 def measure(model, tokenizer, start_model, pairs_file: Path, questions: list[Question]) -> Measures:
-    """Scores the pairs of `pairs_file` and lets the model answer `questions`, which are those of the file in its order."""
+    """Scores the pairs of `pairs_file` and lets the model answer `questions`, which are those of the file in its
+    order."""
     pairs = list(read_jsonl(pairs_file))
     chosen, rejected = pair_logps(model, tokenizer, pairs)
     ref_chosen, ref_rejected = pair_logps(start_model, tokenizer, pairs)

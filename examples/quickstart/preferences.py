@@ -166,7 +166,8 @@ def wins(question: Question, text: str) -> bool:
 
 
 def well_formed(question: Question, text: str) -> bool:
-    """Whether `text` is one whole sentence of the grammar, in either style, about the thing and the topic asked for."""
+    """Whether `text` is one whole sentence of the grammar, in either style, about the thing and the topic asked
+    for."""
     thing, values = with_article(question.thing), "|".join(VALUES[question.topic])
     predicate = PREDICATES[question.topic].format(value=f"(?:{values})", a_value=f"an? (?:{values})")
     firm = f"{thing.capitalize()} {predicate}, (?:{'|'.join(FIRM_CLOSINGS)})"

@@ -131,7 +131,7 @@ The model and its recipe (recipe.yaml) are in {folder}; all of this took {second
   prefopt check llama3/wpo --accelerate_config deepspeed_zero3 --num_processes 8      (does it fit? what would stop it?)
   accelerate launch --config_file accelerate_configs/deepspeed_zero3.yaml scripts/run_wpo.py training_configs/llama3/wpo.yaml
 
-Your own pairs: a file pairs.jsonl, each line `prompt`, `chosen`, `rejected`; then --dataset_name pairs.jsonl --test_split_size 0.05."""
+Your own pairs: a file pairs.jsonl, each line `prompt`, `chosen`, `rejected`; then --dataset_name pairs.jsonl --test_split_size 0.05."""  # noqa: E501
 
 
 if __name__ == "__main__":

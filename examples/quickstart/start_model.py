@@ -1,4 +1,5 @@
-"""The quickstart's start model: a tokenizer trained on the pairs, and a tiny Llama that has learned to give both answers."""
+"""The quickstart's start model: a tokenizer trained on the pairs, and a tiny Llama that has learned to give both
+answers."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prefopt.waiting import announced_wait
+
 CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
 """Keys of a config in memory about how and from where it was loaded; nothing that a model computes depends on them."""
 
@@ -102,7 +104,8 @@ class HookedTrainer(Trainer):
         # the last that every rank writes; the main process writes the trainer's state after it, which therefore proves
         # that the checkpoint is whole only if all ranks have arrived here
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
+        with announced_wait("the other ranks to write their part of the checkpoint"):
+            self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             self.before_checkpoint_is_whole(Path(output_dir))
 

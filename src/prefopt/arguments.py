@@ -81,6 +81,14 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def only_read_with(declared: dataclasses.Field[Any], **selectors: Sequence[Any]) -> Any:
+    """Declare a field of another dataclass again, read with these values of a selector only; see `setting`."""
+    only_for = {selector: tuple(values) for selector, values in selectors.items()}
+    # `items` gives all entries, those that are not listed among them
+    metadata = _Metadata([*declared.metadata.items(), ("only_for", only_for)])
+    return field(default=declared.default, metadata=metadata)
+
+
 def missing(name: str) -> str:
     """Return the message about a setting that has to be given."""
     return f"{name} is missing: set it in the recipe or with --{name}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport, check_fits_model
 from prefopt.launch import launch_words, split_launch_settings, world_size
-from prefopt.memory import GIB, Launch, Memory, ModelShape, estimate
+from prefopt.memory import GIB, Launch, Memory, ModelShape, estimate, optimizer_bytes
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
+from prefopt.trainers.checkpoints import check_space
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.training import tokenise_data
 
@@ -167,6 +169,10 @@ def check_model_and_data(
                 found.attempt(trainer.check_data, dataset, config, split)
                 if not run.is_adapter(name):
                     found.attempt(check_fits_model, dataset, model_config, split)
+    if model_config is not None and tokenizer is not None:
+        if rows == "pairs":  # reward models generate nothing
+            found.attempt(run.check_saving, name, model_config, config, model_args, tokenizer)
+        found.attempt(check_disk, name, model_config, config, model_args, found)
     found.memory = found.attempt(estimate_memory, config, model_args, found)
     if found.memory is not None and torch.cuda.is_available() and not found.launch.use_cpu:
         available = torch.cuda.get_device_properties(0).total_memory
@@ -191,6 +197,22 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
         checkpointing=config.gradient_checkpointing,
         tokens=tokens,
         scored_tokens=scored,
+    )
+
+
+def check_disk(name: str, model_config: Any, config: Any, model_args: ModelConfig, found: Findings) -> None:
+    """Raise a ValueError where the disk has no room for the checkpoints that the run will keep."""
+    adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
+    shape = ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code)
+    rows = next((data.rows_kept for data in found.reports if data.name == "train"), 0)
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * max(found.launch.processes, 1)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(rows / batch) * math.ceil(config.num_train_epochs)
+    size = 4 if model_args.dtype == "float32" else 2
+    check_space(
+        config,
+        size * (shape.parameters if adapter is None else shape.trained),
+        optimizer_bytes(config.optim.value) * shape.trained,
+        steps=max(steps, 1),
     )
 
 

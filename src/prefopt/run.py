@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -31,7 +31,7 @@ from prefopt.files import parse_yaml, read_yaml, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
-from prefopt.trainers.checkpoints import cannot_resume, checkpoint_to_resume, is_whole, last_checkpoint
+from prefopt.trainers.checkpoints import cannot_resume, checkpoint_to_resume, is_whole, last_checkpoint, try_saving
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import load_model
 
@@ -39,7 +39,7 @@ from prefopt.trainers.policy import load_model
 
 # may differ between a run and its continuation: where it writes, what it reports, how long it goes on
 FREE_TO_CHANGE = names_without_effect(RunArguments) | {
-    "output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "master_weights",
+    "output_dir", "resume_from_checkpoint", "resume_changed", "num_train_epochs", "max_steps", "master_weights",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
     "logging_strategy", "logging_steps", "logging_first_step",
@@ -47,6 +47,8 @@ FREE_TO_CHANGE = names_without_effect(RunArguments) | {
     "save_strategy", "save_steps", "save_total_limit", "dataset_num_proc", "ddp_timeout", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
 }  # fmt: skip
+# settings that the recipes of earlier versions do not hold, with the value that describes what happened then
+ADDED_LATER: dict[str, Any] = {"lora_init": "default", "warmup_type": "linear"}
 # key, value (a pattern), module (one of several), how it is installed: packages that are no dependencies of this one
 _QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")
 NEEDS_PACKAGE = (
@@ -63,7 +65,7 @@ NEEDS_PACKAGE = (
 # ignored without `use_peft`
 ADAPTER_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
-    "lora_task_type", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit",
+    "lora_task_type", "lora_init", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
 LARGELY_CUT, LARGELY_DROPPED = 0.2, 0.01  # shares of rows from which on a warning says so
 LM_HEADS = ("lm_head", "embed_out", "output")
@@ -166,8 +168,8 @@ def check_adapter_keys(recipe: Recipe) -> None:
     Raises:
         ValueError: names the key.
     """
-    values, defaults = recipe.values, ModelConfig()
-    given = [key for key in ADAPTER_KEYS if key in values and values[key] != getattr(defaults, key)]
+    values, defaults = recipe.values, vars(ModelConfig()) | vars(RunArguments())
+    given = [key for key in ADAPTER_KEYS if key in values and values[key] != defaults[key]]
     if given and not values.get("use_peft"):
         raise ValueError(f"{recipe.places[given[0]]}: {given[0]} needs use_peft: true; without it, remove it.")
     targets = values.get("lora_target_modules") or []
@@ -352,7 +354,9 @@ def _changes(folder: Path, resolved: str) -> list[str] | None:
             f"{written} is damaged, so nobody knows whether this run is the same: if it is, remove that file. "
             f"({before if isinstance(before, ValueError) else 'It holds no settings.'})"
         )
-    return setting_changes(before, parse_yaml(resolved, RECIPE_FILE)[0], FREE_TO_CHANGE)
+    now = parse_yaml(resolved, RECIPE_FILE)[0]
+    added = {key: value for key, value in ADDED_LATER.items() if key in now}
+    return setting_changes(added | before, now, FREE_TO_CHANGE)
 
 
 def _check_same_run(folder: Path, resolved: str) -> None:
@@ -425,9 +429,11 @@ def adapter_of(name: str) -> PeftConfig:
     return PeftConfig.from_pretrained(str(Path(name).expanduser()))
 
 
-def adapter_config(model_args: ModelConfig) -> PeftConfig | None:
+def adapter_config(model_args: ModelConfig, *, init: str = "default") -> PeftConfig | None:
     """Make the config of the adapter that the recipe describes, if any."""
-    config = get_peft_config(model_args)
+    config: Any = get_peft_config(model_args)
+    if config is not None and init != "default":
+        config.init_lora_weights = init
     targets = model_args.lora_target_modules
     if config is not None and isinstance(targets, str) and targets.isidentifier():
         config.target_modules = {targets}  # TRL makes a list of one name a pattern, which no full name would match
@@ -439,7 +445,7 @@ def single_model(name: str, args: Any, model_args: ModelConfig, run_args: RunArg
     return {
         "model": name,
         "quantization_config": get_quantization_config(model_args),
-        "peft_config": adapter_config(model_args),
+        "peft_config": adapter_config(model_args, init=run_args.lora_init),
     }
 
 
@@ -458,6 +464,26 @@ def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArgu
         args.model_init_kwargs = models["quantization_config"] = models["peft_config"] = None
         print_on_main(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
     return models
+
+
+def check_saving(name: str, model_config: Any, args: Any, model_args: ModelConfig, tokenizer: Any) -> None:
+    """Try to save what is saved with the weights, without loading them; nothing is left on the disk.
+
+    Raises:
+        ValueError: it cannot be saved, or the output folder cannot be written.
+    """
+    generation = None
+    if not is_adapter(name) and adapter_config(model_args) is None:  # adapters are saved without one
+        with suppress(OSError):  # there is none
+            generation = GenerationConfig.from_pretrained(name, revision=model_args.model_revision)
+
+    def save(folder: Path) -> None:
+        for part in (model_config, generation, tokenizer):
+            if part is not None:
+                part.save_pretrained(folder)
+
+    folder = Path(args.output_dir).expanduser().absolute()
+    try_saving(next(path for path in (folder, *folder.parents) if path.is_dir()), save)
 
 
 def load_reference(run_args: RunArguments, args: Any) -> Any:

@@ -30,7 +30,7 @@ from prefopt.data import (
     load_tokenized,
 )
 from prefopt.data.rows import Kind
-from prefopt.files import locked, read_json, storage_fault
+from prefopt.files import locked, read_json, storage_fault, write_jsonl
 from prefopt.launch import check_launcher, print_on_main, rank, world_size
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
@@ -58,6 +58,7 @@ from prefopt.waiting import announced_wait, watch_extension_locks
 
 # The Trainer's push to the hub leaves out files whose names begin with an underscore.
 LOCK_FILE = "_lock"
+DROPPED_FILE = "dropped.jsonl"
 
 
 def shared_arguments() -> tuple[type, ...]:
@@ -86,6 +87,7 @@ def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: 
         with writing_to(output_dir, trainer):
             if trainer.is_world_process_zero():
                 open_folder(output_dir, resolved, overwrite=bool(recipe.values.get("overwrite_output_dir")))
+                write_dropped(output_dir, trainer.data_reports)
             with announced_wait("the first rank to open the run's folder"):
                 trainer.accelerator.wait_for_everyone()
             trained = fit(trainer, start)
@@ -170,7 +172,7 @@ def make_trainer(
     tokenizer = load_tokenizer(name, model_args, args, run_args)
     # an adapter may bring embeddings that its base's config does not know of
     fits = None if is_adapter(name) else config
-    train_dataset, eval_dataset = prepare_data(trainer_class, rows, tokenizer, args, data_args, fits)
+    train_dataset, eval_dataset, reports = prepare_data(trainer_class, rows, tokenizer, args, data_args, fits)
     if eval_dataset is None and (args.do_eval or args.eval_strategy != "no"):
         print_on_main(
             "There are no evaluation rows, so nothing is evaluated (test_split_size: 0.05 would hold some out)."
@@ -179,9 +181,11 @@ def make_trainer(
     args.model_init_kwargs = {**model_options(model_args), **(args.model_init_kwargs or {})}
     load_models = pair_models if rows == "pairs" else single_model
     models = load_models(name, args, model_args, run_args)
-    return trainer_class(
+    trainer = trainer_class(
         args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **models
     )
+    trainer.data_reports = reports
+    return trainer
 
 
 def prepare_data(
@@ -191,8 +195,8 @@ def prepare_data(
     args: Any,
     data_args: DatasetArguments,
     model_config: Any = None,
-) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Return tokenised training and evaluation rows, checked; print the counts and one decoded sample."""
+) -> tuple[Dataset, Dataset | dict[str, Dataset] | None, list[TokenizationReport]]:
+    """Return tokenised training and evaluation rows, checked, and reports; print the counts and one decoded sample."""
     datasets, reports = tokenise_data(rows, tokenizer, args, data_args)
     if rank() == 0:
         for report in reports:
@@ -207,7 +211,16 @@ def prepare_data(
         for name, dataset in datasets.items():
             trainer_class.check_data(dataset, args, name)
     train_dataset = datasets.pop("train")
-    return train_dataset, datasets if set(datasets) - {"eval"} else datasets.get("eval")
+    return train_dataset, datasets if set(datasets) - {"eval"} else datasets.get("eval"), reports
+
+
+def write_dropped(output_dir: Path, reports: Sequence[TokenizationReport]) -> None:
+    """Write every dropped row's set, number, id and reason beside the model, where rows were dropped."""
+    rows = [{"set": report.name, **row} for report in reports for row in report.dropped_rows]
+    if rows:
+        write_jsonl(output_dir / DROPPED_FILE, rows)
+    else:
+        (output_dir / DROPPED_FILE).unlink(missing_ok=True)  # of a run that is overwritten
 
 
 def tokenise_data(

@@ -32,7 +32,8 @@ def test_both_libraries_see_each_pair_once():
 
 
 def test_figures_are_medians_over_all_steps_of_all_runs(tmp_path):
-    """Steps of 1, 2 and 3 s over two runs: median 2 s, so 8 pairs are 4 pairs/s; 6 * 10 * 100 / 2 s = 3,000 FLOP/s without a live reference."""
+    """Steps of 1, 2 and 3 s over two runs: median 2 s, so 8 pairs are 4 pairs/s; 6 * 10 * 100 / 2 s = 3,000 FLOP/s
+    without a live reference."""
     args = parse(["--reference", "cached"])
     run = {
         "step_seconds": [1.0, 2.0, 3.0],
@@ -52,7 +53,8 @@ def test_figures_are_medians_over_all_steps_of_all_runs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo", "wpo", "sppo"])
 def test_a_small_run_agrees_with_trl(method, tmp_path):
-    """Losses agree to float32 rounding, step by step, and every figure is there; how fast it is, is not asked of a shared machine."""
+    """Losses agree to float32 rounding, step by step, and every figure is there; how fast it is, is not asked of a
+    shared machine."""
     out = tmp_path / "figures.json"
     options = [
         "--size",

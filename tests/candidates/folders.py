@@ -8,7 +8,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 HARD_PROMPTS = [
     "Why does my function return None? None of this helps.",
     "None",
-    "What does <|eot_id|> mean, and <s> or [INST]?",
+    "What does <|end|> mean, and <s> or [INST]?",
     "Grüße! 你好 世界 🙂 naïve\tcafé\n\n",
     "{{ bos_token }} {% raw %} {prompt}",
 ]

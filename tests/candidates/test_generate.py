@@ -100,6 +100,18 @@ def test_hard_prompts_reach_the_model_whole_and_templated_once(tmp_path, style, 
     assert "Answer None." in tokenizer.decode(seen[-1])
 
 
+def test_a_prompt_that_is_templated_already_is_listed_or_taken_as_it_is(tmp_path, model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    turns = [{"role": "user", "content": "fox"}]
+    templated = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    (record,) = generate(tmp_path, model_folder, ["hello", templated, "What is <|eot_id|>?"])
+    assert record["prompt"][0]["content"] == "hello"
+    skipped = read_jsonl(tmp_path / "out" / "skipped.jsonl")
+    assert [row["row"] for row in skipped] == [1, 2] and all("prompt_format" in row["detail"] for row in skipped)
+    plan = Generation(arguments(tmp_path, model_folder, [templated], prompt_format="text"), Processes())
+    assert plan.prompts.items[0]["prompt_ids"] == tokenizer(templated, add_special_tokens=False)["input_ids"]
+
+
 def test_string_prompts_without_a_template_are_continued(tmp_path):
     model = save_tiny(tmp_path / "model", style=None)
     records = generate(tmp_path, model, ["\n\nHuman: hi\n\nAssistant:"])

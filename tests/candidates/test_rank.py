@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from prefopt.arguments import names_without_effect
 from prefopt.candidates.pairs import score_differences
 from prefopt.candidates.rank import FLAG_ALIASES, RankArguments, run
 from prefopt.candidates.records import make_candidate, make_record, read_records, write_records
@@ -203,7 +204,7 @@ def test_arguments_are_checked():
         ({"ranker": "rm"}, "ranker must be one of"),
         ({"model_name_or_path": ""}, "model_name_or_path is missing"),
         ({"max_length": 100}, "max_length is only read with ranker reward-model"),
-        ({"tokens_per_batch": 0}, "at least 1"),
+        ({"ranker": "pair-rm", "tokens_per_batch": 0}, "at least 1"),
         ({"output_dir": "in"}, "is the folder of the candidates"),
         ({"push_to_hub": True}, "belong together"),
     ):
@@ -211,6 +212,7 @@ def test_arguments_are_checked():
         with pytest.raises(ValueError, match=message):
             RankArguments(**values)
     assert FLAG_ALIASES["model"] in RankArguments.__dataclass_fields__
+    assert {"tokens_per_batch", "base_url", "retries", "push_to_hub"} <= names_without_effect(RankArguments)
 
 
 def launch(candidates, output, model, processes, **environment):
@@ -293,3 +295,10 @@ def test_real_prompts_on_two_processes_killed_and_resumed(tmp_path):
         f"ranking: 603 prompts, killed after {finished} of 19 shards and resumed: identical; "
         f"{time.monotonic() - started:.0f} s"
     )
+
+
+def test_a_rankers_options_keep_their_bounds():
+    """What a ranker declares of its options in its file holds for `prefopt rank` too."""
+    known = RankArguments.__dataclass_fields__["tokens_per_batch"].metadata
+    assert known["at_least"] == 1 and known["only_for"]["ranker"] == ("reward-model", "pair-rm", "general-preference")
+    assert known.get("decides_result") is False and set(known) == {"help"}

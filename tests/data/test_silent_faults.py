@@ -112,7 +112,15 @@ def test_a4_what_looks_like_a_conversation_and_is_none_is_a_bad_row(text):
 
 
 def test_a4_other_text_in_brackets_stays_text():
-    for text in ("[1] see the list", "{'a': 1}", "[{'x': 5}]", '{"city": "Köln"}'):
+    texts = (
+        "[1] see the list",
+        "{'a': 1}",
+        "[{'x': 5}]",
+        '{"city": "Köln"}',
+        '[{"value": 5}] Add them.',
+        '{"role": "x"} is?',
+    )
+    for text in texts:
         assert normalise_prompt({"prompt": text})["prompt"] == text
 
 
@@ -323,6 +331,7 @@ WHOLE = {"instruction": "Hi", "chosen": [U, A], "rejected": [U, B]}
         ({**ALPACA, "prompt": "Translate."}, "input"),
         ({**GOOD, "context": "Once upon a time."}, "context"),
         ({"Query": "what?", "chosen": "a", "rejected": "b"}, "Query"),
+        ({"user_question": "what?", "question_id": "7f", "chosen": "a", "rejected": "b"}, "user_question"),
         ({"messages": [turn("user", "what?")], "chosen": "a", "rejected": "b"}, "messages"),
         (
             {"prompt": "p", "system_prompt": "Be brief.", "responses": ["a", "b"], "scores": [1.0, 0.0]},
@@ -358,6 +367,7 @@ def test_a2_columns_that_say_nothing_new_are_left_alone():
         ({**ALPACA, "input": ""}, {"prompt": ["instruction", "input"]}, "Translate."),
         (WHOLE, {"prompt": "instruction"}, [U]),
         ({**WHOLE, "system": "Be brief."}, {"prompt": "instruction", "system": "system"}, [S, U]),
+        ({**ORCA, "context": "x"}, {"prompt": "question", "system": None, "context": None}, ORCA["question"]),
         ({"q": "Hi", "good": "a", "bad": "b"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, "Hi"),
     ],
 )
@@ -396,3 +406,27 @@ def test_a2_the_system_column_of_ms_swifts_form_is_read_by_mapping(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [row])
     rows, _ = load_datasets(DataArguments([DataSource(str(tmp_path / "rows.jsonl"), columns={"system": "system"})]))
     assert (rows[0]["prompt"], rows[0]["chosen"], rows[0]["rejected"]) == ([S, U], [A], [B])
+
+
+def test_a1_a_dialogue_as_text_that_ends_with_a_human_turn():
+    row = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Blue.", "rejected": " Red.\n\nHuman: And then?"}
+    with pytest.raises(BadRow, match=NO_ANSWER):
+        normalise_pair(row)
+    with pytest.raises(BadRow, match=NO_ANSWER):
+        normalise_pair({name: row["prompt"] + row[name] for name in ("chosen", "rejected")})
+    assert normalise_pair({**row, "rejected": row["rejected"] + "\n\nAssistant: Green."})
+    assert normalise_pair({**row, "prompt": "Quote one."})  # no dialogue
+
+
+def test_a1_turns_of_others_inside_an_answer_are_noted():
+    row = {**GOOD, "chosen": [A, turn("user", "Sure?"), turn("assistant", "Yes.")]}
+    _, report = tokenize_pairs(Dataset.from_list([GOOD, row]), CHAT, max_length=None)
+    assert report.other_turns == 1 and "turns of others between their answers" in report.table()
+    assert "turns of others" not in tokenize_pairs(Dataset.from_list([GOOD]), CHAT, max_length=None)[1].table()
+
+
+@pytest.mark.parametrize("style", ["llama3", "chatml", "gemma2", "zephyr"])
+def test_a5_a_question_about_special_tokens_is_a_question(style):
+    text = "What does <|eot_id|> mean, and <|im_start|>, <start_of_turn>, <s> or <|user|>?"
+    row = {**GOOD, "prompt": [turn("user", text)]}
+    assert fault_of(row, tiny_tokenizer(style))[0] is None

@@ -1,6 +1,7 @@
 """FSDP2 on two CPU ranks around the model and the scoring path, by torch and by accelerate's own preparation.
 
-Under an FSDP configuration on a CPU accelerate wraps into DDP, so its config file itself can only be tried on GPUs; the
+Under an FSDP configuration on a CPU accelerate wraps into DDP, so its config file itself can only be tried on GPUs;
+the
 function that it calls there runs here on gloo.
 """
 

@@ -46,15 +46,33 @@ def workspace(tmp_path_factory) -> Path:
 def launch(
     workspace: Path, name: str, *, config: str | None = None, layout: str = "padded", **settings
 ) -> tuple[Path, str]:
-    """Run scripts/run_wpo.py with a global batch of 8, on one process or under an accelerate config; (output folder, output)."""
+    """Run scripts/run_wpo.py with a global batch of 8, on one process or under an accelerate config; (output folder,
+    output)."""
     ranks = 2 if config else 1
     recipe = {
-        "model_name_or_path": str(workspace / "model"), "dataset_name": str(workspace / "data"), "dataset_train_split": "train",
-        "dataset_test_split": "test", "output_dir": str(workspace / name), "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4 // ranks, "learning_rate": 1e-3, "num_train_epochs": 2, "logging_steps": 1, "beta": 0.1,
-        "max_length": 128, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "steps",
-        "save_steps": 4, "save_total_limit": 3, "eval_strategy": "no", "batch_layout": layout, **settings,
-    }  # fmt: skip
+        "model_name_or_path": str(workspace / "model"),
+        "dataset_name": str(workspace / "data"),
+        "dataset_train_split": "train",
+        "dataset_test_split": "test",
+        "output_dir": str(workspace / name),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4 // ranks,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "beta": 0.1,
+        "max_length": 128,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "save_total_limit": 3,
+        "eval_strategy": "no",
+        "batch_layout": layout,
+        **settings,
+    }
     path = workspace / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     start = (

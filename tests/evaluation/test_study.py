@@ -29,10 +29,23 @@ RUNS = {
 
 def card(name, **changes):
     return {
-        "name": name, "rows": 100, "accuracy": 0.6, "accuracy_low": 0.5, "accuracy_high": 0.7, "ties": 0.0, "confidence_mean": 0.3,
-        "confidence_median": 0.2, "confidence_p99": 1.0, "nats_per_token": 2.0, "nats_per_byte": 1.0, "not_prefix": 0,
-        "batched_vs_single": 1e-7, "remarks": [], "quarantine": "", **changes,
-    }  # fmt: skip
+        "name": name,
+        "rows": 100,
+        "accuracy": 0.6,
+        "accuracy_low": 0.5,
+        "accuracy_high": 0.7,
+        "ties": 0.0,
+        "confidence_mean": 0.3,
+        "confidence_median": 0.2,
+        "confidence_p99": 1.0,
+        "nats_per_token": 2.0,
+        "nats_per_byte": 1.0,
+        "not_prefix": 0,
+        "batched_vs_single": 1e-7,
+        "remarks": [],
+        "quarantine": "",
+        **changes,
+    }
 
 
 def write_study(folder, runs=RUNS, seeds=(0, 1, 2)):
@@ -61,7 +74,8 @@ def write_study(folder, runs=RUNS, seeds=(0, 1, 2)):
 
 
 def test_the_verdict_is_about_runs_that_validation_chooses(tmp_path):
-    """Geometric wins on validation. Singles: own, b, own with 0.60, 0.61, 0.62 on test; differences 0.05, 0.06, 0.04."""
+    """Geometric wins on validation. Singles: own, b, own with 0.60, 0.61, 0.62 on test; differences 0.05, 0.06,
+    0.04."""
     verdict = conclude(read_study(write_study(tmp_path)))
     assert verdict.chosen == {
         "multi": dict.fromkeys(range(3), "geometric"),

@@ -64,7 +64,8 @@ def test_multi_dpo_by_hand():
 
 
 def test_forward_kl_by_hand():
-    """References agree: exp of (l_ref - l) is 2 for chosen and 3 for rejected, so -ln sigmoid(ln 3 (3 - 2)) = ln 4/3."""
+    """References agree: exp of (l_ref - l) is 2 for chosen and 3 for rejected, so -ln sigmoid(ln 3 (3 - 2)) = ln
+    4/3."""
     references = torch.full((2, 1), -1.0, dtype=torch.float64)
     chosen = torch.tensor([-1 - log(2)], dtype=torch.float64)
     rejected = torch.tensor([-1 - log(3)], dtype=torch.float64)

@@ -152,7 +152,8 @@ def test_anchored_down_lowers_both_and_the_rejected_more():
 
 
 def test_nca_keeps_pulling_the_chosen_up_where_both_sank_together():
-    """At equal log-ratios far below 0 DPO has slope beta / 2 on both; NCA pulls chosen up and leaves rejected alone."""
+    """At equal log-ratios far below 0 DPO has slope beta / 2 on both; NCA pulls chosen up and leaves rejected
+    alone."""
     sunk = [torch.full((1,), -30.0), torch.full((1,), -30.0)]
     _, (nca_chosen, nca_rejected) = gradients(BY_NAME["nca_pair"], sunk)
     _, (dpo_chosen, dpo_rejected) = gradients(BY_NAME["dpo"], sunk)

@@ -33,7 +33,8 @@ def trl_dpo_loss(
     tau: float = 0.05,
     log_sum_sq_probs: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The mean loss that `trl.DPOTrainer` computes; with `log_sum_sq_probs` (per token, chosen then rejected), weighted."""
+    """The mean loss that `trl.DPOTrainer` computes; with `log_sum_sq_probs` (per token, chosen then rejected),
+    weighted."""
     token_logps = [*chosen_token_logps, *rejected_token_logps]
     length = PROMPT_LENGTH + max(map(len, token_logps))
     completion_mask = torch.zeros(len(token_logps), length, dtype=torch.long)

@@ -206,6 +206,23 @@ def test_a_command_that_does_not_exist(tmp_path):
         runner([Stage("a", ("no-such-program",), {})], tmp_path).run()
 
 
+def test_a_stage_whose_old_files_cannot_be_removed_is_not_started(tmp_path, monkeypatch):
+    """Its command would continue them."""
+    runner(chain(tmp_path), tmp_path).run()
+    calls(tmp_path)
+
+    def busy(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    with pytest.raises(OSError, match="busy"):
+        runner(chain(tmp_path, b="9"), tmp_path).run()
+    assert calls(tmp_path) == []
+    monkeypatch.undo()
+    runner(chain(tmp_path, b="9"), tmp_path).run()
+    assert calls(tmp_path) == ["b", "c"]
+
+
 def test_a_folder_that_this_run_has_not_made_is_left_alone(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "precious").write_text("x")

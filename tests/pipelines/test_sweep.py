@@ -1,4 +1,5 @@
-"""`prefopt sweep`: which runs there are, that each is done once, and what happens when it is killed, a run fails, or a reference is broken.
+"""`prefopt sweep`: which runs there are, that each is done once, and what happens when it is killed, a run fails, or a
+reference is broken.
 
 Scoring is real; trainings are made up but for one test, so that a sweep takes no time.
 """
@@ -19,10 +20,20 @@ from tests.tiny_runs import pair_rows
 
 FAMILIES = [("chatml", "qwen2", 350), ("llama3", "llama", 400), ("zephyr", "mistral", 380), ("mistral", "phi3", 390)]
 QUICK = {
-    "dtype": "float32", "reference_dtype": "float32", "max_length": 200, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
-    "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False,
-    "gradient_checkpointing": False, "disable_tqdm": True,
-}  # fmt: skip
+    "dtype": "float32",
+    "reference_dtype": "float32",
+    "max_length": 200,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 1,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +54,22 @@ def arguments(folder, models, **changes):
     write_jsonl(folder / "rows.jsonl", pair_rows(40))
     training = {"model_name_or_path": models[0], "references": models[:3], **QUICK, **changes.pop("training", {})}
     values = {
-        "run_dir": str(folder / "study"), "training": training, "dataset_name": str(folder / "rows.jsonl"), "seeds": [0, 1],
-        "pool_rows": 30, "train_rows": 12, "validation_rows": 8, "test_rows": 8, "grid": {"mode": ["multi_dpo", "harmonic"]},
-    }  # fmt: skip
+        "run_dir": str(folder / "study"),
+        "training": training,
+        "dataset_name": str(folder / "rows.jsonl"),
+        "seeds": [0, 1],
+        "pool_rows": 30,
+        "train_rows": 12,
+        "validation_rows": 8,
+        "test_rows": 8,
+        "grid": {"mode": ["multi_dpo", "harmonic"]},
+    }
     return {**values, **changes}
 
 
 class Made(Runner):
-    """Scores for real, in this process; a training only writes what a training leaves behind, unless the test says otherwise."""
+    """Scores for real, in this process; a training only writes what a training leaves behind, unless the test says
+    otherwise."""
 
     done: list[str]
     fault: dict[str, object]

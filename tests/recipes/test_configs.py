@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from trl import ModelConfig
 
 from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of
 from prefopt.launch import split_launch_settings
 from prefopt.memory import Launch
 from prefopt.recipes import build, locate, packaged_names
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
-from prefopt.run import batch_sizes, check_adapter_keys
+from prefopt.run import adapter_config, batch_sizes, check_adapter_keys
 
 ROOT = Path(__file__).parents[2]
 # pipelines and studies name stages and runs, not one command's keys; their own tests read them
@@ -58,6 +59,33 @@ PAPERS = {
         "optim": "rmsprop",
         "lr_scheduler_type": "linear",
         "global_batch_size": 64,
+        "num_train_epochs": 1,
+        "schedule_epochs": 18,
+    },
+    "llama3/sppo": {"schedule_epochs": 6, "num_train_epochs": 1},
+    "gemma2/sppo": {"schedule_epochs": 1},
+    "llama3/wpo_hb": {"dataset_name": "wzhouad/llama3-ultrafeedback-hybrid"},
+    "mistral/wpo_hb": {"dataset_name": "wzhouad/zephyr-ultrafeedback-hybrid"},
+    "llama-7b/adversarial_reward_model": {"warmup_type": "log", "warmup_steps": 100, "lr_scheduler_type": "linear"},
+    "qwen2.5-0.5b/multi_reference_saferlhf_qlora": {
+        "weight_decay": 0.01,
+        "lora_init": "gaussian",
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+    },
+    "qwen2.5-0.5b/multi_reference_mrpo": {
+        "mode": "harmonic",
+        "weighting": "arwc",
+        "normalize": "none",
+        "clip_to_anchor": 0.1,
+        "beta": 0.1,
+        "lora_r": 8,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine",
+        "global_batch_size": 8,
     },
     "gemma2/sppo_27b": {"beta": 1e-3, "per_device_train_batch_size": 1, "global_batch_size": 64, "max_length": 1024},
 }
@@ -114,6 +142,12 @@ def test_values_carry_their_source(name):
 def test_papers_settings(name, expected):
     values = read(name)[0].values
     assert {key: values[key] for key in expected} == expected
+
+
+def test_the_initial_weights_of_an_adapter_are_those_of_the_recipe():
+    settings = ModelConfig(use_peft=True, lora_target_modules=["q_proj"])
+    assert adapter_config(settings).init_lora_weights is True
+    assert adapter_config(settings, init="gaussian").init_lora_weights == "gaussian"
 
 
 def test_quantised_recipes_keep_the_papers_batches_and_data():

@@ -24,8 +24,15 @@ def models(tmp_path_factory):
 
 
 def recipe(folder, models, method="multi-reference-dpo", **changes):
-    rows = [{"prompt": [{"role": "user", "content": f"{prompt} ({n})"}], "chosen": [{"role": "assistant", "content": chosen}],
-             "rejected": [{"role": "assistant", "content": rejected}]} for n in range(3) for prompt, chosen, rejected in ROWS]  # fmt: skip
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{prompt} ({n})"}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for n in range(3)
+        for prompt, chosen, rejected in ROWS
+    ]
     write_jsonl(folder / "train.jsonl", rows)
     settings = {
         "method": method,

@@ -1,4 +1,5 @@
-"""Studies for real on the CPU: tiny references of several families on real pairs, one of them damaged; and a sweep that is killed."""
+"""Studies for real on the CPU: tiny references of several families on real pairs, one of them damaged; and a sweep
+that is killed."""
 
 import os
 import signal
@@ -22,7 +23,8 @@ SEED = 0
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
 def test_a_damaged_reference_is_found_and_every_weighting_survives_it(tmp_path):
-    """Four families with tokenizers of their own on real pairs, one seed; the figures of three seeds are in docs/multi_reference.md."""
+    """Four families with tokenizers of their own on real pairs, one seed; the figures of three seeds are in
+    docs/multi_reference.md."""
     from benchmarks.multi_reference_study import WEIGHTINGS, logged_numbers_are_finite, prepare, sweep
 
     started = time.monotonic()
@@ -68,16 +70,32 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path):
         ref.tokenizer.save_pretrained(tmp_path / style)
         names.append(str(tmp_path / style))
     training = {
-        "model_name_or_path": names[0], "references": names, "dtype": "float32", "reference_dtype": "float32", "max_length": 200,
-        "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False,
-        "gradient_checkpointing": False, "disable_tqdm": True,
-    }  # fmt: skip
+        "model_name_or_path": names[0],
+        "references": names,
+        "dtype": "float32",
+        "reference_dtype": "float32",
+        "max_length": 200,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
     write_jsonl(tmp_path / "rows.jsonl", pair_rows(40))
     study = tmp_path / "study"
     recipe = {
-        "run_dir": str(study), "training": training, "dataset_name": str(tmp_path / "rows.jsonl"), "seeds": [0], "pool_rows": 30,
-        "train_rows": 12, "validation_rows": 8, "test_rows": 8, "grid": {"mode": ["geometric"]},
-    }  # fmt: skip
+        "run_dir": str(study),
+        "training": training,
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "seeds": [0],
+        "pool_rows": 30,
+        "train_rows": 12,
+        "validation_rows": 8,
+        "test_rows": 8,
+        "grid": {"mode": ["geometric"]},
+    }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "prefopt", "sweep", str(tmp_path / "sweep.yaml")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

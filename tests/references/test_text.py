@@ -1,4 +1,5 @@
-"""Text under any model: the same numbers whatever the layout, the padding side and the company; nothing scored twice."""
+"""Text under any model: the same numbers whatever the layout, the padding side and the company; nothing scored
+twice."""
 
 import json
 from dataclasses import replace

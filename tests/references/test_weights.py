@@ -60,7 +60,8 @@ def test_validation_discrimination_accumulates_in_float64():
 
 
 def test_validation_accuracy_by_hand():
-    """Reference 0 is right on 1 of 3 (a tie is wrong), reference 1 on 1 of 3 and, without the first row, 1 of 2 to 0."""
+    """Reference 0 is right on 1 of 3 (a tie is wrong), reference 1 on 1 of 3 and, without the first row, 1 of 2 to
+    0."""
     torch.testing.assert_close(validation_accuracy_weights(CHOSEN, REJECTED), torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(validation_accuracy_weights(CHOSEN[:, 1:], REJECTED[:, 1:]), torch.tensor([0.0, 1.0]))
     assert validation_accuracy_weights(CHOSEN[:, 2:], REJECTED[:, 2:]).tolist() == [0.5, 0.5]  # nobody is ever right

@@ -158,9 +158,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the adversarial loss does not read"):
         make(tmp_path, [{**row, "margin": 1.0} for row in ADVERSARIAL])
     for changes, message in (
-        ({"num_samples": 0}, "`num_samples` must be at least 1"),
-        ({"adversarial_coeff": -1.0}, "`adversarial_coeff` must not be negative"),
-        ({"human_coeff": -1.0}, "`human_coeff` must not be negative"),
+        ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
+        ({"adversarial_coeff": -1.0}, "adversarial_coeff is -1.0; it must be at least 0"),
+        ({"human_coeff": -1.0}, "human_coeff is -1.0; it must be at least 0"),
         ({"adversarial_loss": "hinge"}, "adversarial_loss must be one of logistic, difference"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -223,8 +223,8 @@ def test_what_is_refused(tmp_path):
         ({"loss_type": "regression"}, "loss_type must be one of general_preference, bradley_terry"),
         ({"loss_type": "bradley_terry", "dim": 4}, "`dim` has no meaning for loss_type 'bradley_terry'"),
         ({"loss_type": "bradley_terry", "sft_coeff": 0.1}, "`sft_coeff` has no meaning"),
-        ({"sft_coeff": 1.0}, r"must lie in \[0, 1\)"),
-        ({"temperature": 0.0}, "`temperature` must be positive"),
+        ({"sft_coeff": 1.0}, "sft_coeff is 1.0; it must be below 1"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             make(tmp_path, **changes)

@@ -1,4 +1,5 @@
-"""Reference scores that come with the data and are no numbers end in one sentence, in every trainer that reads them."""
+"""Reference scores that come with the data and are no numbers end in one sentence, in every trainer that reads
+them."""
 
 import pytest
 

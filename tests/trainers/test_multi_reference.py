@@ -183,12 +183,22 @@ def test_one_reference_and_equal_references_are_dpo(tmp_path, mode):
     plain = DPOTrainer(
         tiny_model("llama", vocab_size=len(TOKENIZER)),
         args=DPOConfig(
-            output_dir=str(tmp_path), beta=0.1, logging_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-            gradient_checkpointing=False, save_strategy="no", max_length=128, precompute_ref_log_probs=True, **shared,
+            output_dir=str(tmp_path),
+            beta=0.1,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            max_length=128,
+            precompute_ref_log_probs=True,
+            **shared,
         ),
         train_dataset=single,
         processing_class=TOKENIZER,
-    )  # fmt: skip
+    )
     plain.train()
     for data in (one, three):
         run = trainer(tmp_path, data, mode=mode)
@@ -302,7 +312,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, weighting):
     data = scored_pairs(12)
     whole = trainer(tmp_path / "whole", data, save_strategy="steps", **changes)
     whole.train()
-    resumed = trainer(tmp_path / "whole", data, seed=5, save_strategy="steps", **changes)
+    # from other weights, which the checkpoint's replace
+    resumed = trainer(tmp_path / "whole", data, seed=5, save_strategy="steps", resume_changed=True, **changes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for name in ("loss", *(f"references/weight/{k}" for k in range(K))):
         assert logged(resumed, name)[3:] == pytest.approx(logged(whole, name)[3:], rel=1e-6)

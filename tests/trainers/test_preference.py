@@ -33,10 +33,23 @@ from tests.trainers.pairs import (
 )
 
 TRL_METRICS = {
-    "loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "entropy", "mean_token_accuracy",
-    "logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected",
-    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-}  # fmt: skip
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "step",
+    "num_tokens",
+    "entropy",
+    "mean_token_accuracy",
+    "logits/chosen",
+    "logits/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+}
 OUR_METRICS = {"lengths/chosen", "lengths/rejected", "perf/tokens_per_second", "perf/updates_lost"}
 WPO_METRICS = {
     f"wpo/{name}" for name in ("weight_mean", "weight_min", "weight_max", "clamped_fraction", "effective_pairs")
@@ -218,9 +231,14 @@ def test_micro_batches_add_up(tmp_path, layout, loss_type):
     trainer_name = "DPO" if loss_type == ["sft"] else "WPO"
     for size in (4, 2, 1):
         trainer = make_trainer(
-            tmp_path, trainer_name, rows=preference_rows(22), batch_layout=layout, loss_type=loss_type,
-            per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
-        )  # fmt: skip
+            tmp_path,
+            trainer_name,
+            rows=preference_rows(22),
+            batch_layout=layout,
+            loss_type=loss_type,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+        )
         trainer.train()
         runs.append(trainer)
     names = ["loss", "rewards/margins", "logps/chosen", "num_tokens", "entropy"] + (
@@ -270,9 +288,17 @@ def test_the_evaluated_loss_is_the_loss_that_is_trained(tmp_path, architecture, 
     """One step over the whole data set, its loss taken before the step, and the same data evaluated: one number."""
     rows = preference_rows(7)
     trainer = make_trainer(
-        tmp_path, "DPO", model=tiny_model(architecture), rows=rows, trainer_options={"eval_dataset": rows}, max_steps=1,
-        per_device_train_batch_size=7, per_device_eval_batch_size=7, batch_layout="padded", **settings,
-    )  # fmt: skip
+        tmp_path,
+        "DPO",
+        model=tiny_model(architecture),
+        rows=rows,
+        trainer_options={"eval_dataset": rows},
+        max_steps=1,
+        per_device_train_batch_size=7,
+        per_device_eval_batch_size=7,
+        batch_layout="padded",
+        **settings,
+    )
     evaluated = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert evaluated == pytest.approx(history(trainer)[0], rel=1e-5)
@@ -411,9 +437,14 @@ def test_the_policy_is_its_reference_without_dropout_and_goes_on_with_its_checkp
     contexts = base.selective_contexts
     monkeypatch.setattr(base, "selective_contexts", lambda: used.append(1) or contexts())
     trainer = make_trainer(
-        tmp_path, model=tiny_model(attention_dropout=0.5), trainer_options={"peft_config": lora()}, max_steps=3,
-        disable_dropout=False, gradient_checkpointing=True, selective_checkpointing=True,
-    )  # fmt: skip
+        tmp_path,
+        model=tiny_model(attention_dropout=0.5),
+        trainer_options={"peft_config": lora()},
+        max_steps=3,
+        disable_dropout=False,
+        gradient_checkpointing=True,
+        selective_checkpointing=True,
+    )
     trainer.train()
     assert len(used) == 3 * 2  # steps, layers
     trainer.model.train()
@@ -536,9 +567,12 @@ def test_a_reference_with_an_adapter_is_cached_with_it(tmp_path):
     runs = []
     for cached in (False, True):
         trainer = make_trainer(
-            tmp_path, trainer_options={"ref_model": trained_adapter()}, max_steps=2,
-            precompute_ref_log_probs=cached, ref_logps_dir=str(tmp_path / "scores"),
-        )  # fmt: skip
+            tmp_path,
+            trainer_options={"ref_model": trained_adapter()},
+            max_steps=2,
+            precompute_ref_log_probs=cached,
+            ref_logps_dir=str(tmp_path / "scores"),
+        )
         trainer.train()
         runs.append(history(trainer))
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
@@ -546,9 +580,11 @@ def test_a_reference_with_an_adapter_is_cached_with_it(tmp_path):
 
 def test_late_data_is_not_scored_by_the_policy_where_another_model_is_the_reference(tmp_path):
     trainer = make_trainer(
-        tmp_path, trainer_options={"ref_model": tiny_model(seed=4), "peft_config": lora()},
-        precompute_ref_log_probs=True, ref_logps_dir=str(tmp_path / "scores"),
-    )  # fmt: skip
+        tmp_path,
+        trainer_options={"ref_model": tiny_model(seed=4), "peft_config": lora()},
+        precompute_ref_log_probs=True,
+        ref_logps_dir=str(tmp_path / "scores"),
+    )
     with pytest.raises(ValueError, match="the reference is no longer at hand"):
         trainer.evaluate(preference_rows(3, seed=77))
 
@@ -656,7 +692,12 @@ def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
     assert history(runs[1], "grad_norm") == pytest.approx(history(runs[0], "grad_norm"), rel=1e-4)
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------------------------
+# ---- refusals
+#
+#
+#
+#
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -503,3 +503,17 @@ def test_errors_that_are_not_of_the_disk_stay_what_they_are(tmp_path, monkeypatc
     trainer.check_saving = lambda: None
     with pytest.raises(KeyError):
         trainer.train()
+
+
+def test_a_logarithmic_warm_up_is_deepspeeds(tmp_path):
+    """lr(step) = lr log(step) / log(W) below W = 6 steps, DeepSpeed's gamma one step on; then the linear
+    schedule's."""
+    rates = {}
+    for kind in ("linear", "log"):
+        settings = {"max_steps": 12, "warmup_steps": 6, "lr_scheduler_type": "linear", "learning_rate": 1e-3}
+        run = make_trainer(tmp_path / kind, "DPO", warmup_type=kind, **settings)
+        run.train()
+        rates[kind] = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    expected = [1e-3 * math.log(max(step, 1)) / math.log(6) for step in range(6)]
+    assert rates["log"][:6] == pytest.approx(expected) and rates["log"][6:] == rates["linear"][6:]
+    assert rates["log"][2] > 1.1 * rates["linear"][2]

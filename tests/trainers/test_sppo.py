@@ -1,4 +1,5 @@
-"""The SPPO and GPO trainer: the logged loss is the equation, and everything it logs; what it needs; what it refuses."""
+"""The SPPO and GPO trainer: the logged loss is the equation, and everything it logs; what it needs; what it
+refuses."""
 
 from __future__ import annotations
 
@@ -158,7 +159,8 @@ def test_quantiles_and_the_first_loss_are_said_once_before_training(tmp_path, ca
 
 
 def test_weights_multiply_each_pairs_loss(tmp_path):
-    """The mean of w_b L_b at the first step, w_b from the same forward pass, as `wpo/*` reports it for all-equal losses."""
+    """The mean of w_b L_b at the first step, w_b from the same forward pass, as `wpo/*` reports it for all-equal
+    losses."""
     plain, weighted = (
         make_trainer(
             tmp_path,
@@ -339,7 +341,8 @@ def test_the_schedule_may_be_longer_than_the_training(tmp_path):
 
 @pytest.mark.parametrize("mode", ["multi_dpo", "geometric", "harmonic"])
 def test_soft_targets_against_several_references(tmp_path, mode):
-    """multi_dpo: the mean over references of the losses; a mixture: the loss against it. GPO and lengths as units are refused."""
+    """multi_dpo: the mean over references of the losses; a mixture: the loss against it. GPO and lengths as units are
+    refused."""
     data = rows()
     generator = torch.Generator().manual_seed(0)
     for side in ("chosen", "rejected"):

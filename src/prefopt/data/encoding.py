@@ -109,13 +109,22 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash everything that decides which ids a text or a conversation gets; the same before and after use."""
+    return content_hash(*_vocabulary(tokenizer), tokenizer.chat_template, transformers.__version__)
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash vocabulary, merges and special tokens, but not the chat template."""
+    return content_hash(*_vocabulary(tokenizer))
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Any, dict[str, str]]:
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         state: Any = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
     else:
         state = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs.items(), key=str))]
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if key != "pad_token"}
-    return content_hash(type(tokenizer).__name__, state, names, tokenizer.chat_template, transformers.__version__)
+    return type(tokenizer).__name__, state, names
 
 
 def text_record(tokenizer: PreTrainedTokenizerBase, form: str) -> dict[str, str]:
@@ -287,14 +296,14 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TemplateMarks:
-    """Texts by which a rendered conversation is known.
+    """Texts by which a rendered conversation is known. A single special token is none: a question may be about it.
 
     Attributes:
-        special: the special tokens that the template writes, and what it writes between a question and its answer.
+        headers: what the template writes before a question, and between a question and its answer.
         ends: the special tokens that it writes after an answer.
     """
 
-    special: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
 
     @classmethod
@@ -305,31 +314,28 @@ class TemplateMarks:
             text = str(tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception:
             return cls()
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        tokens = [token for token in {*tokenizer.all_special_tokens, *added} if token in text]
-        between = text.partition("QUESTION")[2].partition("ANSWER")[0].strip()
-        # <s> and </s> are HTML, too, and a word between the turns is no mark
-        marks = {token for token in tokens if token not in ("<s>", "</s>")} | (
-            {between} if "[" in between or "<" in between else set()
-        )
-        ending = text.partition("ANSWER")[2]
-        return cls(tuple(sorted(marks)), tuple(sorted(token for token in tokens if token in ending)))
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        before, _, rest = text.partition("QUESTION")
+        between, _, after = rest.partition("ANSWER")
+        ends = tuple(token for token in sorted(special | set(tokenizer.all_special_tokens)) if token in after)
+        for token in (*ends, str(tokenizer.bos_token)):
+            before = before.split(token)[-1]  # a system turn that the template adds comes first
+        opening, between = before.strip(), between.strip()
+        headers = (between, *((opening,) if opening not in special else ()))
+        return cls(tuple(header for header in headers if "<" in header or "[" in header), ends)
 
     def fault(self, group: TextGroup) -> BadRow | None:
-        """Return a fault if a message holds a mark, or an answer ends with the end of a turn."""
-        for turns in (group.prompt, *group.completions):
-            for message in turns:
-                assert isinstance(message, dict)
-                text = str(message.get("content") or "")
-                found = next((mark for mark in self.special if mark in text), None)
-                if message["role"] == ASSISTANT and text.rstrip().endswith(self.ends or ("\0",)):
-                    found = next(end for end in self.ends if text.rstrip().endswith(end))
-                if found is not None:
-                    return BadRow(
-                        Fault.TEMPLATED,
-                        f"a {message['role']} turn holds {found!r} of the chat template: give the text without it, or "
-                        "(generate) take strings as they are with `prompt_format: text`",
-                    )
+        """Return a fault if a message holds a header, or an answer ends with the end of a turn."""
+        for message in (turn for turns in (group.prompt, *group.completions) for turn in turns):
+            assert isinstance(message, dict)
+            text = str(message.get("content") or "").rstrip()
+            ends = [end for end in self.ends if message["role"] == ASSISTANT and text.endswith(end)]
+            if found := [*(header for header in self.headers if header in text), *ends]:
+                return BadRow(
+                    Fault.TEMPLATED,
+                    f"a {message['role']} turn holds {found[0]!r} of the chat template: give the text without it, or "
+                    "(generate) take strings as they are with `prompt_format: text`",
+                )
         return None
 
 

@@ -15,10 +15,12 @@ OnBadRow = Literal["drop", "raise"]
 Message: TypeAlias = dict[str, Any]
 TextOrMessages: TypeAlias = "str | list[Message]"
 
-HH_TURN = "\n\nAssistant:"
+HH_TURN, HH_QUESTION = "\n\nAssistant:", "\n\nHuman:"
 ASSISTANT = "assistant"
 # a list of messages written as text, such as a cell of a CSV file: JSON, or what Python or numpy print
-MESSAGES_AS_TEXT = re.compile(r"""\s*(array\()?\[?\s*\{\s*['"](role|content|from|value|tool_calls)['"]\s*:""")
+MESSAGES_AS_TEXT = re.compile(
+    r"""\s*(array\()?\s*\[\s*\{(?=.*['"](role|from)['"]\s*:)(?=.*['"](content|value|tool_calls)['"]\s*:)""", re.DOTALL
+)
 # parameters of the tokenizer's function, which are none of the template
 RESERVED_SETTINGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 # a string prompt this long at the beginning of all completions is no accident
@@ -252,6 +254,9 @@ def check_answers(prompt: TextOrMessages, responses: Sequence[TextOrMessages]) -
             raise BadRow(
                 Fault.REPEATS_PROMPT, f"all completions begin with the prompt {_short(written)}; leave it out of them"
             )
+        for each in map(str, responses):
+            if HH_TURN.strip() in prompt and each.rfind(HH_QUESTION) > each.rfind(HH_TURN):
+                raise BadRow(Fault.NO_ANSWER, f"it ends with a turn of the human: {_short(each[-60:])}")
         return
     for turns in responses:
         roles = [turn["role"] for turn in turns]  # type: ignore[index]

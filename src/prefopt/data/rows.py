@@ -6,6 +6,7 @@ Strings stay strings and message lists stay message lists. Columns that a loss c
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -50,12 +51,17 @@ COLUMN_ALIASES = {
 # where a recipe's `columns` puts a system turn, and further columns that belong to the prompt
 SYSTEM_COLUMN = "system_turn"
 PROMPT_PARTS = ("prompt_part_2", "prompt_part_3", "prompt_part_4")
-# columns that hold a question or what belongs to one, in the layouts of common datasets
+# columns that hold a question or what belongs to one: by their name, or by a word of it that is not about metadata
 PROMPT_LIKE = frozenset({
-    "question", "questions", "instruction", "instructions", "input", "inputs", "query", "context", "problem", "human",
-    "system", "system_prompt", "system_message", "user", "user_prompt", "user_input", "user_message", "passage",
-    "document", "background", "article", "post", "history", "messages", "conversation", "conversations", "dialogue",
-    "dialog",
+    "user", "user_prompt", "user_message", "prompts", "prompt_text", "problem", "human", "passage", "document",
+    "background", "article", "post", "history", "messages", "conversation", "conversations", "dialogue", "dialog",
+})  # fmt: skip
+PROMPT_WORDS = frozenset({
+    "question", "questions", "instruction", "instructions", "input", "inputs", "query", "context", "system"
+})  # fmt: skip
+METADATA_WORDS = frozenset({
+    "id", "ids", "source", "type", "lang", "language", "score", "length", "len", "tokens", "name", "model", "category",
+    "hash", "idx", "index", "url", "version", "dataset", "difficulty", "quality", "topic", "tags", "label", "key",
 })  # fmt: skip
 CONTEXT_COLUMNS = ("tools", "chat_template_kwargs")
 COMPLETION_COLUMNS = {"pairs": ("chosen", "rejected"), "comparisons": ("responses",), "prompts": ()}
@@ -136,7 +142,7 @@ def check_unused_text(dataset: Dataset, kind: Kind, *, where: str = "The dataset
     read = {*READ_COLUMNS, SYSTEM_COLUMN, *PROMPT_PARTS} - {"system"}
     if "chosen" in names or "responses" in names:
         read -= {"messages"}
-    suspects = [name for name in dataset.column_names if name.lower() in PROMPT_LIKE and name not in read]
+    suspects = [name for name in dataset.column_names if name not in read and _is_prompt_like(name)]
     if not suspects or is_tokenised(names, kind) or kind not in ("pairs", "comparisons"):
         return
     known = [name for name in dataset.column_names if name in read]
@@ -148,8 +154,13 @@ def check_unused_text(dataset: Dataset, kind: Kind, *, where: str = "The dataset
                 raise ValueError(
                     f"{where} has text in the column {name!r} that nothing reads ({text[:60]!r}). Map it, as in "
                     f"`columns: {{{role}: {name}}}` (several columns of one prompt: `prompt: [instruction, input]`), "
-                    "or leave it out: `columns: [prompt, chosen, rejected]`. In Python, rename or remove the column."
+                    f"or leave it out: `columns: {{{name}: null}}`. In Python, rename or remove the column."
                 )
+
+
+def _is_prompt_like(name: str) -> bool:
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return name.lower() in PROMPT_LIKE or bool(words & PROMPT_WORDS and not words & METADATA_WORDS)
 
 
 def _plain(value: Any) -> str:
@@ -333,6 +344,17 @@ def normalise_ids(row: Mapping[str, Any], kind: Kind) -> Row:
 
 
 _READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}
+
+
+def has_other_turns(row: Mapping[str, Any], kind: Kind) -> bool:
+    """Return whether a completion of a normalised row holds turns of others than the assistant."""
+    values = [row.get(name) for name in COMPLETION_COLUMNS[kind]]
+    completions = values[0] if kind == "comparisons" else values
+    return any(
+        turn["role"] != ASSISTANT
+        for completion in completions or []
+        for turn in (completion if isinstance(completion, list) else [])
+    )
 
 
 def raise_recorded_fault(row: Mapping[str, Any]) -> None:

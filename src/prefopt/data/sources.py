@@ -29,7 +29,7 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected", "messages", "rejected_response")
 
 COLUMNS_HELP = (
     "Columns to keep (a list), or how columns are read: {prompt: question, system: system}; several columns make one "
-    "prompt: {prompt: [instruction, input]}. All columns under their own names when unset."
+    "prompt: {prompt: [instruction, input]}, and null leaves one out. All columns under their own names when unset."
 )
 
 
@@ -47,7 +47,7 @@ class DataSource:
     split: str = setting("train", 'Split, or a slice of one such as "train[:1000]".')
     data_files: Any = setting(None, "Files inside the dataset: a path, a list, or a mapping split -> files.")
     data_dir: str | None = setting(None, "Folder inside the dataset.")
-    columns: list[str] | dict[str, str | list[str]] | None = setting(None, COLUMNS_HELP)
+    columns: list[str] | dict[str, str | list[str] | None] | None = setting(None, COLUMNS_HELP)
     fraction: float | None = setting(None, "Part of the rows to use, above 0 and at most 1; see `mixing`.")
 
     def __post_init__(self) -> None:
@@ -66,6 +66,8 @@ class DataSource:
             return {}
         names: dict[str, str] = {}
         for target, given in self.columns.items():
+            if given is None:
+                continue
             if target not in READ_COLUMNS:
                 raise ValueError(
                     f"Dataset {self}: columns maps to {target!r}, which nothing reads. Known: "
@@ -111,14 +113,17 @@ def load_source(source: DataSource) -> Dataset:
         raise ValueError(f"Dataset {source} has no rows.")
     if not source.columns:
         return dataset
-    mapping = source.mapping
-    unknown = [column for column in mapping or source.columns if column not in dataset.column_names]
+    mapping, is_mapping = source.mapping, isinstance(source.columns, Mapping)
+    left_out = [name for name, given in source.columns.items() if given is None] if is_mapping else []  # type: ignore[union-attr]
+    asked = [*mapping, *left_out] if is_mapping else source.columns
+    unknown = [column for column in asked if column not in dataset.column_names]
     if unknown:
         raise ValueError(f"Dataset {source} has no column {unknown[0]!r}; it has {sorted(dataset.column_names)}.")
-    if not mapping:
+    if not is_mapping:
         return dataset.select_columns(list(source.columns))
     replaced = [name for name in mapping.values() if name in dataset.column_names and name not in mapping]
-    return dataset.remove_columns(replaced).rename_columns(mapping)
+    gone = [name for name in dict.fromkeys([*left_out, *replaced]) if name not in mapping]
+    return dataset.remove_columns(gone).rename_columns(mapping)
 
 
 def _looks_local(path: str) -> bool:

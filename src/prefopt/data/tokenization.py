@@ -38,6 +38,7 @@ from prefopt.data.rows import (
     Row,
     check_columns,
     check_unused_text,
+    has_other_turns,
     id_column,
     id_features,
     is_tokenised,
@@ -152,6 +153,7 @@ class Outcome:
         is_prefix: whether the prompt alone is a token prefix of prompt + completion.
         cut: the parts that were cut ("prompt", "chosen", "rejected", "responses").
         prompt: names of its prompt, for hold-outs.
+        other_turns: whether turns of others stand between the turns of its answers.
     """
 
     fault: str | None
@@ -160,6 +162,7 @@ class Outcome:
     is_prefix: bool
     cut: list[str]
     prompt: PromptName
+    other_turns: bool = False
 
 
 # what the tokenised sets of this process were made with, and what was reported then, by fingerprint; whatever changes
@@ -288,7 +291,9 @@ class RowTokenizer:
         if isinstance(group, BadRow):
             return Outcome(group.reason, group.detail, is_messages, True, [], name)
         cut = dict.fromkeys(self.parts[min(place, len(self.parts) - 1)] for place in group.cut)
-        return Outcome(None, None, is_messages, group.prompt_is_prefix, list(cut), name)
+        return Outcome(
+            None, None, is_messages, group.prompt_is_prefix, list(cut), name, has_other_turns(clean, self.kind)
+        )
 
     def settle(
         self, mapped: Dataset, *, on_bad_row: OnBadRow, name: str, one_form: bool = False
@@ -309,6 +314,7 @@ class RowTokenizer:
             if outcome.fault is None:
                 report.rows_cut += bool(outcome.cut)
                 report.not_prefix += not outcome.is_prefix
+                report.other_turns += outcome.other_turns
                 continue
             if on_bad_row == "raise":
                 raise ValueError(
@@ -317,11 +323,14 @@ class RowTokenizer:
                 )
             report.examples.setdefault(outcome.fault, (row, outcome.detail or ""))
             report.dropped[outcome.fault] = report.dropped.get(outcome.fault, 0) + 1
+            report.dropped_rows.append({"row": row, "reason": outcome.fault, "detail": outcome.detail})
         if not report.rows_kept:
             raise ValueError(f"No row of the {name} set can be used.\n{report.table()}")
         kept = mapped.remove_columns(OUTCOME)
         if report.dropped:
             kept = kept.select([row for row, outcome in enumerate(outcomes) if outcome.fault is None])
+        names = mapped.select_columns("row_id").select([dropped["row"] for dropped in report.dropped_rows])
+        report.dropped_rows = [{**row, **dropped} for row, dropped in zip(names, report.dropped_rows)]
         cuts = Counter(part for outcome in outcomes for part in outcome.cut)
         report.cut = {part: cuts[part] for part in self.parts}
         report.lengths = {part: LengthSummary.of(token_counts(kept, part)) for part in self.parts}
@@ -468,6 +477,8 @@ class TokenizationReport:
         cut: kept rows in which this part was cut ("prompt", "chosen", "rejected", "responses").
         rows_cut: kept rows in which anything was cut.
         not_prefix: kept rows whose prompt alone is not a token prefix of prompt + completion.
+        other_turns: kept rows in which turns of others stand between those of an answer; all their tokens are scored.
+        dropped_rows: of every dropped row its number, `row_id`, reason and detail.
         lengths: tokens of each part.
         form: "strings" or "messages", as the rows came; None for token ids.
     """
@@ -480,6 +491,8 @@ class TokenizationReport:
     cut: dict[str, int] = field(default_factory=dict)
     rows_cut: int = 0
     not_prefix: int = 0
+    other_turns: int = 0
+    dropped_rows: list[dict[str, Any]] = field(default_factory=list)
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
     form: str | None = None
 
@@ -504,6 +517,11 @@ class TokenizationReport:
             lines.append(
                 f"  note     {self.not_prefix:>8}  prompts are not a token prefix of prompt + completion; split where "
                 "they part"
+            )
+        if self.other_turns:
+            lines.append(
+                f"  note     {self.other_turns:>8}  completions hold turns of others between their answers, and all "
+                "their tokens are scored"
             )
         if self.lengths:
             lines.append(f"  {'tokens':<10}{'mean':>10}{'p50':>8}{'p95':>8}{'max':>8}")

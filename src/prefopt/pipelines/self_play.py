@@ -52,7 +52,7 @@ class PromptSource:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keys of `prefopt generate` for it."""
+        """Return the keys of `prefopt generate` for it."""
         named = {} if self.name is None else {"prompts_config": self.name}
         return {"prompts": self.path, "prompts_split": self.split, "prompt_column": self.column, **named}
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -245,7 +246,9 @@ class Runner:
     def _do(self, stage: Stage, action: str, state: RunState, hashes: InputHashes, lock: RunLock) -> None:
         before = state.stages.get(stage.name)
         if action == "again" and stage.folder is not None:
-            shutil.rmtree(self.run_dir / stage.folder, ignore_errors=True)
+            # what could not be removed would be continued as if it were of the new settings: an error ends the run
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.run_dir / stage.folder)
         record = StageRecord(
             RUNNING,
             dict(stage.settings),

@@ -298,7 +298,7 @@ def run_logged(words: Sequence[str], log: Path, *, mark: str, keep_open: int, co
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # Python writes lines to a pipe only when its buffer is full, unless told otherwise
+            # Python writes lines to a pipe only when its buffer is full, unless it is unbuffered
             env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             pass_fds=(keep_open,),

@@ -17,7 +17,7 @@ class MixtureSource:
     id: str
     config: str | None = None
     split: str = "train"
-    columns: list[str] | dict[str, str | list[str]] | None = None
+    columns: list[str] | dict[str, str | list[str] | None] | None = None
     weight: float | None = None
 
 
@@ -64,7 +64,7 @@ class DatasetArguments:
         None, "A mapping with `datasets` (id, config, split, columns, weight), test_split_size, seed."
     )
 
-    columns: list[str] | dict[str, str | list[str]] | None = setting(
+    columns: list[str] | dict[str, str | list[str] | None] | None = setting(
         None, f"{COLUMNS_HELP} For every source that does not say so itself."
     )
 
@@ -175,6 +175,11 @@ class RunArguments:
     )
     overwrite_output_dir: bool = setting(False, "Replace the run that output_dir holds.", decides_result=False)
     chat_template: str | None = setting(None, "A chat template instead of the tokenizer's own.")
+    lora_init: str = setting(
+        "default",
+        "Initial weights of a LoRA adapter: PEFT's default, or 'gaussian' (the second matrix is zero in both).",
+        choices=("default", "gaussian"),
+    )
     ref_model_name_or_path: str | None = setting(None, "The reference model; by default the policy before training.")
     ref_model_revision: str | None = setting(None, "Revision of ref_model_name_or_path.")
 

@@ -1,18 +1,20 @@
-"""Hashes of a model's config and weights, from its files or from what a module holds now."""
+"""Hashes of a model's config and weights, from its files or from what a module holds now; and of rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -197,3 +199,23 @@ def _tensor_hash(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def rows_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
+    """Hash the values of columns, in the order of the rows."""
+    digest = hashlib.sha256()
+    for batch in dataset.select_columns(sorted(columns)).with_format("arrow").iter(batch_size=1000):
+        for name in batch.column_names:
+            digest.update(name.encode())
+            _update(digest, batch[name].combine_chunks())
+    return digest.hexdigest()
+
+
+def _update(digest: Any, values: pa.Array) -> None:
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        digest.update(values.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+        values = values.flatten()
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+    else:
+        digest.update(json.dumps(values.to_pylist(), default=str).encode())

@@ -48,6 +48,7 @@ from prefopt.references.fingerprints import adapted_model, files_fingerprint, mo
 from prefopt.references.health import HealthCard, health_cards
 from prefopt.scoring.layouts import Group
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_group
+from prefopt.waiting import announced_wait
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,8 @@ def score_reference(
     report = ScoringReport(scorer.name, len(rows), not_prefix=counts.not_prefix)
     groups = _plan(cache, rows, tokenised, _limits(config, settings.max_length), report)
     # the main process has written its notes, and all ranks read the same records from here on
-    PartialState().wait_for_everyone()
+    with announced_wait("the first rank to look up what is scored"):
+        PartialState().wait_for_everyone()
     if groups:
         on_all_ranks(lambda: cache.check_writable(2 * len(groups)))  # before anything is loaded
         _score(cache, groups, reference, tokenizer.pad_token_id, settings, report, accelerator)

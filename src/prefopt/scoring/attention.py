@@ -209,8 +209,8 @@ class _CudaFlash(_Call):
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.empty(0, dtype=torch.uint64, device=query.device)  # states of a dropout that is off
-        rng = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        # states of a dropout that is off, as torch.nn.attention.varlen passes them
+        rng, unused = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
         grads: tuple[Tensor, Tensor, Tensor] = _aten._flash_attention_backward(
             grad.contiguous(),
             query,

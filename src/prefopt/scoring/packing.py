@@ -152,8 +152,9 @@ def probe_packing(
     if difference <= layers * (EXACT_TOLERANCE if _computes_exactly(model, autocast) else ROUNDED_TOLERANCE):
         return None
     return (
-        f"a pair of the data scores differently packed and by the model's plain forward (by {difference:.2g} a token): "
-        "the model numbers positions itself, or does not pass the segments' boundaries to every layer"
+        "a pair of the data scores differently packed and by the model's plain forward (by "
+        f"{difference:.2g} a token): the model numbers positions itself, or does not pass the segments' boundaries to "
+        "every layer"
     )
 
 

@@ -28,6 +28,7 @@ from datasets import Dataset
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -36,13 +37,17 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from prefopt import files
 from prefopt._transformers import HookedTrainer
+from prefopt.data.encoding import vocabulary_fingerprint
+from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.memory import optimizer_bytes
+from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_packing
 from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
 from prefopt.trainers.checkpoints import (
     cannot_resume,
+    check_origin,
     check_saved_shapes,
     check_space,
     checkpoint_to_resume,
@@ -54,7 +59,7 @@ from prefopt.trainers.checkpoints import (
 from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
-from prefopt.trainers.policy import base_model_of
+from prefopt.trainers.policy import base_model_of, weights_fingerprint
 from prefopt.trainers.precision import MasterWeights, UpdatesLost, keep_updates
 
 METHOD_STATE_FILE = "method_state.json"
@@ -122,6 +127,7 @@ class BaseTrainer(HookedTrainer):
         self._masters: MasterWeights | None = None
         self._updates_lost: UpdatesLost | None = None
         self._tokens_seen = 0.0
+        self._origin: dict[str, str] = {}
         self._packing = ""  # what `describe_run` says about the choice of the layout
         self._clock = time.perf_counter()
         super().__init__(
@@ -177,7 +183,20 @@ class BaseTrainer(HookedTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside model, optimizer and schedule (JSON values)."""
-        return {"num_tokens": self._tokens_seen + self._log_buffer.total("num_tokens")}
+        tokens = self._tokens_seen + self._log_buffer.total("num_tokens")
+        return {"num_tokens": tokens} | ({"origin": self._origin} if self._origin else {})
+
+    def origin(self) -> dict[str, str]:
+        """Return fingerprints of all that a run starts from, before it trains; all ranks call it."""
+        rows: Any = self.train_dataset
+        found = {
+            "the training data": rows_fingerprint(rows, set(rows.column_names) - set(REFERENCE_COLUMNS)),
+            "the tokenizer": vocabulary_fingerprint(self.processing_class),
+            "the chat template": files.content_hash(self.processing_class.chat_template),
+        }
+        if self.state.global_step == 0 and (policy := weights_fingerprint(self.model)) is not None:
+            found["the model that is trained"] = policy
+        return found
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Restore what `method_state` returned."""
@@ -334,8 +353,17 @@ class BaseTrainer(HookedTrainer):
         elif resume_from_checkpoint and not is_whole(Path(resume_from_checkpoint)):
             raise ValueError(cannot_resume(Path(resume_from_checkpoint)))
         self.check_saving()
-        if resume_from_checkpoint and (state := Path(resume_from_checkpoint) / METHOD_STATE_FILE).exists():
-            self.load_method_state(files.read_json(state))
+        if (
+            not self._origin
+            and self.train_dataset is not None
+            and (self.args.save_strategy != "no" or resume_from_checkpoint)
+        ):
+            self._origin = self.origin()
+        if resume_from_checkpoint and (file := Path(resume_from_checkpoint) / METHOD_STATE_FILE).exists():
+            state = files.read_json(file)
+            before = state.get("origin")
+            check_origin(str(resume_from_checkpoint), before, self._origin, may_change=self.args.resume_changed)
+            self.load_method_state(state)
         self.restart_clock()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -355,7 +383,10 @@ class BaseTrainer(HookedTrainer):
         """See `Trainer.create_scheduler`; the schedule may be laid out for more epochs than are trained."""
         if self.args.schedule_epochs is not None:
             num_training_steps = math.ceil(num_training_steps * self.args.schedule_epochs / self.args.num_train_epochs)
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.warmup_type == "log":
+            warm_up_logarithmically(scheduler, self.args.get_warmup_steps(num_training_steps))
+        return scheduler
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -557,16 +588,8 @@ class BaseTrainer(HookedTrainer):
         saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
         weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
         copies = 4 if self.is_deepspeed_enabled or self._masters is not None else 0
-        states = 0 if args.save_only_model else (optimizer_bytes(args.optim) + copies) * trained
-        saves = {
-            "no": 0,
-            "steps": self.state.max_steps // max(self.state.save_steps, 1),
-            "epoch": math.ceil(args.num_train_epochs),
-        }.get(args.save_strategy, 1)
-        # an old checkpoint is removed after a new one was written
-        kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves
-        needed = kept * (weights + states) + weights
-        self._raise_on_all_ranks(lambda: check_space(Path(args.output_dir), int(needed), checkpoints=kept))
+        states = (optimizer_bytes(args.optim) + copies) * trained
+        self._raise_on_all_ranks(lambda: check_space(args, weights, states, steps=self.state.max_steps))
 
     def _raise_on_all_ranks(self, check: Callable[[], None]) -> None:
         problem, cause = "", None
@@ -590,6 +613,22 @@ class BaseTrainer(HookedTrainer):
 
 def _add_flag(sums: MetricSums, flag: torch.Tensor) -> None:
     sums.add_max("not_finite", flag, torch.ones_like(flag, dtype=torch.bool))
+
+
+def warm_up_logarithmically(scheduler: Any, steps: int) -> None:
+    """Replace a schedule's linear warm-up by log(step) / log(steps), as in DeepSpeed's WarmupLR and WarmupDecayLR.
+
+    Raises:
+        ValueError: the schedule is not a factor of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError("`warmup_type: log` needs an `lr_scheduler_type` that transformers computes from the step.")
+
+    def warmed_up(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: math.log(max(step, 1)) / math.log(steps) if step < steps else factor(step)
+
+    if steps > 1:
+        scheduler.lr_lambdas = [warmed_up(factor) for factor in scheduler.lr_lambdas]
 
 
 class _RunCallback(TrainerCallback):

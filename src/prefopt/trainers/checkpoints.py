@@ -7,10 +7,11 @@ is there, with optimizer and schedule, and its files are those that were written
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def record_files(checkpoint: Path) -> None:
 # ---- what can be known before training
 
 
-def try_saving(folder: Path, save: Callable[[Path], None]) -> None:
+def try_saving(folder: Path, save: Callable[[Path], Any]) -> None:
     """Have `save` write into a new folder inside `folder`, which is removed again.
 
     Raises:
@@ -162,8 +163,8 @@ def try_saving(folder: Path, save: Callable[[Path], None]) -> None:
         if isinstance(error, OSError) or files.storage_fault(error, folder) is not None:
             fault = files.storage_fault(error, folder) if folder.is_dir() else None
             raise ValueError(
-                f"{fault or f'{folder} cannot be written: {error}.'} Nothing is trained that could not be saved; once it "
-                "can be written, the same command with --resume_from_checkpoint true continues."
+                f"{fault or f'{folder} cannot be written: {error}.'} Nothing is trained that could not be saved; once "
+                "it can be written, the same command with --resume_from_checkpoint true continues."
             ) from error
         reason = " ".join(str(error).split())
         advice = (
@@ -179,21 +180,31 @@ def try_saving(folder: Path, save: Callable[[Path], None]) -> None:
             logging.enable_progress_bar()
 
 
-def check_space(folder: Path, needed: int, *, checkpoints: int) -> None:
-    """Raise a ValueError where a run's checkpoints and its model would not fit on the disk of `folder`.
+def check_space(args: Any, weights: float, states: float, *, steps: int) -> None:
+    """Raise a ValueError where a run's checkpoints and its model would not fit on the disk of its output folder.
 
     Args:
-        folder: the output folder.
-        needed: bytes of all that the run will keep at a time.
-        checkpoints: how many of them are checkpoints.
+        args: the trainer's config.
+        weights: bytes of what is saved of the model.
+        states: bytes of the optimizer's states.
+        steps: optimizer steps of the run.
     """
-    kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # replaced, or counted again
-    free = shutil.disk_usage(folder).free + kept
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    saves = {"no": 0, "steps": steps // every, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy, 1)
+    # an old checkpoint is removed after a new one was written
+    kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves
+    needed = kept * (weights + (0 if args.save_only_model else states)) + weights
+    folder = Path(args.output_dir).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # of a run that continues: its checkpoints are counted again, or replaced
+    free = shutil.disk_usage(there).free
+    free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if needed > free:
         raise ValueError(
-            f"{folder} has {free / GIB:.3g} GiB free, and the run will keep {needed / GIB:.3g} GiB ({checkpoints} "
+            f"{folder} has {free / GIB:.3g} GiB free, and the run will keep {needed / GIB:.3g} GiB ({kept} "
             "checkpoints and the model): free some space, choose another output_dir, or set a smaller "
-            "`save_total_limit`, a larger `save_steps` or `save_only_model`."
+            "`save_total_limit`, a "
+            "larger `save_steps` or `save_only_model`."
         )
 
 
@@ -225,6 +236,33 @@ def one_line_about_storage(folder: Path, output_dir: Path) -> Iterator[None]:
             else "start the run again: there is no earlier checkpoint to continue from"
         )
         raise OSError(f"{fault} Make room, or the folder writable, then {advice}.") from error
+
+
+def check_origin(
+    checkpoint: str, saved: Mapping[str, str] | None, now: Mapping[str, str], *, may_change: bool
+) -> None:
+    """Check that a run continues from what its checkpoint was made from.
+
+    Args:
+        checkpoint: its folder.
+        saved: name -> fingerprint of data, tokenizer, template, policy and reference; None in checkpoints of before.
+        now: the same of this run.
+        may_change: print what has changed instead of raising.
+
+    Raises:
+        ValueError: something has changed; the message names it.
+    """
+    if saved is None:
+        print_on_main(f"{checkpoint} does not say which data and models it was made from: they are not compared.")
+        return
+    changed = [name for name in saved if name in now and saved[name] != now[name]]
+    if changed and may_change:
+        print_on_main(f"Since {checkpoint} was made, this has changed: {', '.join(changed)}.")
+    elif changed:
+        raise ValueError(
+            f"Since {checkpoint} was made, this has changed: {', '.join(changed)}. Restore it, start afresh in "
+            "another `output_dir`, or continue with the change by `resume_changed: true`."
+        )
 
 
 def check_saved_shapes(folder: Path) -> None:

@@ -78,12 +78,22 @@ class BatchConfig(SecretsStayOut, _Mixin):
         "With `gradient_checkpointing`: keep the results of matrix products and attention and recompute only the "
         "rest; more memory, less time.",
     )
+    resume_changed: bool = setting(
+        False,
+        "Continue from a checkpoint although data, tokenizer, chat template, policy or reference have changed since.",
+        decides_result=False,
+    )
     master_weights: str = setting(
         "auto",
         "How updates of trainable bf16 or fp16 weights are kept that rounding would lose, outside DeepSpeed and FSDP, "
         "which have master copies: 'float32' (master copies in the optimizer), 'stochastic' (stochastic rounding, no "
         "further memory), 'auto' (float32 where it fits) or 'none'.",
         choices=MASTER_WEIGHTS,
+    )
+    warmup_type: str = setting(
+        "linear",
+        "How the learning rate rises over `warmup_steps`: 'linear', or 'log' as DeepSpeed's schedules do by default.",
+        choices=("linear", "log"),
     )
     schedule_epochs: float | None = setting(
         None,

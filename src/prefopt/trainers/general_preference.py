@@ -38,19 +38,19 @@ class GeneralPreferenceConfig(HeadConfig):
     normalize: bool | None = setting(None, "Divide embeddings by their norm (default false).")
     scale_gate: str | None = setting(None, "Prompt head: 'softmax', 'scaled_softmax', or null for none (default).")
     temperature: float | None = setting(
-        None, "tau (default 0.1; 1 for bradley_terry). Saved with a general preference model."
+        None, "tau (default 0.1; 1 for bradley_terry). Saved with a general preference model.", above=0
     )
     sft_coeff: float = setting(
-        0.0, "Share c of the supervised term: (1 - c) * preference + c * supervised (0.1 in the released code)."
+        0.0,
+        "Share c of the supervised term: (1 - c) * preference + c * supervised (0.1 in the released code).",
+        at_least=0,
     )
     sft_beta: float = setting(2.0, "Factor on the log-probability inside the supervised term's sigmoid.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sft_coeff < 1:
-            raise ValueError(f"`sft_coeff` must lie in [0, 1), not {self.sft_coeff}.")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"`temperature` must be positive, not {self.temperature}.")
+        if not self.sft_coeff < 1:
+            raise ValueError(f"sft_coeff is {self.sft_coeff}; it must be below 1.")
         if self.loss_type == "bradley_terry":
             unused = [name for name in ("dim", "normalize", "scale_gate") if getattr(self, name) is not None]
             if unused or self.sft_coeff:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prefopt import losses as pure
+from prefopt.files import content_hash
 from prefopt.references.cache import SIDES
 from prefopt.references.columns import JoinReport
 from prefopt.scoring.logprobs import CompletionScores, score_completions
@@ -26,7 +27,14 @@ from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.multi_reference_config import MultiReferenceDPOConfig
 from prefopt.trainers.pair_losses import PAIR_LOSSES, PairScores, ReferenceScores
 from prefopt.trainers.preference import PreferenceTrainer
-from prefopt.trainers.reference_data import advise, hold_out_by_prompt, reference_names, short_names, with_scores
+from prefopt.trainers.reference_data import (
+    advise,
+    hold_out_by_prompt,
+    reference_names,
+    scorers_of,
+    short_names,
+    with_scores,
+)
 from prefopt.trainers.reference_weighting import WEIGHTINGS, Weighting, WeightingInputs
 from prefopt.trainers.sppo import SELF_PLAY_LOSSES, check_self_play_columns
 
@@ -348,6 +356,14 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
         margins = pair.chosen_logps - pair.rejected_logps
         margins = margins - (reference.chosen_logps - reference.rejected_logps).mean(dim=0)
         return -torch.nn.functional.logsigmoid(self.args.beta * margins)
+
+    def origin(self) -> dict[str, str]:
+        """See `BaseTrainer.origin`; names the references by what decides their scores."""
+        found = super().origin()
+        if self.args.references is not None:
+            found["the references"] = content_hash([scorer.key for scorer in scorers_of(self.args)])
+            found.pop("the reference", None)
+        return found
 
     def method_state(self) -> dict[str, Any]:
         """See `BaseTrainer.method_state`; holds the online weights."""

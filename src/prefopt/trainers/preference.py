@@ -20,6 +20,7 @@ from prefopt import losses as pure
 from prefopt.data.encoding import with_pad_token
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
+from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, describe_wrapping, evaluated
@@ -35,7 +36,14 @@ from prefopt.trainers.pair_losses import (
     ReferenceScores,
 )
 from prefopt.trainers.policy import load_model, load_tokenizer, with_adapter
-from prefopt.trainers.reference import Reference, attach_scores, check_given_scores, has_scores, reference_module
+from prefopt.trainers.reference import (
+    Reference,
+    attach_scores,
+    check_given_scores,
+    has_scores,
+    reference_fingerprint,
+    reference_module,
+)
 
 SIDES = ("chosen", "rejected")
 
@@ -150,6 +158,8 @@ class PreferenceTrainer(BaseTrainer):
             train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, tokenizer)
             loaded = load_model(model, args, quantization_config)
         self.reference_is_initial = ref_model is None
+        self._scores_given = False
+        self._cached_module: str | None = None  # fingerprint of a reference that is given up once it has scored
         reference = reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
         policy = with_adapter(loaded, args, peft_config)
         super().__init__(
@@ -450,7 +460,20 @@ class PreferenceTrainer(BaseTrainer):
             ),
         )
 
+    def origin(self) -> dict[str, str]:
+        """See `BaseTrainer.origin`; adds the reference, unless the policy holds it."""
+        rows: Any = self.train_dataset
+        reference = self._cached_module
+        if self.reference is not None and self.reference.module is not None and not self.reference_is_initial:
+            reference = self.reference.fingerprint()
+        elif self._scores_given:
+            reference = rows_fingerprint(rows, set(REFERENCE_COLUMNS) & set(rows.column_names))
+        return super().origin() | ({} if reference is None else {"the reference": reference})
+
     def _attach_scores_to_all(self, module: PreTrainedModel | PeftModel | None) -> None:
+        self._scores_given = self.train_dataset is not None and has_scores(self.train_dataset)
+        if module is not None and not self._scores_given and not self.reference_is_initial:
+            self._cached_module = reference_fingerprint(module)
         # scores that came with the data may be those of any model
         self._scored_by_policy = not any(has_scores(dataset) for dataset in self._datasets())
         done = self._attach_scores(self._named_datasets(), module)

@@ -20,6 +20,7 @@ from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
 from prefopt.references.filling import group_scorer
+from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.layouts import Layout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.config import PreferenceConfig
@@ -45,7 +46,14 @@ class Reference:
         self, module: PreTrainedModel | PeftModel | None, policy: PreTrainedModel | PeftModel, accelerator: Accelerator
     ) -> None:
         self.policy = policy
+        self._config = base_model_of(module or policy).config
+        self._adapter = None if module is None else _scoring_adapter(module, is_policy=False)
         self.module = None if module is None else shard(module, accelerator)
+
+    def fingerprint(self) -> str:
+        """Hash the module's config and weights; all ranks call it."""
+        assert self.module is not None
+        return module_fingerprint(self.module, self._config, adapter=self._adapter)
 
     def logps(self, batch: dict[str, Any], wrapped_policy: nn.Module) -> torch.Tensor:
         """Return the summed log-probs (C,) float32 of the batch's completions."""
@@ -173,6 +181,12 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
                     f"Row {row} of the {name} data {wrong}. Give every row its scores, or leave the columns out and "
                     "they are computed."
                 )
+
+
+def reference_fingerprint(module: PreTrainedModel | PeftModel) -> str:
+    """Hash a reference that is not sharded, as `Reference.fingerprint` does; all ranks call it."""
+    adapter = _scoring_adapter(module, is_policy=False)
+    return module_fingerprint(module, base_model_of(module).config, adapter=adapter)
 
 
 def is_number(value: object) -> bool:

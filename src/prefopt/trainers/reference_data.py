@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.holdout import fill_with_prompts, prompt_name
 from prefopt.data.rows import REFERENCE_COLUMNS
-from prefopt.references.cache import SIDES, default_folder
+from prefopt.references.cache import SIDES, Scorer, default_folder
 from prefopt.references.columns import JoinReport, join_reference_scores
 from prefopt.references.health import cards_table, health_cards
 from prefopt.references.text import read_checks, text_scorer
@@ -45,6 +45,17 @@ def short_names(references: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(references)
 
 
+def score_folder(args: MultiReferenceDPOConfig) -> Path:
+    """Return the folder of the score cache."""
+    return Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
+
+
+def scorers_of(args: MultiReferenceDPOConfig) -> list[Scorer]:
+    """Return the references' identities in the cache: weights, tokenizer, template and dtype."""
+    root = score_folder(args)
+    return [text_scorer(name, root, dtype=args.reference_dtype)[0] for name in args.references or ()]
+
+
 def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> tuple[Dataset, JoinReport | None]:
     """Attach the references' scores to tokenised pairs (from the cache where `references` are named) and check them.
 
@@ -58,8 +69,7 @@ def with_scores(dataset: Dataset, args: MultiReferenceDPOConfig, name: str) -> t
     """
     report = checks = None
     if args.references is not None:
-        root = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
-        scorers = [text_scorer(reference, root, dtype=args.reference_dtype)[0] for reference in args.references]
+        root, scorers = score_folder(args), scorers_of(args)
         dataset, report = join_reference_scores(dataset, scorers, root, max_length=args.max_length, name=name)
         checks = [read_checks(root, scorer) for scorer in scorers]
         if args.process_index == 0:

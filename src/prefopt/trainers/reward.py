@@ -320,25 +320,17 @@ class AdversarialRewardConfig(RewardConfig):
     """Settings of `AdversarialRewardTrainer`."""
 
     adversarial_coeff: float = setting(
-        0.1, "Weight of the adversarial pairs of one golden answer together (0.1 in the authors' recipe)."
+        0.1, "Weight of the adversarial pairs of one golden answer together (0.1 in the authors' recipe).", at_least=0
     )
     num_samples: int = setting(
-        4, "Sampled answers per golden one; divides `adversarial_coeff` (4 in the authors' recipe)."
+        4, "Sampled answers per golden one; divides `adversarial_coeff` (4 in the authors' recipe).", at_least=1
     )
-    human_coeff: float = setting(1.0, "Weight of a human pair; 0 leaves the human comparisons out.")
+    human_coeff: float = setting(1.0, "Weight of a human pair; 0 leaves the human comparisons out.", at_least=0)
     adversarial_loss: str = setting(
         "logistic",
         "Form of the adversarial term: 'logistic' (ranking) or 'difference' (unbounded, WGAN-like).",
         choices=("logistic", "difference"),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1, not {self.num_samples}.")
-        for name in ("adversarial_coeff", "human_coeff"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, not {getattr(self, name)}.")
 
 
 class AdversarialRewardTrainer(RewardTrainer):

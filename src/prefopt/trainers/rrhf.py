@@ -25,12 +25,7 @@ class RRHFConfig(ComparisonConfig):
     truncation_mode: str = setting(
         "keep_start", "What a row longer than `max_length` keeps: 'keep_start' or 'keep_end'."
     )
-    sft_coeff: float = setting(1.0, "Weight of the log-likelihood of the best response.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.sft_coeff >= 0:
-            raise ValueError(f"`sft_coeff` must not be negative, not {self.sft_coeff}.")
+    sft_coeff: float = setting(1.0, "Weight of the log-likelihood of the best response.", at_least=0)
 
 
 class RRHFTrainer(ComparisonTrainer):
@@ -79,7 +74,6 @@ class RRHFTrainer(ComparisonTrainer):
     def step_loss(self, model: Any, batch: dict[str, Any], sums: MetricSums) -> tuple[Tensor, Tensor]:
         """See `BaseTrainer.step_loss`; predictions are the (B, 1) ranking losses."""
         scores = score_completions(model, batch)
-        assert scores.logps is not None and scores.counts is not None
         mean_logps = scores.logps / scores.counts  # (C,)
         ranking = rrhf_loss(as_table(mean_logps, batch), batch["ranks"], mask=batch["mask"])  # (B,)
         best_logps = scores.logps[batch["best"]]

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from prefopt.arguments import only_read_with
 from prefopt.candidates.rankers.base import ModelOptions, Ranker
 from prefopt.candidates.rankers.function import FunctionRanker
 from prefopt.candidates.rankers.general_preference import GeneralPreferenceRanker
@@ -37,14 +38,7 @@ def _settings() -> list[tuple[str, Any, Any]]:
         for declared in dataclasses.fields(ranker.options):
             fields.setdefault(declared.name, (hints[declared.name], declared, []))[2].append(kind)
     return [
-        (
-            name,
-            hint,
-            dataclasses.field(
-                default=declared.default, metadata={**declared.metadata, "only_for": {"ranker": tuple(readers)}}
-            ),
-        )
-        for name, (hint, declared, readers) in fields.items()
+        (name, hint, only_read_with(declared, ranker=readers)) for name, (hint, declared, readers) in fields.items()
     ]
 
 
