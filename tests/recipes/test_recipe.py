@@ -137,6 +137,8 @@ def test_problems_name_file_line_and_nearest_key(tmp_path):
         ("dataset_mixer:\n  a: 1\n  b: 1\n  a: 0.5\n", "line 4: 'a' was already given in line 2"),
         ("datasets: [{path: a,\n path: b}]\n", "line 2: 'path' was already given in line 1"),
         ("env: 3\n", "env must map names"),
+        ("env: {'': 1}\n", "env: '' cannot be an environment variable"),
+        ("env: {a=b: 1}\n", "env: 'a=b' cannot be an environment variable"),
         ("base_recipe: 3\n", "base_recipe must name a recipe"),
         ("dataset_name: a\ndataset_mixer: {b: 1}\n", "two ways to say one thing"),
         ("warmup_ratio: 0.1\nwarmup_steps: 10\n", "warmup_steps is given twice"),

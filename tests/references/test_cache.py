@@ -167,6 +167,23 @@ def test_damage_and_foreign_files_are_refused_with_a_reason(tmp_path):
         ScoreCache(tmp_path, SCORER)
 
 
+@pytest.mark.parametrize(
+    ("header", "offset", "change"),
+    [(b"PK\x01\x02", 8, 1), (b"PK\x01\x02", 10, 9), (b"PK\x03\x04", 2, 7), (b"PK\x05\x06", 16, 255)],
+    ids=["encrypted", "compression", "local header", "directory"],
+)
+def test_a_flipped_byte_of_a_chunk_is_damage(tmp_path, header, offset, change):
+    cache = ScoreCache(tmp_path, SCORER)
+    fill(cache, range(3))
+    cache.flush()
+    (path,) = cache.folder.glob("*.npz")
+    content = bytearray(path.read_bytes())
+    content[content.index(header) + offset] ^= change
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"npz is damaged .*delete this file"):
+        ScoreCache(tmp_path, SCORER)
+
+
 def test_what_is_there_instead_is_explained(tmp_path):
     cache = ScoreCache(tmp_path, SCORER)
     fill(cache, range(3))

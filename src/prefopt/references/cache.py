@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import struct
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -44,6 +46,8 @@ _RECORD = np.dtype(
 )
 _COLUMNS = tuple(_RECORD.names or ())
 _RECORD_BYTES = _RECORD.itemsize + 16  # with its key
+
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 def default_folder() -> Path:
@@ -191,7 +195,8 @@ class ScoreCache:
                     if len(stored[name]) != len(keys):
                         raise ValueError("columns differ in length")
                     records[name] = stored[name]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        # RuntimeError: a flipped bit says that it is encrypted, or compressed in a way that zipfile does not know
+        except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, *_ZIP_ERRORS) as error:
             raise ValueError(f"{path} is damaged ({error}): delete this file to score its rows again.") from error
         if owner != self.scorer.key:
             raise ValueError(f"{path} was written by another scorer ({owner}): move this file out of the folder.")
