@@ -85,12 +85,12 @@ class MultiReferenceDPOConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         self.precompute_ref_log_probs = True  # no reference is ever in memory
-        super().__post_init__()
-        self.weighting = weighting_name(self.weighting)
         if self.truncation_mode != "drop":
             raise ValueError(
                 "`truncation_mode` must be 'drop': references score whole texts, so no model may cut one."
             )
+        super().__post_init__()
+        self.weighting = weighting_name(self.weighting)
         check_settings(self)
         self._check_references()
         self._check_losses()
