@@ -62,7 +62,7 @@ def test_a_model_card_shows_names_and_values_literally(tmp_path):
         _paper={},
         _tag_names=("prefopt",),
     )
-    write_model_card(trainer, model_name="<script>x</script>", dataset_name=None, tags=None)
+    write_model_card(trainer, model_name="<script>x</script>", dataset_name=None, tags=None, folder=tmp_path)
     body = (tmp_path / "README.md").read_text().split("---", 2)[2]
     assert "<script>" not in body and "<b>" not in body and "<i>" not in body and "![" not in body
     assert "# &lt;script&gt;x&lt;/script&gt;" in body and "evil" in body

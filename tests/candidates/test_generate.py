@@ -104,10 +104,11 @@ def test_a_prompt_that_is_templated_already_is_listed_or_taken_as_it_is(tmp_path
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     turns = [{"role": "user", "content": "fox"}]
     templated = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    (record,) = generate(tmp_path, model_folder, ["hello", templated, "What is <|eot_id|>?"])
-    assert record["prompt"][0]["content"] == "hello"
-    skipped = read_jsonl(tmp_path / "out" / "skipped.jsonl")
-    assert [row["row"] for row in skipped] == [1, 2] and all("prompt_format" in row["detail"] for row in skipped)
+    questions = ["hello", templated, "What is <|eot_id|>?"]
+    records = generate(tmp_path, model_folder, questions)
+    assert [record["prompt"][0]["content"] for record in records] == [questions[0], questions[2]]
+    (skipped,) = read_jsonl(tmp_path / "out" / "skipped.jsonl")
+    assert skipped["row"] == 1 and "prompt_format" in skipped["detail"]
     plan = Generation(arguments(tmp_path, model_folder, [templated], prompt_format="text"), Processes())
     assert plan.prompts.items[0]["prompt_ids"] == tokenizer(templated, add_special_tokens=False)["input_ids"]
 
