@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # module -> public names; imported on first use, so that `import prefopt` stays fast and pulls in no backend
 _PUBLIC = {

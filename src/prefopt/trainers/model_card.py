@@ -70,7 +70,7 @@ def _body(trainer: Any, title: str, base_model: str) -> str:
     source = f", [{paper['title']}](https://huggingface.co/papers/{paper['id']})" if paper else ""
     text = f"""# {escape(title)}
 
-Trained from {escape(base_model)} with **{trainer._name}**{source}, by [prefopt](https://pypi.org/project/prefopt/).
+Trained from {escape(base_model)} with **{trainer._name}**{source}, by prefopt.
 
 ## Settings
 
