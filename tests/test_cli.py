@@ -97,7 +97,8 @@ def test_help_leaves_out_what_raises(tmp_path, config_class, values):
             config_class(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
 
 
-def test_recipes_are_listed_with_a_line_each(capsys):
+def test_recipes_are_listed_with_a_line_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [

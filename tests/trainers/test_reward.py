@@ -146,7 +146,8 @@ def test_metric_names_and_values(tmp_path):
     )
     trainer.train()
     step = trainer.state.log_history[0]
-    assert set(step) == {
+    # a test before this one in the same process may have compiled something
+    assert {name for name in step if not name.startswith("perf/compile")} == {
         "loss", "grad_norm", "learning_rate", "epoch", "step", "accuracy", "margin",
         "mean_reward", "min_reward", "max_reward", "num_tokens", "perf/tokens_per_second", "perf/updates_lost",
     }  # fmt: skip

@@ -135,7 +135,9 @@ def test_metric_names_are_exactly_these(tmp_path, settings, names):
     )
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert set(entry) == TRL_METRICS | OUR_METRICS | SELF_PLAY_METRICS | names
+    # a test before this one in the same process may have compiled something
+    logged = {name for name in entry if not name.startswith("perf/compile")}
+    assert logged == TRL_METRICS | OUR_METRICS | SELF_PLAY_METRICS | names
     evaluated = trainer.evaluate()
     assert {f"eval_{name}" for name in {"loss", *SELF_PLAY_METRICS, *names}} <= set(evaluated)
     assert evaluated["eval_loss_normalized"] == pytest.approx(evaluated["eval_loss"] * 0.1**2, rel=1e-5)
@@ -276,9 +278,7 @@ def test_only_the_columns_of_the_loss_are_needed(tmp_path, loss_type):
     [
         ("chosen_win_prob", 1.2, "1.2, which is no probability"),
         ("rejected_win_prob", -0.1, "-0.1, which is no probability"),
-        ("chosen_win_prob", math.nan, "nan, which is not finite"),
         ("rejected_win_prob", None, "missing"),
-        ("chosen_score", math.inf, "inf, which is not finite"),
     ],
 )
 def test_a_value_that_is_none_is_refused_with_its_row(tmp_path, column, value, said):
@@ -287,6 +287,19 @@ def test_a_value_that_is_none_is_refused_with_its_row(tmp_path, column, value, s
     loss_type = "gpo" if column.endswith("score") else "sppo"
     with pytest.raises(ValueError, match=rf"row '[0-9a-f]{{16}}' \(number 5\): `{column}` is {said}"):
         make_trainer(tmp_path, "SPPO", rows=Dataset.from_list(data), loss_type=loss_type)
+
+
+@pytest.mark.parametrize(("column", "value"), [("chosen_win_prob", math.nan), ("chosen_score", math.inf)])
+def test_a_row_with_a_number_that_is_not_finite_is_a_bad_row(tmp_path, column, value):
+    data = rows().to_list()
+    data[5][column] = value
+    loss_type = "gpo" if column.endswith("score") else "sppo"
+    trainer = make_trainer(tmp_path, "SPPO", rows=Dataset.from_list(data), loss_type=loss_type)
+    assert len(trainer.train_dataset) == len(data) - 1
+    ((row, detail),) = trainer.tokenization_reports["train"].examples.values()
+    assert row == 5 and f"`{column}` is {value}" in detail
+    with pytest.raises(ValueError, match=f"Row 5 .*`{column}` is {value}"):
+        make_trainer(tmp_path, "SPPO", rows=Dataset.from_list(data), loss_type=loss_type, on_bad_row="raise")
 
 
 def test_scores_may_be_negative_or_large(tmp_path):
