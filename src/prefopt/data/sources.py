@@ -114,7 +114,8 @@ def load_source(source: DataSource) -> Dataset:
     if not source.columns:
         return dataset
     mapping, is_mapping = source.mapping, isinstance(source.columns, Mapping)
-    left_out = [name for name, given in source.columns.items() if given is None] if is_mapping else []  # type: ignore[union-attr]
+    given = source.columns if isinstance(source.columns, Mapping) else {}
+    left_out = [name for name, column in given.items() if column is None]
     asked = [*mapping, *left_out] if is_mapping else source.columns
     unknown = [column for column in asked if column not in dataset.column_names]
     if unknown:

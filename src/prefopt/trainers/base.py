@@ -505,9 +505,11 @@ class BaseTrainer(HookedTrainer):
         if self.compute_metrics is not None:
             gathered = gather_object([predicted.cpu() for predicted in self._predictions])
             predictions: Any = torch.cat(gathered).numpy()
-            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=None))  # type: ignore[arg-type]
+            prediction = EvalPrediction(predictions=predictions, label_ids=None)  # type: ignore[arg-type]
+            metrics |= self.compute_metrics(prediction)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return output._replace(metrics=(output.metrics or {}) | named, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
+        count = len(dataloader.dataset)  # type: ignore[arg-type]
+        return output._replace(metrics=(output.metrics or {}) | named, num_samples=count)
 
     def prediction_step(
         self,

@@ -95,7 +95,10 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
     args: MultiReferenceDPOConfig
     config_class = MultiReferenceDPOConfig
     # soft self-play as well: its targets are log-ratios, to a mixture or to each reference in turn
-    pair_loss_table = {**PAIR_LOSSES, **{name: SELF_PLAY_LOSSES[name] for name in ("sppo", "sppo_single")}}  # noqa: RUF012
+    pair_loss_table = {  # noqa: RUF012
+        **PAIR_LOSSES,
+        **{name: SELF_PLAY_LOSSES[name] for name in ("sppo", "sppo_single")},
+    }
     _name = "Multi-reference DPO"
     _tag_names = ("prefopt", "multi-reference-dpo")
     _paper = {  # noqa: RUF012

@@ -53,7 +53,8 @@ def run(args: SFTArguments, config: SFTConfig, model_args: ModelConfig) -> Path:
         if name not in rows.column_names:
             raise ValueError(f"{args.dataset_name} has no column {name!r}; it has {sorted(rows.column_names)}.")
     set_seed(config.seed)
-    config.model_init_kwargs = {**model_options(model_args), **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
+    options = model_options(model_args) | (config.model_init_kwargs or {})  # type: ignore[operator]
+    config.model_init_kwargs = options
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=config,
