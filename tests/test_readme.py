@@ -126,7 +126,8 @@ def test_the_reading_list_is_true():
 
 def test_ci_calls_the_same_targets():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    jobs = {name: job for name, job in workflow["jobs"].items() if name != "audit"}
+    steps = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     assert steps == [
         "make setup",
         "make quality",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -186,7 +187,7 @@ class RunArguments:
 
 def is_file(path: str) -> bool:
     """Return whether a data source is one local file, which has no splits but `train`."""
-    return Path(path).expanduser().is_file()
+    return os.path.isfile(Path(path).expanduser())  # False for a name too long to be one, too
 
 
 def _split(path: str, split: str) -> str:

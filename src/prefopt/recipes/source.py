@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from os.path import isdir, isfile  # unlike those of Path, False for a name too long to be one
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def locate(name: str, folder: str) -> Path:
         ValueError: neither a file nor a packaged name; the message gives the nearest packaged name.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    if isfile(path):
         return path
-    if path.is_dir():
+    if isdir(path):
         raise ValueError(f"{name} is a folder; a YAML file is needed.")
     if path.is_absolute():
         raise ValueError(f"{name} does not exist.")
@@ -104,7 +105,7 @@ def _from_file(path: Path, above: tuple[Path, ...]) -> list[Setting]:
     settings: list[Setting] = []
     for base in _base_names(path, entries):
         beside = path.parent / base
-        below = _from_file(beside if beside.is_file() else locate(base, "training_configs"), (*above, path.resolve()))
+        below = _from_file(beside if isfile(beside) else locate(base, "training_configs"), (*above, path.resolve()))
         level = _next_level(settings)
         settings += [replace(setting, level=level + setting.level) for setting in below]
     level = _next_level(settings)
