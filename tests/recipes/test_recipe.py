@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
+from prefopt.cli import arguments_of
 from prefopt.files import parse_yaml
 from prefopt.recipes import build, read_recipe
 from prefopt.recipes.recipe import resolved_yaml
@@ -267,3 +268,10 @@ def test_resolved_recipe_reads_back_as_itself_without_secrets(tmp_path):
 def test_resume_takes_a_path_or_true(tmp_path):
     assert values("--resume_from_checkpoint")["resume_from_checkpoint"] is True
     assert values("--resume_from_checkpoint", "out/checkpoint-3")["resume_from_checkpoint"] == "out/checkpoint-3"
+
+
+def test_null_is_no_second_way_of_saying_a_thing(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("global_batch_size: null\ngradient_accumulation_steps: 4\noutput_dir: out\n")
+    recipe = read_recipe([str(path)], arguments_of("wpo"))
+    assert recipe.values["gradient_accumulation_steps"] == 4 and recipe.values["global_batch_size"] is None

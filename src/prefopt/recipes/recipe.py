@@ -154,7 +154,8 @@ def _read(setting: Setting, fields: dict[str, dataclasses.Field[Any]], hints: di
 def _choose_alternatives(recipe: Recipe, levels: dict[str, int], problems: list[str]) -> None:
     """Keep the way from the latest source where several ways of saying one thing are given."""
     for ways in ALTERNATIVES:
-        given = {way: max(levels[key] for key in way if key in levels) for way in ways if way[0] in levels}
+        said = [way for way in ways if recipe.values.get(way[0]) is not None]  # null says nothing
+        given = {way: max(levels[key] for key in way if key in levels) for way in said}
         latest_first = sorted(given, key=lambda way: -given[way])
         for way in latest_first[1:]:
             kept, other = latest_first[0][0], way[0]
