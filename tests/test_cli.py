@@ -193,7 +193,9 @@ def test_a_mistake_on_two_processes_is_still_one_line(tmp_path, model, data):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [["wpo", 5000 * "x"], ["wpo", "a\0b"], ["wpo", "--base_recipe", 5000 * "x"]])
+@pytest.mark.parametrize(
+    "words", [["wpo", 5000 * "x"], ["wpo", "a\0b"], ["wpo", "~nobody-here"], ["wpo", "--base_recipe", 5000 * "x"]]
+)
 def test_names_that_no_file_can_have_are_one_line(words, capsys):
     assert cli.main(words) == 2
     message = capsys.readouterr().err

@@ -54,6 +54,11 @@ def storage_fault(error: BaseException, folder: str | os.PathLike[str], needed: 
     return f"{where} cannot be written: {reason} ({shutil.disk_usage(disk).free / 2**30:.2f} GiB are free{room})."
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with `~` written out; unlike `Path.expanduser`, one of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block ends well, and is removed when it does not.

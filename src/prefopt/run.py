@@ -27,7 +27,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from prefopt.arguments import missing, names_without_effect, setting_changes
 from prefopt.data import TokenizationReport
 from prefopt.data.encoding import with_pad_token
-from prefopt.files import parse_yaml, read_yaml, write_json, write_text
+from prefopt.files import parse_yaml, read_yaml, user_path, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
@@ -235,10 +235,10 @@ def check_output(recipe: Recipe, resolved: str) -> tuple[Path, str | None]:
     """
     if not recipe.values.get("output_dir"):
         raise ValueError(missing("output_dir"))
-    output_dir = Path(recipe.values["output_dir"]).expanduser()
+    output_dir = user_path(recipe.values["output_dir"])
     resume, overwrite = recipe.values.get("resume_from_checkpoint"), bool(recipe.values.get("overwrite_output_dir"))
     for key in ("model_name_or_path", "ref_model_name_or_path") if overwrite else ():
-        model = Path(recipe.values.get(key) or "").expanduser().resolve()
+        model = user_path(recipe.values.get(key) or "").resolve()
         if recipe.values.get(key) and output_dir.resolve() in (model, *model.parents):
             raise ValueError(
                 f"overwrite_output_dir would remove {key}, which lies in {output_dir}: choose another output_dir."
@@ -396,7 +396,7 @@ def read_config(name: str, model_args: ModelConfig, args: Any) -> Any:
     Raises:
         ValueError: there is no such model.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
         raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
     revision = model_args.model_revision
@@ -420,13 +420,13 @@ def load_tokenizer(name: str, model_args: ModelConfig, args: Any, run_args: RunA
 
 def is_adapter(name: str) -> bool:
     """Return whether a local folder holds an adapter and no whole model."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
 def adapter_of(name: str) -> PeftConfig:
     """Read the config of an adapter in a local folder."""
-    return PeftConfig.from_pretrained(str(Path(name).expanduser()))
+    return PeftConfig.from_pretrained(str(user_path(name)))
 
 
 def adapter_config(model_args: ModelConfig, *, init: str = "default") -> PeftConfig | None:
@@ -486,7 +486,7 @@ def check_saving(name: str, model_config: Any, args: Any, model_args: ModelConfi
             if part is not None:
                 part.save_pretrained(folder)
 
-    folder = Path(args.output_dir).expanduser().absolute()
+    folder = user_path(args.output_dir).absolute()
     try_saving(next(path for path in (folder, *folder.parents) if path.is_dir()), save)
 
 

@@ -30,7 +30,7 @@ from prefopt.data import (
     load_tokenized,
 )
 from prefopt.data.rows import Kind
-from prefopt.files import locked, read_json, storage_fault, write_jsonl
+from prefopt.files import locked, read_json, storage_fault, user_path, write_jsonl
 from prefopt.launch import check_launcher, print_on_main, rank, world_size
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
@@ -108,7 +108,7 @@ def _locked_output(recipe: Recipe) -> Iterator[None]:
     Raises:
         ValueError: another run is at work there.
     """
-    output_dir = Path(recipe.values.get("output_dir") or ".").expanduser().absolute()
+    output_dir = user_path(recipe.values.get("output_dir") or ".").absolute()
     there = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if rank() != 0 or not recipe.values.get("output_dir") or not there.is_dir() or not os.access(there, os.W_OK):
         yield  # `check_output` says what is wrong with the folder

@@ -18,7 +18,7 @@ from datasets.features.features import require_decoding
 
 from prefopt.data.rows import Row
 from prefopt.data.sources import DataSource, load_source
-from prefopt.files import atomic_path, iterate_jsonl
+from prefopt.files import atomic_path, iterate_jsonl, user_path
 
 T = TypeVar("T")
 CHUNK = 1000  # rows in a piece
@@ -136,7 +136,7 @@ def open_rows(source: DataSource) -> Rows:
     Raises:
         ValueError: see `load_source`.
     """
-    path = Path(source.path).expanduser()
+    path = user_path(source.path)
     if path.is_file() and path.stat().st_size and source == DataSource(source.path):
         rows: Rows | None = None
         if path.name.endswith((".jsonl", ".jsonl.gz")):

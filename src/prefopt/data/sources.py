@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from prefopt.arguments import setting
 from prefopt.data.rows import PROMPT_PARTS, READ_COLUMNS, SYSTEM_COLUMN
-from prefopt.files import read_json
+from prefopt.files import read_json, user_path
 
 # file ending -> name of the reader in `datasets`
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
@@ -92,7 +92,7 @@ def load_source(source: DataSource) -> Dataset:
     Raises:
         ValueError: no such file, dataset, split or column; a file that cannot be read; no rows.
     """
-    path = Path(source.path).expanduser()
+    path = user_path(source.path)
     with _readable_errors(source):
         if path.is_dir() and source.data_files is None and source.data_dir is None:
             dataset = _load_folder(path, source)
@@ -202,7 +202,7 @@ def _load_files(files: list[Path], source: DataSource) -> Dataset:
         if file.stat().st_size == 0:
             raise ValueError(f"Dataset {source.path!r}: {file.name} is empty.")
     split = _split_name(source.split)
-    if split != "train" and not Path(source.path).expanduser().is_dir():
+    if split != "train" and not user_path(source.path).is_dir():
         raise _unknown_split(source, ["train"])
     options: dict[str, Any] = {"parse_agent_traces": False} if reader == "json" else {}
     if reader == "csv":

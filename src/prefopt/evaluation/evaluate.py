@@ -19,7 +19,7 @@ from prefopt.evaluation.alpaca_eval import FAMILIES, export
 from prefopt.evaluation.preference import preference_accuracy
 from prefopt.evaluation.study import report_study
 from prefopt.evaluation.win_rate import join_answers, length_statistics, win_rate
-from prefopt.files import write_json
+from prefopt.files import user_path, write_json
 from prefopt.launch import print_on_main
 from prefopt.pages import printable
 
@@ -127,7 +127,7 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
         ValueError: answers that cannot be compared, a ranker or pairs that cannot be used.
     """
     if args.study is not None:
-        verdict = report_study(Path(args.study).expanduser())
+        verdict = report_study(user_path(args.study))
         return {"verdict": verdict.lines}
     team = current_processes()
     result: dict[str, Any] = {

@@ -16,6 +16,7 @@ from typing import Any
 from prefopt.arguments import MASK, names_without_effect, without_secrets
 from prefopt.cli import COMMANDS, METHODS, arguments_of, function_of
 from prefopt.evaluation.evaluate import EVALUATION_FILE
+from prefopt.files import user_path
 from prefopt.launch import LAUNCH_KEYS, launch_words
 from prefopt.pipelines.stages import Stage
 from prefopt.recipes.convert import unknown_key
@@ -130,7 +131,7 @@ class Commands:
 def _local_path(name: Any) -> Path:
     if not isinstance(name, str):
         raise ValueError(f"expected a name or a path, found {name!r}; a number needs quotes.")
-    return Path(name).expanduser()
+    return user_path(name)
 
 
 def _free_to_change(command: str) -> frozenset[str]:

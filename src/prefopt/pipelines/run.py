@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from prefopt.arguments import check_settings, setting, without_secrets
-from prefopt.files import write_text
+from prefopt.files import user_path, write_text
 from prefopt.launch import LAUNCH_KEYS
 from prefopt.pipelines import adversarial, self_play
 from prefopt.pipelines.commands import Commands, as_script
@@ -85,7 +85,7 @@ def run(words: list[str]) -> int:
     """
     name, settings = load_settings(words)
     arguments, loop, resolved = read_pipeline(name, settings)
-    run_dir = Path(arguments.run_dir).expanduser()
+    run_dir = user_path(arguments.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir {run_dir} is a file; name a folder.")
     if arguments.write_script is not None and Path(arguments.write_script).is_dir():

@@ -22,7 +22,7 @@ from prefopt.data.encoding import load_tokenizer
 from prefopt.data.holdout import fill_with_prompts, prompt_name
 from prefopt.data.loading import normalise_rows
 from prefopt.data.rows import CONTEXT_COLUMNS
-from prefopt.files import content_hash, read_json, read_jsonl, write_json, write_jsonl
+from prefopt.files import content_hash, read_json, read_jsonl, user_path, write_json, write_jsonl
 from prefopt.pipelines.state import InputHashes
 from prefopt.references.filling import pair_lengths
 
@@ -143,7 +143,7 @@ def make_pool(pool: Pool, folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: fewer rows pass than are wanted.
     """
-    local = Path(pool.source.path).expanduser()
+    local = user_path(pool.source.path)
     settings = content_hash(asdict(pool), InputHashes(folder, keep=False).of(local) if local.exists() else "")
     report_path = folder / REPORT_FILE
     if report_path.is_file() and (folder / POOL_FILE).is_file():

@@ -18,7 +18,7 @@ from datasets import Dataset
 from prefopt.arguments import check_settings, setting, without_secrets
 from prefopt.data import DataArguments, DataSource, load_datasets
 from prefopt.evaluation.study import HEALTH_FILE, RESULT_FILE, STUDY_FILE, report_study
-from prefopt.files import content_hash, write_json
+from prefopt.files import content_hash, user_path, write_json
 from prefopt.pipelines.commands import Commands, Place, parse_command
 from prefopt.pipelines.stages import Runner, Stage, table
 from prefopt.pipelines.state import FAILED, RunState
@@ -210,7 +210,7 @@ class Sweep:
     def __init__(self, args: SweepArguments, runner: type[Runner] = Runner) -> None:
         self.args = args
         self.runner = runner
-        self.run_dir = Path(args.run_dir).expanduser()
+        self.run_dir = user_path(args.run_dir)
         self.commands = Commands(self.run_dir, {})
         base = {"method": METHOD, **args.training}
         values = parse_command(SCORING, args.recipe, _settings(args.recipe, base)).values

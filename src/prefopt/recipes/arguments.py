@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from prefopt.arguments import setting
 from prefopt.data import DataArguments, DataSource
 from prefopt.data.sources import COLUMNS_HELP
+from prefopt.files import user_path
 
 
 @dataclass
@@ -187,7 +187,7 @@ class RunArguments:
 
 def is_file(path: str) -> bool:
     """Return whether a data source is one local file, which has no splits but `train`."""
-    return os.path.isfile(Path(path).expanduser())  # False for a name too long to be one, too
+    return os.path.isfile(user_path(path))  # False for a name too long to be one, too
 
 
 def _split(path: str, split: str) -> str:

@@ -8,7 +8,7 @@ from os.path import isdir, isfile  # unlike those of Path, False for a name too 
 from pathlib import Path
 from typing import Any
 
-from prefopt.files import read_yaml
+from prefopt.files import read_yaml, user_path
 from prefopt.recipes.convert import Text
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def locate(name: str, folder: str) -> Path:
     Raises:
         ValueError: neither a file nor a packaged name; the message gives the nearest packaged name.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if isfile(path):
         return path
     if isdir(path):

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.files import atomic_path, content_hash, read_object, write_json
+from prefopt.files import atomic_path, content_hash, read_object, user_path, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -52,7 +52,7 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error)
 
 def default_folder() -> Path:
     """Return where scores are kept unless a recipe names a folder: under PREFOPT_CACHE, or ~/.cache/prefopt."""
-    return Path(os.environ.get("PREFOPT_CACHE", "~/.cache/prefopt")).expanduser() / "reference_scores"
+    return user_path(os.environ.get("PREFOPT_CACHE", "~/.cache/prefopt")) / "reference_scores"
 
 
 @dataclass(frozen=True)

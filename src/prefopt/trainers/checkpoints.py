@@ -22,6 +22,7 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from prefopt import files
+from prefopt.files import user_path
 from prefopt.launch import print_on_main
 
 FILES_RECORD = "checkpoint_files.json"
@@ -194,7 +195,7 @@ def check_space(args: Any, weights: float, states: float, *, steps: int) -> None
     # an old checkpoint is removed after a new one was written
     kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves
     needed = kept * (weights + (0 if args.save_only_model else states)) + weights
-    folder = Path(args.output_dir).expanduser()
+    folder = user_path(args.output_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     # of a run that continues: its checkpoints are counted again, or replaced
     free = shutil.disk_usage(there).free

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from prefopt.files import user_path
 from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.logprobs import install_scoring
 
@@ -75,14 +75,14 @@ def load_model(
 
 def is_adapter(name: str) -> bool:
     """Return whether a local folder holds an adapter and no whole model."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
 def _load_adapter(path: str, *, dtype: Any = "float32", **init: Any) -> PeftModel:
     # peft takes no names of types, unlike transformers
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    folder = str(Path(path).expanduser())
+    folder = str(user_path(path))
     return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, dtype=dtype, **init)
 
 
