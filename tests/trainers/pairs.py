@@ -67,6 +67,11 @@ def make_trainer(
     )
 
 
+def logged_names(entry: dict) -> set[str]:
+    """The metrics of a log entry, without those of what an earlier test in the same process compiled."""
+    return {name for name in entry if not name.startswith("perf/compile")}
+
+
 class Seen(TrainerCallback):
     """Keeps a trainer's batches, in the order in which they were trained on."""
 
