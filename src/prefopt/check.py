@@ -215,10 +215,11 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
         scores_tokens=COMMANDS[found.method].rows == "pairs" or found.method == "rrhf",
     )
     card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_CARD
+    ways = ways_of(config, planned)
     tokens, scored = micro_batch_tokens(config, found.reports)
     if (wanted := config.tokens_per_micro_batch) is not None and not (wanted == "auto" and found.on_cpu):
         if wanted == "auto":
-            wanted = choose_tokens(planned, ways_of(config, planned.shape), available=card)
+            wanted = choose_tokens(planned, ways, available=card)
         tokens, scored = wanted, round(wanted * scored / tokens)
         found.batch += f"; as micro-batches of up to {wanted:,} tokens"
     way = recomputation_of(config)
@@ -226,9 +227,7 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
     if config.checkpointing == "auto" and found.on_cpu:
         way, found.checkpointing = Recomputation("none"), NOTHING_ON_CPU
     elif config.checkpointing == "auto":
-        way = choose_recomputation(
-            planned, ways_of(config, planned.shape), tokens=tokens, scored_tokens=scored, available=card
-        )
+        way = choose_recomputation(planned, ways, tokens=tokens, scored_tokens=scored, available=card)
         found.checkpointing = explain(planned, way, tokens=tokens, scored_tokens=scored, card=card)
         if not torch.cuda.is_available():
             found.checkpointing += f" There is no GPU here: reckoned with a card of {card / 1e9:.0f} GB."
