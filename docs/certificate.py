@@ -718,10 +718,10 @@ def page(measured: Measured, minutes: float) -> str:
         "",
         "What the loss says is what is computed. Each line names a part, what it was compared with, on what, and",
         "the largest deviation that was *seen* (not the one that was allowed): |ours − expected| / max(1, |expected|)",
-        "over all numbers that the tests compared. *equal* means that ids, choices or whole states were compared and no",
-        "numbers. Differences from the papers' own code, and the switch for each: [fidelity.md](fidelity.md).",
+        "over all numbers that the tests compared. *equal* means that ids, choices or whole states were compared and",
+        "no numbers. Differences from the papers' own code, and the switch for each: [fidelity.md](fidelity.md).",
         "",
-        f"Written by `make certificate` (`docs/certificate.py`) from {ran} tests on a CPU with torch {torch_version} in",
+        f"Written by `make certificate` (`docs/certificate.py`): {ran} tests on a CPU with torch {torch_version}, in",
         f"{minutes:.0f} minutes. Nothing here has run on a GPU.",
         "",
     ]
