@@ -693,7 +693,7 @@ def row(claim: Claim, measured: Measured) -> str:
     elif not ran:
         seen = f"not run: {found[0].reason.removeprefix('Skipped: ')}"
     elif not numbers:
-        seen = "equal"
+        seen = "held"
     else:
         seen = "0" if deviation == 0 else f"{deviation:.0e}"
     return f"| {subject(claim)} | {claim.against} | {claim.on} | {len(ran)} | {numbers or '–'} | {seen} |"
@@ -718,8 +718,8 @@ def page(measured: Measured, minutes: float) -> str:
         "",
         "What the loss says is what is computed. Each line names a part, what it was compared with, on what, and",
         "the largest deviation that was *seen* (not the one that was allowed): |ours − expected| / max(1, |expected|)",
-        "over all numbers that the tests compared. *equal* means that ids, choices or whole states were compared and",
-        "no numbers. Differences from the papers' own code, and the switch for each: [fidelity.md](fidelity.md).",
+        "over all numbers that the tests compared. *held* means that ids, choices or states were compared, or that the",
+        "test has a bound of its own. Differences from the papers' code and the switch for each: [fidelity.md](fidelity.md).",
         "",
         f"Written by `make certificate` (`docs/certificate.py`): {ran} tests on a CPU with torch {torch_version}, in",
         f"{minutes:.0f} minutes. Nothing here has run on a GPU.",
