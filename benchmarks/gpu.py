@@ -7,8 +7,8 @@
     python benchmarks/gpu.py --plot docs/images/gpu.png outputs/gpu
 
 Checks come in order of value, grouped into processes under a time limit; each finding is a JSON line that is written
-as soon as it is known, so that a check that hangs or dies costs its own group at most. What a group leaves of its time, later
-ones may use; one for which less than 15 s are left is left out, with a line that says so. The exit status is 1 where a
+as soon as it is known, so that a check that hangs or dies costs its own group at most. What a group leaves of its
+time, later ones may use; one with less than 15 s is left out, with a line that says so. The exit status is 1 where a
 finding of part a is wrong.
 
 Models are built from configs with random weights: nothing is downloaded. A card with 120 GiB or more runs the 8B

@@ -342,6 +342,7 @@ def make_clock(setting: Setting, now: Callable[[], float], profiled: Callable[[]
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.times: list[float] = []
+            self.processor_times: list[float] = []
             self.losses: list[float] = []
             self.counts = [compiled()]
             self.warm: int | None = None  # steps of warm-up
@@ -352,10 +353,11 @@ def make_clock(setting: Setting, now: Callable[[], float], profiled: Callable[[]
             if profiled is not None and self.timed >= setting.steps:
                 self.profile = profiled()
                 self.profile.__enter__()
-            self.start = now()
+            self.start, self.processor_start = now(), time.process_time()
 
         def on_step_end(self, args, state, control, **_):
             self.times.append(now() - self.start)
+            self.processor_times.append(time.process_time() - self.processor_start)
             self.first_step = self.first_step or time.time()
             if self.profile is not None:
                 self.profile.__exit__(None, None, None)
@@ -427,6 +429,7 @@ def measure(setting: Setting, *, started: float | None = None, profiled: Callabl
     return {
         "setting": dataclasses.asdict(setting),
         "step_seconds": timed,
+        "step_processor_seconds": clock.processor_times[clock.warm : clock.warm + setting.steps],
         "step_tokens": tokens,
         "warmup_steps": clock.warm,
         "compile_seconds": max(0.0, sum(clock.times[: clock.warm]) - clock.warm * statistics.median(timed)),
@@ -462,6 +465,7 @@ def figures(runs: list[dict], *, rate: float | None = None) -> dict:
     flops = runs[0]["flops_per_token"] * statistics.median(rates)
     return {
         "step_ms": 1000 * statistics.median(seconds),
+        "processor_ms": 1000 * statistics.median(s for run in runs for s in run["step_processor_seconds"]),
         "pairs_per_second": runs[0]["setting"]["pairs"] / statistics.median(seconds),
         "unique_tokens_per_second": statistics.median(rates),
         "useful_tflops": flops / 1e12,

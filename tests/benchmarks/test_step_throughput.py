@@ -37,6 +37,7 @@ def run(step_seconds, **more):
     return {
         "setting": asdict(Setting()),
         "step_seconds": step_seconds,
+        "step_processor_seconds": step_seconds,
         "step_tokens": [100] * len(step_seconds),
         "flops_per_token": 60,
         "peak_bytes": 2**30,
@@ -50,7 +51,7 @@ def test_figures_are_medians_over_all_steps_of_all_runs(tmp_path):
     row = summarise(Setting(), [run([1.0, 2.0, 3.0])] * 2, rate=6000.0)
     assert row["pairs_per_second"] == 4.0
     assert row["fraction_of_matrix_rate"] == pytest.approx(0.5)
-    assert "| ultrafeedback | prefopt | packed | 8 | 2000 | 4.00 |" in table([row])
+    assert "| ultrafeedback | prefopt | packed | 8 | 2000 | 2000 | 4.00 |" in table([row])
     draw([row], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
