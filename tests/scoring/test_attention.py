@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
@@ -21,6 +20,7 @@ from prefopt.scoring.attention import (
     CannotPackError,
     PackedAttention,
     PackedRows,
+    Sequences,
     packed_attention,
     restore_attention,
     use_packed_attention,
@@ -296,27 +296,31 @@ def test_the_cuda_backend_with_sinks():
     (torch.float32, 64, False),  # flash kernels take 16 bits
     (torch.bfloat16, 36, False),  # and widths that are multiples of 8
 ])  # fmt: skip
-def test_on_cuda_tensors_the_kernels_are_those_of_flash_attention_where_they_can_be(dtype, width, kernel):
-    """On fake CUDA tensors: operators are chosen, and shapes, dtypes and devices checked, as on a card."""
-    called = []
+def test_which_tensors_on_a_card_go_to_the_flash_kernels(dtype, width, kernel):
+    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(10, 4, width))
+    sequences = packed_rows(seed=13).segments
+    call = attention._call(tensor, tensor, sequences, causal=True, scale=0.3, softcap=None)
+    assert type(call) is (attention._CudaFlash if kernel else attention._Plain)
+    capped = attention._call(tensor, tensor, sequences, causal=True, scale=0.3, softcap=2.0)
+    assert type(capped) is attention._Plain
 
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            called.append(function)
-            return function(*args, **(kwargs or {}))
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shapes_of_the_cuda_backend_are_those_that_torch_declares(dtype):
+    """On tensors without data torch runs its own declaration of both operators."""
     rows = packed_rows(seed=13)
-    with FakeTensorMode() as fake:
-        rows = rows._with_tensors(lambda tensor: fake.from_tensor(tensor).to("cuda"))
-        shapes = [(rows.rows, count, rows.length, width) for count in (8, 2, 2)]
-        inputs = [torch.empty(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
-        with Record():
-            out, _ = packed_attention(LAYER, *inputs, rows)
-            out.sum().backward()
-        assert (out.shape, out.dtype) == ((rows.rows, rows.length, 8, width), dtype)
-        assert all(each.grad.shape == each.shape and each.grad.device.type == "cuda" for each in inputs)
-    for operator in (torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward):
-        assert called.count(operator.default) == (2 if kernel else 0)
+    sequences = Sequences(
+        rows.segments.queries,
+        rows.segments.keys,
+        *(torch.empty(len(rows.segments.queries), dtype=torch.int32, device="meta"),) * 2,
+    )
+    call = attention._CudaFlash(sequences, True, 0.3)
+    tokens = rows.rows * rows.length
+    query, key, value = (torch.empty(tokens, count, 64, dtype=dtype, device="meta") for count in (8, 2, 2))
+    out, lse = call.forward(query, key, value)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (query.shape, dtype, (8, tokens), torch.float32)
+    grads = call.backward(torch.empty_like(out), query, key, value, out, lse)
+    assert [(grad.shape, grad.dtype) for grad in grads] == [(x.shape, dtype) for x in (query, key, value)]
 
 
 # ---- in models
