@@ -110,7 +110,8 @@ def _trl(card: Card, size: int, mode: str, layers: int | None) -> Setting:
 def step_recipes(findings: Findings, card: Card) -> None:
     """Both libraries in the precision of recipes, and prefopt's peak memory against its estimate."""
     layers = _layers(card)[-1]
-    ours = dataclasses.replace(_base(card), precision="recipes", layers=layers)
+    mode = card.pick("auto" if "auto" in _modes() else "all", _modes()[0])  # float32 moments leave less room
+    ours = dataclasses.replace(_base(card), precision="recipes", layers=layers, checkpointing=mode)
     got = _step(findings, card, ours)
     if got is not None:
         _memory(findings, ours, got)
