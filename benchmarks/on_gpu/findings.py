@@ -78,7 +78,7 @@ def steps_of(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "lengths": setting["lengths"],
             "library": setting["library"],
             "micro_batch": setting["micro_batch"],
-            "checkpointing": setting["checkpointing"],
+            "checkpointing": found.get("recomputed", setting["checkpointing"]),
             "fused_layers": "yes" if setting["fused_layers"] else "no",
             "precision": setting["precision"],
             "pairs": setting["pairs"],

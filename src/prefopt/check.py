@@ -29,6 +29,7 @@ from prefopt.memory import (
     choose_tokens,
     estimate,
     optimizer_bytes,
+    with_master_weights,
 )
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
@@ -215,6 +216,7 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
         scores_tokens=COMMANDS[found.method].rows == "pairs" or found.method == "rrhf",
     )
     card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_CARD
+    planned = with_master_weights(planned, config.master_weights, available=card)
     tokens, scored = micro_batch_tokens(config, found.reports)
     if (wanted := config.tokens_per_micro_batch) is not None and not (wanted == "auto" and found.on_cpu):
         if wanted == "auto":
