@@ -52,11 +52,12 @@ def _step(findings: Findings, card: Card, setting: Setting, **more: Any) -> dict
     layers = f", {setting.layers} layers" if setting.layers else ""
     name = f"{setting.library} {setting.micro_batch} a batch, {setting.lengths}, {setting.checkpointing}"
     got: dict | None = None
+    inspect = _memory if setting.library == "prefopt" else None
     with findings.finding(f"{name}, {setting.precision}{layers}") as values:
         values["setting"] = dataclasses.asdict(setting)
         started = float(os.environ["PREFOPT_STARTED"]) if not _step_done else None
         _step_done.append(True)
-        got = measure(setting, started=started, **more)
+        got = measure(setting, started=started, inspect=inspect, **more)
         values |= got | figures([got])
     card.free()
     return got
@@ -73,7 +74,7 @@ def step_prefopt(findings: Findings, card: Card) -> None:
     kinds = _Profile(findings, card)
     for layers in _layers(card):
         first = dataclasses.replace(_base(card), layers=layers)
-        _step(findings, card, first, profiled=kinds.start, inspect=_memory)
+        _step(findings, card, first, profiled=kinds.start)
     kinds.report()
     for layers in _layers(card):
         _step(findings, card, dataclasses.replace(first, layers=layers, lengths="hh"))
@@ -103,10 +104,10 @@ def _trl(card: Card, size: int, mode: str, layers: int | None) -> Setting:
 
 
 def step_recipes(findings: Findings, card: Card) -> None:
-    """Both libraries in the precision of recipes, and prefopt's peak memory against its estimate."""
+    """Both libraries in the precision of recipes."""
     layers = _layers(card)[-1]
     ours = dataclasses.replace(_base(card), precision="recipes", layers=layers)
-    _step(findings, card, ours, inspect=_memory)
+    _step(findings, card, ours)
     size, mode = card.pick(TRL_TRIES[0], (4, "none"))
     _step(findings, card, dataclasses.replace(_trl(card, size, mode, layers), precision="recipes"))
 
