@@ -10,6 +10,7 @@ every rank computes the whole plan and takes its own part.
 from __future__ import annotations
 
 import heapq
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -126,6 +127,24 @@ class BatchPlan(torch.utils.data.Sampler):
             rows = self._rows(members or [indices[0]])
             plan[number % self.world_size].append(MicroBatch(rows, not members, len(indices), tokens, ranked))
         return plan
+
+    def load_ratio(self, *, steps: int = 16) -> float:
+        """Return how many times the lightest rank's tokens the heaviest one computes in a step.
+
+        Args:
+            steps: of the first epoch; the median of that many is taken.
+        """
+        ratios = []
+        for step in range(min(steps, self.num_steps)):
+            loads = [sum(map(self._tokens, micro_batches)) for micro_batches in self.step(0, step)]
+            ratios.append(max(loads) / max(min(loads), 1))
+        return statistics.median(ratios)
+
+    def _tokens(self, micro_batch: MicroBatch) -> int:
+        groups = [self.lengths[index] for index in micro_batch.indices]
+        if self.max_tokens_per_row is not None:
+            return sum(group.packed for group in groups)
+        return max(group.longest for group in groups) * sum(group.completions for group in groups)
 
     def _step_indices(self, epoch: int, step: int) -> list[int]:
         order = _permutation(len(self.lengths), self.seed, epoch) if self.shuffle else range(len(self.lengths))

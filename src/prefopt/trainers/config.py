@@ -78,6 +78,13 @@ class BatchConfig(SecretsStayOut, _Mixin):
         "With `gradient_checkpointing`: keep the results of matrix products and attention and recompute only the "
         "rest; more memory, less time.",
     )
+    ddp_timeout: int = setting(
+        4 * 60 * 60,
+        "Seconds that ranks wait for each other before the run ends: longer than the first rank takes to tokenise the "
+        "data while the others wait.",
+        at_least=1,
+        decides_result=False,
+    )
     resume_changed: bool = setting(
         False,
         "Continue from a checkpoint although data, tokenizer, chat template, policy or reference have changed since.",
