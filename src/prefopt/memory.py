@@ -13,8 +13,9 @@ With N parameters of which T train, p bytes per weight, W processes, and s = W w
                  one layer: tokens x (16 width + 6 feed-forward width) x 2 bytes; without checkpointing, for all layers
     log-probs    8 bytes x scored tokens x min(vocabulary, 32768)
 
-ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well; offloaded parts count
-as nothing. "Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded
+ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well, hybrid sharding over
+part of the processes only; hpZ keeps a second copy of 16-bit weights, split over a node; offloaded parts count as
+nothing. "Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded
 training in one dtype; activations and log-probs are upper estimates: kernels, fragmentation and the CUDA context come
 on top.
 """
@@ -25,12 +26,13 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from prefopt.files import read_yaml
+from prefopt.files import read_object, read_yaml
 
 GIB = 2**30
 LOGPROB_COLUMNS = 32768
@@ -99,11 +101,14 @@ class Launch:
     offload_optimizer: bool = False
     offload_weights: bool = False
     use_cpu: bool = False
+    shards: int | None = None  # processes that one copy of the model is split over, where these are not all
+    second_copy_over: int | None = None  # hpZ: processes that the second copy of the weights is split over
+    reads_once_a_node: bool = False  # FSDP2: the first rank of a node reads weights
     batch_keys: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: Path, processes: int | None = None) -> Launch:
-        """Read an accelerate config file; `processes` overrides its number.
+    def read(cls, path: Path, processes: int | None = None, machines: int | None = None) -> Launch:
+        """Read an accelerate config file; `processes` and `machines` override its numbers.
 
         Raises:
             ValueError: it is no YAML mapping.
@@ -113,18 +118,32 @@ class Launch:
             raise ValueError(f"{path} must hold `key: value` lines, as `accelerate config` writes them.")
         deepspeed, fsdp = values.get("deepspeed_config") or {}, values.get("fsdp_config") or {}
         is_deepspeed = values.get("distributed_type") == "DEEPSPEED"
+        own = _deepspeed_file(path, deepspeed.get("deepspeed_config_file"))
+        zero = own.get("zero_optimization", {})
+        precision = next((name for name in ("bf16", "fp16") if own.get(name, {}).get("enabled")), "no")
         return cls(
             processes=processes or int(values.get("num_processes", 1)),
-            machines=int(values.get("num_machines", 1)),
-            mixed_precision=str(values.get("mixed_precision", "no")),
-            zero_stage=int(deepspeed.get("zero_stage", 0)) if is_deepspeed else 0,
+            machines=machines or int(values.get("num_machines", 1)),
+            mixed_precision=str(values.get("mixed_precision", precision)),
+            zero_stage=int(deepspeed.get("zero_stage", zero.get("stage", 0))) if is_deepspeed else 0,
             fsdp=values.get("distributed_type") == "FSDP",
             offload_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
             offload_weights=deepspeed.get("offload_param_device", "none") != "none"
             or bool(fsdp.get("fsdp_offload_params")),
             use_cpu=bool(values.get("use_cpu")),
+            shards=(values.get("parallelism_config") or {}).get("parallelism_config_dp_shard_size"),
+            second_copy_over=zero.get("zero_hpz_partition_size"),
+            reads_once_a_node=fsdp.get("fsdp_version") == 2 and bool(fsdp.get("fsdp_cpu_ram_efficient_loading")),
             batch_keys=tuple(key for key in deepspeed if "batch" in key or "accumulation" in key),
         )
+
+
+def _deepspeed_file(path: Path, name: str | None) -> dict[str, Any]:
+    """Read DeepSpeed's own config, which an accelerate config at `path` may name."""
+    if name is None:
+        return {}
+    file = Path(name) if Path(name).exists() else path.parent / Path(name).name
+    return read_object(file, remedy="name DeepSpeed's config by its path")
 
 
 @dataclass
@@ -180,8 +199,9 @@ def estimate(
     deepspeed, trained = launch.zero_stage > 0, shape.trained
     size = 2 if deepspeed and bf16 else 4 if dtype == "float32" else 2
     sharded = (launch.zero_stage == 3 or launch.fsdp) and not four_bit
-    weights_over = launch.processes if sharded else 1
-    states_over = launch.processes if sharded or launch.zero_stage == 2 else 1
+    shards = min(launch.shards or launch.processes, launch.processes)
+    weights_over = shards if sharded else 1
+    states_over = shards if sharded or launch.zero_stage == 2 else 1
     quantised = shape.linear_parameters if four_bit else 0
     weights = FOUR_BIT * quantised + size * (shape.parameters - quantised)
     if trained != shape.parameters:
@@ -190,6 +210,8 @@ def estimate(
     # DeepSpeed's float32 master copies; ours of 16-bit weights, with their gradients during the optimizer's step
     copies = 4 if deepspeed and bf16 else 8 if size == 2 and not launch.fsdp else 0
     states = optimizer_bytes(optimizer) + copies
+    models = 2 if keeps_reference else 1
+    second = 2 * models * shape.parameters / launch.second_copy_over if launch.second_copy_over else 0
     on_gpu = 0 if launch.offload_weights else 1
     one_layer = tokens * (16 * shape.width + 6 * shape.feed_forward) * 2
     recomputed = 2 * tokens * shape.width * shape.layers + one_layer
@@ -200,6 +222,7 @@ def estimate(
             "gradients": size * trained / states_over,
             "optimizer": 0 if launch.offload_optimizer else states * trained / states_over,
             "reference": on_gpu * size * shape.parameters / weights_over if keeps_reference else 0,
+            "hpZ's copies": second,
             "one layer": 4 * (shape.largest_layer + shape.embedding_parameters) if sharded else 0,
             "activations": recomputed if checkpointing else one_layer * shape.layers,
             "log-probs": 8 * scored_tokens * min(shape.vocabulary, LOGPROB_COLUMNS),
