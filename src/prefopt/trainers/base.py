@@ -617,7 +617,8 @@ class BaseTrainer(HookedTrainer):
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)  # of ZeRO-3
         saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
         weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
-        copies = 4 if self.is_deepspeed_enabled or self._masters is not None else 0
+        # masters, or the weights once more in accelerate's own file beside model.safetensors
+        copies = 4 if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._masters is not None else 0
         states = (optimizer_bytes(args.optim) + copies) * trained
         self._raise_on_all_ranks(lambda: check_space(args, weights, states, steps=self.state.max_steps))
 
