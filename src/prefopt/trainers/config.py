@@ -99,6 +99,13 @@ class BatchConfig(SecretsStayOut, _Mixin):
     selective_checkpointing: bool = setting(
         False, "With `gradient_checkpointing: true`: `checkpointing: selective`.", decides_result=False
     )
+    ddp_timeout: int = setting(
+        4 * 60 * 60,
+        "Seconds that ranks wait for each other before the run ends: longer than the first rank takes to tokenise the "
+        "data while the others wait.",
+        at_least=1,
+        decides_result=False,
+    )
     resume_changed: bool = setting(
         False,
         "Continue from a checkpoint although data, tokenizer, chat template, policy or reference have changed since.",
