@@ -26,11 +26,11 @@ from prefopt.files import read_yaml
 from prefopt.pages import escape
 from prefopt.pipelines.run import LOOPS, PipelineArguments
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
-from prefopt.recipes.help import WITHOUT_EFFECT, _about, _owner
+from prefopt.recipes.help import WITHOUT_EFFECT, about, declaring_class
 from prefopt.recipes.legacy import ALWAYS_SO, RENAMED
 from prefopt.recipes.recipe import plain
 from prefopt.recipes.source import PACKAGE, locate, packaged_names
-from prefopt.trainers.config import _NOT_HONOURED, _WITHOUT_COUNTERPART
+from prefopt.trainers.config import NOT_HONOURED, WITHOUT_COUNTERPART
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -71,7 +71,7 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def own_fields(cls: type) -> list[dataclasses.Field[Any]]:
     """Return the fields that a class declares itself, or declares anew with another default."""
-    return [field for field in dataclasses.fields(cls) if field.init and _owner(cls, field.name) is cls]
+    return [field for field in dataclasses.fields(cls) if field.init and declaring_class(cls, field.name) is cls]
 
 
 def fields_table(fields: Iterable[dataclasses.Field[Any]]) -> str:
@@ -116,7 +116,9 @@ def _cell(text: str) -> str:
 def ancestry(cls: type) -> Iterator[type]:
     """Return the dataclasses that a config is made of, itself first."""
     for base in cls.__mro__:
-        if dataclasses.is_dataclass(base) and any(_owner(cls, f.name) is base for f in dataclasses.fields(cls)):
+        if dataclasses.is_dataclass(base) and any(
+            declaring_class(cls, f.name) is base for f in dataclasses.fields(cls)
+        ):
             yield base
 
 
@@ -173,7 +175,9 @@ def settings_of_tools() -> str:
     for name, command in COMMANDS.items():
         classes = [] if command.is_method else [cls for cls in arguments_of(name) if is_ours(cls)]
         for cls in classes:
-            fields = [field for field in dataclasses.fields(cls) if field.init and is_ours(_owner(cls, field.name))]
+            fields = [
+                field for field in dataclasses.fields(cls) if field.init and is_ours(declaring_class(cls, field.name))
+            ]
             parts += [
                 f"## `prefopt {name}`",
                 f"{command.summary[:1].upper()}{command.summary[1:]}.",
@@ -190,7 +194,7 @@ def settings_of_libraries() -> str:
     seen: dict[type, dict[str, dataclasses.Field[Any]]] = {}
     for cls in [*method_configs().values(), ModelConfig]:
         for field in dataclasses.fields(cls):
-            owner = _owner(cls, field.name)
+            owner = declaring_class(cls, field.name)
             if field.init and not is_ours(owner) and field.name not in WITHOUT_EFFECT:
                 seen.setdefault(owner, {}).setdefault(field.name, field)
     intro = (
@@ -242,7 +246,7 @@ def recipe_row(name: str) -> tuple[str, ...]:
     )
     return (
         f"`{name}`",
-        escape(_about(name)),
+        escape(about(name)),
         _code(values["model_name_or_path"]) if "model_name_or_path" in values else "",
         ", ".join(f"`{source}`" for source in _sources(data)),
         str(len(re.findall(r"# published", text))),
@@ -364,7 +368,7 @@ def other_defaults() -> str:
 
 def unsupported() -> str:
     """Write the settings of TRL and transformers that raise when they are set."""
-    rows = [(f"`{name}`", _cell(instead)) for name, _, instead in (*_WITHOUT_COUNTERPART, *_NOT_HONOURED)]
+    rows = [(f"`{name}`", _cell(instead)) for name, _, instead in (*WITHOUT_COUNTERPART, *NOT_HONOURED)]
     return table(("setting", "instead"), rows)
 
 

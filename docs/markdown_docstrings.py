@@ -40,14 +40,12 @@ def to_rst(lines: list[str]) -> None:
 
 def _inline(text: str) -> str:
     """Double the marks of code, and escape what reStructuredText would read as marks of its own."""
-    parts = re.split(r"(``[^`]+``|`[^`]+`)", text)
-    for number, part in enumerate(parts):
-        if part.startswith("``"):
+    done: list[str] = []
+    for part in re.split(r"(``[^`]+``|`[^`]+`)", text):
+        if part.startswith("`"):
+            done.append(part if part.startswith("``") else f"`{part}`")
             continue
-        parts[number] = f"``{part[1:-1]}``" if part.startswith("`") else re.sub(r"([*|\\])", r"\\\1", part)
-        # a role or a literal ends at white space or punctuation: `code`s would not
-    return re.sub(r"``(?=\w)", r"``\\ ", "".join(parts)) if _odd_ends(parts) else "".join(parts)
-
-
-def _odd_ends(parts: list[str]) -> bool:
-    return any(part.startswith("``") and after[:1].isalnum() for part, after in zip(parts, parts[1:]))
+        # a literal ends at white space or punctuation: `code`s would not
+        joined = "\\ " if done and part[:1].isalnum() else ""
+        done.append(joined + re.sub(r"([*|\\])", r"\\\1", part))
+    return "".join(done)

@@ -22,7 +22,6 @@
 # %%
 import contextlib
 import io
-import logging
 import os
 import shutil
 import sys
@@ -31,6 +30,7 @@ import warnings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", message="IProgress not found")  # plain bars will do
 sys.path[:0] = ["../quickstart", "../self_play", ".."]  # the toys: questions, a rule that ranks, the circle
 
 from pathlib import Path
@@ -59,7 +59,8 @@ shutil.rmtree(FOLDER, ignore_errors=True)
 # ones four closings in a fixed order; anyone can check it.
 
 # %%
-make_game(FOLDER, seed=0, prompts=240, held_out=60)
+with contextlib.redirect_stdout(io.StringIO()):
+    make_game(FOLDER, seed=0, prompts=240, held_out=60)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER, padding_side="left")
 prompts, test_prompts = (
     [row["prompt"] for row in read_jsonl(FOLDER / "prompts" / f"{split}.jsonl")] for split in ("train", "test")
@@ -150,13 +151,13 @@ common = {
 
 def train(trainer_class, model, args, rows, tokenizer=tokenizer):
     """Train without a line for each logged step: the figures are plotted."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         trainer = trainer_class(model, args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
     return trainer
 
 
-policy, rates, logs = start, [0.5], []
+policy, rates, logs = AutoModelForCausalLM.from_pretrained(FOLDER), [0.5], []
 for iteration in range(3):
     rows = pairs_of(policy, prompts[80 * iteration : 80 * (iteration + 1)], seed=10 + iteration)
     args = SPPOConfig(str(FOLDER / "sppo"), loss_type="sppo", beta=0.2, num_train_epochs=3, **common)
@@ -165,8 +166,6 @@ for iteration in range(3):
     logs.append(trainer.state.log_history)
     rates.append(win_rate(policy))
     print(f"iteration {iteration + 1}: {len(rows)} pairs, win rate against the start model {rates[-1]:.3f}")
-    if iteration == 0:
-        start = AutoModelForCausalLM.from_pretrained(FOLDER)  # training changed the first one in place
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained", dpi=80)
@@ -280,7 +279,6 @@ def teach(model, favourite, share):
     return model
 
 
-logging.getLogger("prefopt").setLevel("ERROR")  # it would say 24 times where the loss starts
 player = teach(tiny(), "rock", 0.5)
 games = [f"game {number} :" for number in range(40)]
 path = [shares(player)]

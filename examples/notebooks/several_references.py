@@ -33,6 +33,7 @@ import warnings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", message="IProgress not found")  # plain bars will do
 sys.path.insert(0, "../quickstart")  # the toy's questions and tokenizer
 
 from pathlib import Path

@@ -22,6 +22,8 @@
 # 3. computes the weights by hand, and shows what they do to pairs that come from somewhere else.
 
 # %%
+import contextlib
+import io
 import os
 import shutil
 import sys
@@ -30,6 +32,7 @@ import warnings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", message="IProgress not found")  # plain bars will do
 sys.path.insert(0, "../quickstart")  # the toy's questions, and its tiny model
 
 import random
@@ -55,8 +58,8 @@ shutil.rmtree(FOLDER, ignore_errors=True)
 
 def train(trainer):
     """Train without a line for each logged step: the figures are plotted."""
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
     return trainer
 
 
@@ -95,7 +98,8 @@ for side in ("prompt", "chosen", "rejected"):
 # to prefer one.
 
 # %%
-make_start_model(FOLDER, seed=0)
+with contextlib.redirect_stdout(io.StringIO()):
+    make_start_model(FOLDER, seed=0)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 start = AutoModelForCausalLM.from_pretrained(FOLDER)
 print(f"{start.num_parameters():,} parameters, {len(tokenizer)} tokens")
@@ -245,7 +249,8 @@ fresh = WPOTrainer(
     eval_dataset=sets,
     processing_class=tokenizer,
 )
-found = fresh.evaluate()
+with contextlib.redirect_stdout(io.StringIO()):
+    found = fresh.evaluate()
 by_trainer = [found[f"eval_{name}_wpo/weight_mean"] for name in sets]
 print("by the trainer:", [round(value, 6) for value in by_trainer])
 assert torch.allclose(torch.tensor(by_trainer), torch.stack([own.mean(), other.mean()]), rtol=1e-3)
@@ -282,7 +287,8 @@ for name, trainer_class, config_class in (("DPO", PlainTrainer, PlainConfig), ("
             processing_class=tokenizer,
         )
     )
-    found = trainer.evaluate()
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = trainer.evaluate()
     for ax, kind in zip(axes, sets):
         curve(ax, trainer.state.log_history, f"eval_{kind}_rewards/margins", name)
         margin, effective = found[f"eval_{kind}_rewards/margins"], found.get(f"eval_{kind}_wpo/weight_mean", 1)
