@@ -33,7 +33,12 @@ html_static_path: list[str] = []
 
 autodoc_typehints = "none"  # signatures have them
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": False}
+autodoc_default_options = {
+    "members": True,
+    # tables and types of the code's own
+    "exclude-members": "pair_loss_table, config_class, metric_minima, metric_maxima, args, model",
+    "no-value": True,
+}
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # attributes are described with their class, once
 napoleon_google_docstring = True

@@ -166,11 +166,11 @@ for ax, title in zip(axes, ("true reward", "the reward model")):
         ax.plot(range(1, len(texts) + 1), values, marker="o", label=name)
     ax.axvspan(0.5, 3.5, color="0.92")
     ax.set(xlabel="words", title=title)
-axes[0].legend(title="grey: what annotators saw")
+axes[0].legend(title="grey: what annotators saw", loc="lower left")
 plt.show()
 
 # %% [markdown]
-# It has learned that more is better. A policy that follows it will ramble.
+# Up to three words it agrees with the truth. Beyond, it cannot tell a repetition from a new thing, and likes rambling better than the good answer.
 #
 # ## The game, two ways
 #

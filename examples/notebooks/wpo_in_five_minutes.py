@@ -172,8 +172,8 @@ axes[2].legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# Metrics have TRL's names, and `wpo/*` beside them. The weights are not all 1 although these pairs are in the policy's own words: a pair of
-# likely answers weighs about 1, one with an unlikely turn less.
+# Metrics have TRL's names, and `wpo/*` beside them. These pairs are in the policy's own words, so they begin with weights near 1; the weights
+# fall as training makes the rejected answers unlikely, and pairs that are learned pull less.
 #
 # Before and after, on a question that nobody has been trained on:
 
@@ -276,7 +276,7 @@ from prefopt import DPOTrainer as PlainTrainer
 
 mixed = datasets.Dataset.from_list(pairs[:200] + [foreign(question) for question in taught[200:400]])
 often = common | {"eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True}
-figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained", dpi=80, sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained", dpi=80)
 for name, trainer_class, config_class in (("DPO", PlainTrainer, PlainConfig), ("WPO", WPOTrainer, WPOConfig)):
     trainer = train(
         trainer_class(
