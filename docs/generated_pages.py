@@ -108,9 +108,14 @@ def _code(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    # code keeps its marks; everything else is shown literally
+    # code keeps its marks; everything else is shown literally, with the spaces around it
     parts = re.split(r"(`[^`]+`)", text)
-    return "".join(part.replace("|", "\\|") if part.startswith("`") else escape(part) for part in parts)
+    return "".join(part.replace("|", "\\|") if part.startswith("`") else _spaced(part) for part in parts)
+
+
+def _spaced(text: str) -> str:
+    inner = text.strip()
+    return text.replace(inner, escape(inner)) if inner else text
 
 
 def ancestry(cls: type) -> Iterator[type]:
@@ -173,16 +178,15 @@ def settings_of_tools() -> str:
     """Write the settings of the commands that train nothing, and of the loops."""
     parts = ["# Settings of the other commands"]
     for name, command in COMMANDS.items():
-        classes = [] if command.is_method else [cls for cls in arguments_of(name) if is_ours(cls)]
-        for cls in classes:
-            fields = [
-                field for field in dataclasses.fields(cls) if field.init and is_ours(declaring_class(cls, field.name))
-            ]
-            parts += [
-                f"## `prefopt {name}`",
-                f"{command.summary[:1].upper()}{command.summary[1:]}.",
-                fields_table(fields),
-            ]
+        fields = {
+            field.name: field
+            for cls in (() if command.is_method else arguments_of(name))
+            for field in dataclasses.fields(cls)
+            if field.init and is_ours(declaring_class(cls, field.name))
+        }
+        if fields:
+            summary = f"{command.summary[:1].upper()}{command.summary[1:]}."
+            parts += [f"## `prefopt {name}`", summary, fields_table(fields.values())]
     parts += ["## `prefopt pipeline`", "Keys of every loop.", fields_table(own_fields(PipelineArguments))]
     for name, loop in LOOPS.items():
         parts += [f"### The loop `{name}`", fields_table(own_fields(loop.keys))]
@@ -206,7 +210,9 @@ def settings_of_libraries() -> str:
     )
     parts = ["# Settings of TRL and transformers", intro]
     for owner, fields in seen.items():
-        parts += [f"## {owner.__module__.split('.')[0]}: `{owner.__name__}`", fields_table(fields.values())]
+        library, name = owner.__module__.partition(".")[0], owner.__name__
+        title = f"what its configs share (`{name}`)" if name.startswith("_") else f"`{name}`"
+        parts += [f"## {library}: {title}", fields_table(fields.values())]
     return "\n\n".join(parts)
 
 
@@ -324,7 +330,7 @@ def memory_table() -> str:
     for config, cards, four_bit, reference in SETUPS:
         launch = memory.Launch.read(locate(config, "accelerate_configs"), cards)
         what = "QLoRA, r = 16" if four_bit else "in full" if reference else "in full, cached reference"
-        cells = [f"`{config}`", str(cards), what]
+        cells = [f"{cards} × `{config}`, {what}"]
         for name in MODELS:
             found = memory.estimate(
                 shapes[name, four_bit], launch, dtype="bfloat16", bf16=True, optimizer="adamw_torch",
@@ -333,7 +339,7 @@ def memory_table() -> str:
             size = found.total / memory.GIB
             cells.append(f"**{size:.0f}**" if size < 0.9 * GPU else f"{size:.0f}")
         rows.append(tuple(cells))
-    return table(("accelerate config", "cards", "trained", *MODELS), rows)
+    return table(("cards × accelerate config, what is trained", *MODELS), rows)
 
 
 # --- older keys
@@ -349,7 +355,8 @@ def older_keys() -> str:
         ("`gamma_beta_ratio` without `loss_type`", "`loss_type: simpo`"),
     ]
     for old, (value, reason) in ALWAYS_SO.items():
-        given = f"`{old}`" if value is ... else f"`{old}: {_code(value).strip('`')}`"
+        word = {True: "true", False: "false", None: "null"}.get(value, value)
+        given = f"`{old}`" if value is ... else f"`{old}: {word}`"
         rows.append((given, f"nothing: {_cell(reason)}" + ("" if value is ... else "; an error with another value")))
     return table(("older key", "read as"), rows)
 

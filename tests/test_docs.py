@@ -239,6 +239,7 @@ def test_every_setting_of_a_method_is_on_exactly_one_page():
                 if field.init and field.name not in generated_pages.WITHOUT_EFFECT:
                     assert f"| `{field.name}` |" in pages + libraries, f"{name}: {field.name}"
     assert "| `max_weight` | `1.0` | Largest weight of a pair" in pages
+    assert "rows longer than `max_length` under any model" in pages
     assert "| `beta` | `0.01` |" in pages.split("`WPOConfig`")[1].split("\n## ")[0]
 
 
