@@ -8,6 +8,7 @@
 #   make faults            kill every command at random times and compare the ends (ARGS='--kills 100 --seed 1')
 #   make docs              the site, in docs/_build/html: warnings are errors, and every link must lead somewhere
 #   make notebooks         run the notebooks of examples/notebooks (ARGS=--overwrite keeps their new outputs)
+#   make certificate       run what docs/correctness.md claims, and write the page with the deviations that were seen
 #   make nightly           what is too long for CI: 100 kills, an hour of fuzzing, the oldest and the newest versions
 #   make bench             our padded path against TRL's DPOTrainer on this machine
 #   make test-oldest       the fast tests on the oldest versions that pyproject.toml allows (an environment of its own)
@@ -30,7 +31,7 @@ RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOK
 SOURCES := src tests scripts benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup style quality test test-oldest test-newest quickstart docs notebooks fuzz faults nightly bench clean
+.PHONY: help setup style quality test test-oldest test-newest quickstart docs notebooks fuzz faults certificate nightly bench clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -95,6 +96,9 @@ faults: $(READY)
 	$(RUN) $(BIN)/python -m tests.faults $(ARGS)
 
 # What is longer than CI may be: by hand, once a release.
+certificate: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python docs/certificate.py
+
 nightly: $(READY)
 	$(MAKE) faults ARGS='--kills 100 --seed 1'
 	$(MAKE) fuzz ARGS='--minutes 60'

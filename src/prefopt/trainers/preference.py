@@ -31,6 +31,7 @@ from prefopt.trainers.pair_losses import (
     PAIR_LOSSES,
     REFERENCE_FREE_LOSSES,
     SFT,
+    Pair,
     PairLoss,
     PairScores,
     ReferenceScores,
@@ -50,17 +51,16 @@ SIDES = ("chosen", "rejected")
 __all__ = ["PreferenceTrainer", "ReferenceScores"]
 
 
-def record_pairs(sums: MetricSums, pair: PairScores, scores: CompletionScores, real: Tensor, *, beta: float) -> None:
+def record_pairs(sums: MetricSums, pair: PairScores, rewards: Pair, scores: CompletionScores, real: Tensor) -> None:
     """Add rewards, log-probs, lengths, and the vocabulary statistics where the scores have them.
 
     Args:
         sums: where the metrics are added.
         pair: (B,) scores of the pairs.
+        rewards: (B,) implicit rewards of the chosen and of the rejected completions.
         scores: (2B,) scores of their completions, chosen and rejected in turn.
         real: (B,) False for a pair that only fills a micro-batch.
-        beta: turns log-ratios into rewards.
     """
-    rewards = [beta * logratios for logratios in pair.logratios()]
     logps, counts = (pair.chosen_logps, pair.rejected_logps), (pair.chosen_counts, pair.rejected_counts)
     sums.add_mean("rewards/margins", rewards[0] - rewards[1], real)
     sums.add_mean("rewards/accuracies", (rewards[0] > rewards[1]).float(), real)
@@ -199,8 +199,7 @@ class PreferenceTrainer(BaseTrainer):
         total = torch.where(batch["real"], losses, 0.0).sum()
         loss = self.reduce(total, batch) + self._token_terms(pair, scores, batch, sums)
         self.record(losses, pair, scores, batch, sums)
-        rewards = torch.stack([self.args.beta * logratios for logratios in pair.logratios()], dim=1)
-        return loss, rewards.detach()
+        return loss, torch.stack(self.rewards(pair), dim=1).detach()
 
     def score_completions(self, model: nn.Module, batch: dict[str, Any]) -> CompletionScores:
         """Score all completions of the batch under the policy."""
@@ -248,6 +247,16 @@ class PreferenceTrainer(BaseTrainer):
         weights = self.pair_weights(pair)
         return total if weights is None else total * weights
 
+    def rewards(self, pair: PairScores) -> Pair:
+        """Compute the implicit rewards (B,) of chosen and rejected, for the metrics.
+
+        Beta times what the loss takes as the reward; with several losses that disagree, beta times the log-ratios.
+        """
+        kinds = {self.pair_loss_table[name].rewards for name in self.args.loss_type if name != SFT}
+        read = kinds.pop() if len(kinds) == 1 else PairScores.logratios
+        chosen, rejected = read(pair)
+        return self.args.beta * chosen, self.args.beta * rejected
+
     def pair_weights(self, pair: PairScores) -> Tensor | None:
         """Compute WPO's weight of each pair, (B,), without gradient; None where `use_weighting` is off."""
         if not self.args.use_weighting:
@@ -259,7 +268,7 @@ class PreferenceTrainer(BaseTrainer):
     ) -> None:
         """Add this micro-batch's metrics."""
         real = batch["real"]
-        record_pairs(sums, pair, scores, real, beta=self.args.beta)
+        record_pairs(sums, pair, self.rewards(pair), scores, real)
         weights = self.pair_weights(pair)
         if weights is not None:
             record_weights(sums, weights, pair, real, max_weight=self.args.max_weight)
