@@ -287,7 +287,7 @@ def _sources(data: Any) -> list[str]:
 
 # --- memory
 
-GPU = 80  # GiB of the card that the marks are for
+FITS = memory.USABLE * memory.ASSUMED_CARD  # bytes that an estimate may fill of the card that the marks are for
 # published shapes; small changes of a config change little
 MODELS = {
     "Qwen2.5-0.5B": Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -332,12 +332,18 @@ def memory_table() -> str:
         what = "QLoRA, r = 16" if four_bit else "in full" if reference else "in full, cached reference"
         cells = [f"{cards} × `{config}`, {what}"]
         for name in MODELS:
-            found = memory.estimate(
-                shapes[name, four_bit], launch, dtype="bfloat16", bf16=True, optimizer="adamw_torch",
-                four_bit=four_bit, keeps_reference=reference, tokens=TOKENS, scored_tokens=SCORED,
-            )  # fmt: skip
-            size = found.total / memory.GIB
-            cells.append(f"**{size:.0f}**" if size < 0.9 * GPU else f"{size:.0f}")
+            run = memory.Run(
+                shapes[name, four_bit],
+                launch,
+                dtype="bfloat16",
+                bf16=True,
+                optimizer="adamw_torch",
+                four_bit=four_bit,
+                keeps_reference=reference,
+            )
+            size = memory.estimate(run, memory.Recomputation("all"), tokens=TOKENS, scored_tokens=SCORED).total
+            number = f"{size / memory.GIB:.0f}"
+            cells.append(f"**{number}**" if size < FITS else number)
         rows.append(tuple(cells))
     return table(("cards × accelerate config, what is trained", *MODELS), rows)
 

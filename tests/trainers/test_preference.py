@@ -432,11 +432,11 @@ def test_a_trained_adapter_trains_against_a_frozen_copy_of_itself(tmp_path):
 
 
 def test_the_policy_is_its_reference_without_dropout_and_goes_on_with_its_checkpointing(tmp_path, monkeypatch):
-    from prefopt.trainers import base
+    from prefopt.trainers import checkpointing
 
     used = []
-    contexts = base.selective_contexts
-    monkeypatch.setattr(base, "selective_contexts", lambda: used.append(1) or contexts())
+    contexts = checkpointing.selective_contexts
+    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
     trainer = make_trainer(
         tmp_path,
         model=tiny_model(attention_dropout=0.5),
@@ -678,11 +678,11 @@ def test_an_empty_tensor_in_a_saved_model_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpointing_changes_nothing(tmp_path, selective, monkeypatch):
-    from prefopt.trainers import base
+    from prefopt.trainers import checkpointing
 
     used = []
-    contexts = base.selective_contexts
-    monkeypatch.setattr(base, "selective_contexts", lambda: used.append(1) or contexts())
+    contexts = checkpointing.selective_contexts
+    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
     plain = make_trainer(tmp_path, max_steps=2)
     checkpointed = make_trainer(
         tmp_path,

@@ -162,6 +162,7 @@ class PreferenceTrainer(BaseTrainer):
         self._cached_module: str | None = None  # fingerprint of a reference that is given up once it has scored
         reference = reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
         policy = with_adapter(loaded, args, peft_config)
+        self.keeps_reference = reference is not None and not args.precompute_ref_log_probs
         super().__init__(
             model=policy,
             args=args,
@@ -179,6 +180,8 @@ class PreferenceTrainer(BaseTrainer):
         if args.precompute_ref_log_probs:
             self._attach_scores_to_all(reference)
             reference = None
+        if self.keeps_reference:
+            self.prepare_layers(reference)
         self.reference = Reference(reference, policy, self.accelerator) if self.needs_reference else None
 
     @property
