@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from benchmarks.steps import make_tokenizer
 from prefopt.scoring.attention import PackedRows, packed_attention
 from prefopt.scoring.layouts import Group, PackedLayout, PaddedLayout
 from prefopt.scoring.logprobs import install_scoring, score_completions, token_logps
+from prefopt.trainers.checkpointing import MODES
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "peft", "liger_kernel", "bitsandbytes")
 
@@ -261,7 +261,7 @@ def train(card: Card, model: Any, data: Any, folder: str, *, resume: str | None 
         "disable_tqdm": True,
         "bf16": True,
         "use_cpu": card.is_dry,
-        "gradient_checkpointing": False,
+        "checkpointing": "none",
         "batch_layout": "packed",
         "max_length": None,
     }
@@ -345,16 +345,8 @@ def options(findings: Findings, card: Card) -> None:
 
 def checkpointing_modes() -> dict[str, dict[str, Any]]:
     """The ways to recompute that the trainers have, as settings."""
-    modes: dict[str, dict[str, Any]] = {
-        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        "all": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        "selective": {"gradient_checkpointing": True, "selective_checkpointing": True},
-    }
-    if "checkpointing" in {field.name for field in fields(prefopt.WPOConfig)}:
-        named = {mode: {"checkpointing": mode, "gradient_checkpointing": None} for mode in ("auto", "none", "all")}
-        modes = {"reentrant": modes["reentrant"], **named, "selective": {**named["all"], "checkpointing": "selective"}}
-        modes["every_n"] = {**named["all"], "checkpointing": "every_n"}
-    return modes
+    modes: dict[str, dict[str, Any]] = {mode: {"checkpointing": mode} for mode in MODES if mode != "none"}
+    return modes | {"reentrant": {"checkpointing": "all", "gradient_checkpointing_kwargs": {"use_reentrant": True}}}
 
 
 def _qlora(findings: Findings, card: Card, data: Any) -> None:

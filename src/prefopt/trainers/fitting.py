@@ -22,6 +22,7 @@ from prefopt.memory import (
     choose_tokens,
     estimate,
     recomputations,
+    with_master_weights,
 )
 from prefopt.scoring.logprobs import has_scoring_path
 from prefopt.scoring.plan import fewest_micro_batches
@@ -61,7 +62,7 @@ def run_of(trainer: Any) -> Run:
     """Describe a trainer's run as the estimate needs it."""
     args = trainer.args
     base = base_model_of(trainer.model)
-    return Run(
+    run = Run(
         ModelShape.count(trainer.model),
         Launch.of(trainer.accelerator),
         dtype="float32" if base.dtype == torch.float32 else "bfloat16",
@@ -73,6 +74,7 @@ def run_of(trainer: Any) -> Run:
         accumulates=args.gradient_accumulation_steps > 1 or args.tokens_per_micro_batch is not None,
         scores_tokens=has_scoring_path(base),
     )
+    return with_master_weights(run, args.master_weights, available=card_bytes(args.device))
 
 
 def _settle_tokens(trainer: Any, card: int | None) -> list[str]:
