@@ -301,3 +301,17 @@ def test_against_what_training_holds(tmp_path):
     held["reference"] = sum(4 * parameter.numel() for parameter in trainer.ref_model.parameters())
     found = parts(ModelShape.count(trainer.model), Launch.of(trainer.accelerator), bf16=False)
     assert {name: found[name] for name in held} == held
+
+
+def test_hybrid_sharding_divides_by_the_processes_of_a_copy(shape):
+    hybrid = Launch.read(locate("fsdp2_hsdp", "accelerate_configs"))
+    assert (hybrid.processes, hybrid.machines, hybrid.shards) == (16, 2, 8)
+    assert parts(shape, hybrid) == parts(shape, Launch.read(locate("fsdp2", "accelerate_configs")))
+
+
+def test_the_second_partition_of_weights_is_counted(shape):
+    launch = Launch.read(locate("deepspeed_zero3_hpz", "accelerate_configs"))
+    assert (launch.zero_stage, launch.mixed_precision, launch.second_copy_over) == (3, "bf16", 8)
+    found = parts(shape, launch)
+    assert found["weights"] == found["reference"] == 2 * N / 16
+    assert found["hpZ's copies"] == 2 * 2 * N / 8

@@ -18,8 +18,9 @@ With N parameters of which T train, p bytes per weight, W processes, and s = W w
     head gradient    4 bytes (6 with 16-bit weights) x vocabulary x width: the kernel adds it up in float32
     optimizer step   what float32 gradients need beyond the last three, which are gone by then
 
-ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well; offloaded parts count
-as nothing. "Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded
+ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well, hybrid sharding over
+part of the processes only; hpZ keeps a second copy of 16-bit weights, split over a node; offloaded parts count as
+nothing. "Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded
 training in one dtype; kernels, fragmentation and the CUDA context come on top (`USABLE`).
 """
 
@@ -36,7 +37,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from prefopt.files import read_yaml
+from prefopt.files import read_object, read_yaml
 
 GIB = 2**30
 USABLE = 0.9
@@ -142,11 +143,14 @@ class Launch:
     offload_optimizer: bool = False
     offload_weights: bool = False
     use_cpu: bool = False
+    shards: int | None = None  # processes that one copy of the model is split over, where these are not all
+    second_copy_over: int | None = None  # hpZ: processes that the second copy of the weights is split over
+    reads_once_a_node: bool = False  # FSDP2: the first rank of a node reads weights
     batch_keys: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: Path, processes: int | None = None) -> Launch:
-        """Read an accelerate config file; `processes` overrides its number.
+    def read(cls, path: Path, processes: int | None = None, machines: int | None = None) -> Launch:
+        """Read an accelerate config file; `processes` and `machines` override its numbers.
 
         Raises:
             ValueError: it is no YAML mapping.
@@ -156,16 +160,22 @@ class Launch:
             raise ValueError(f"{path} must hold `key: value` lines, as `accelerate config` writes them.")
         deepspeed, fsdp = values.get("deepspeed_config") or {}, values.get("fsdp_config") or {}
         is_deepspeed = values.get("distributed_type") == "DEEPSPEED"
+        own = _deepspeed_file(path, deepspeed.get("deepspeed_config_file"))
+        zero = own.get("zero_optimization", {})
+        precision = next((name for name in ("bf16", "fp16") if own.get(name, {}).get("enabled")), "no")
         return cls(
             processes=processes or int(values.get("num_processes", 1)),
-            machines=int(values.get("num_machines", 1)),
-            mixed_precision=str(values.get("mixed_precision", "no")),
-            zero_stage=int(deepspeed.get("zero_stage", 0)) if is_deepspeed else 0,
+            machines=machines or int(values.get("num_machines", 1)),
+            mixed_precision=str(values.get("mixed_precision", precision)),
+            zero_stage=int(deepspeed.get("zero_stage", zero.get("stage", 0))) if is_deepspeed else 0,
             fsdp=values.get("distributed_type") == "FSDP",
             offload_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
             offload_weights=deepspeed.get("offload_param_device", "none") != "none"
             or bool(fsdp.get("fsdp_offload_params")),
             use_cpu=bool(values.get("use_cpu")),
+            shards=(values.get("parallelism_config") or {}).get("parallelism_config_dp_shard_size"),
+            second_copy_over=zero.get("zero_hpz_partition_size"),
+            reads_once_a_node=fsdp.get("fsdp_version") == 2 and bool(fsdp.get("fsdp_cpu_ram_efficient_loading")),
             batch_keys=tuple(key for key in deepspeed if "batch" in key or "accumulation" in key),
         )
 
@@ -175,6 +185,7 @@ class Launch:
         state = accelerator.state
         deepspeed, fsdp = state.deepspeed_plugin, getattr(state, "fsdp_plugin", None)
         zero = {} if deepspeed is None else deepspeed.deepspeed_config.get("zero_optimization", {})
+        parallel = accelerator.parallelism_config
         return cls(
             processes=state.num_processes,
             mixed_precision=state.mixed_precision,
@@ -183,6 +194,8 @@ class Launch:
             offload_optimizer=_offloads(zero, "offload_optimizer"),
             offload_weights=_offloads(zero, "offload_param") or bool(fsdp and fsdp.cpu_offload),
             use_cpu=state.device.type == "cpu",
+            shards=None if parallel is None or not parallel.dp_shard_enabled else parallel.dp_shard_size,
+            second_copy_over=zero.get("zero_hpz_partition_size"),
         )
 
 
@@ -271,6 +284,14 @@ def activation_bytes(shape: ModelShape, widths: Widths, way: Recomputation, *, t
 
 
 # ---- all parts
+
+
+def _deepspeed_file(path: Path, name: str | None) -> dict[str, Any]:
+    """Read DeepSpeed's own config, which an accelerate config at `path` may name."""
+    if name is None:
+        return {}
+    file = Path(name) if Path(name).exists() else path.parent / Path(name).name
+    return read_object(file, remedy="name DeepSpeed's config by its path")
 
 
 @dataclass
@@ -374,8 +395,9 @@ def _states(run: Run) -> dict[str, float]:
     shape, launch, size = run.shape, run.launch, run.weight_bytes
     trained, deepspeed = shape.trained, launch.zero_stage > 0
     sharded = (launch.zero_stage == 3 or launch.fsdp) and not run.four_bit
-    weights_over = launch.processes if sharded else 1
-    states_over = launch.processes if sharded or launch.zero_stage == 2 else 1
+    shards = min(launch.shards or launch.processes, launch.processes)
+    weights_over = shards if sharded else 1
+    states_over = shards if sharded or launch.zero_stage == 2 else 1
     quantised = shape.linear_parameters if run.four_bit else 0
     weights = FOUR_BIT * quantised + size * (shape.parameters - quantised)
     if trained != shape.parameters:
@@ -396,8 +418,15 @@ def _states(run: Run) -> dict[str, float]:
         "buckets": _bucket_bytes(run),
         "optimizer": states_on_gpu * (moments + copies) * trained / states_over,
         "reference": on_gpu * size * shape.parameters / weights_over if run.keeps_reference else 0,
+        "hpZ's copies": _second_copies(run),
         "gathered": _gathered_bytes(run) if sharded else 0,
     }
+
+
+def _second_copies(run: Run) -> float:
+    """Return the bytes of the 16-bit weights that hpZ splits over a node once more."""
+    over = run.launch.second_copy_over
+    return 2 * run.shape.parameters * (2 if run.keeps_reference else 1) / over if over else 0
 
 
 def _bucket_bytes(run: Run) -> float:

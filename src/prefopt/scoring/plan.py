@@ -10,6 +10,7 @@ every rank computes the whole plan and takes its own part.
 from __future__ import annotations
 
 import heapq
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -139,6 +140,18 @@ class BatchPlan(torch.utils.data.Sampler):
             return sum(group.completions for group in groups) * max(group.longest for group in groups)
         fills = [sum(self.lengths[index].packed for index in row) for row in micro_batch.rows]
         return len(fills) * max(fills)
+
+    def load_ratio(self, *, steps: int = 16) -> float:
+        """Return how many times the lightest rank's tokens the heaviest one computes in a step.
+
+        Args:
+            steps: of the first epoch; the median of that many is taken.
+        """
+        ratios = []
+        for step in range(min(steps, self.num_steps)):
+            loads = [sum(map(self.tokens, micro_batches)) for micro_batches in self.step(0, step)]
+            ratios.append(max(loads) / max(min(loads), 1))
+        return statistics.median(ratios)
 
     def heaviest(self, *, epochs: int = 1) -> int:
         """Return the most tokens of a micro-batch in up to `SAMPLED_STEPS` steps, evenly spread over the epochs."""

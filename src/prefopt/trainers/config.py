@@ -21,7 +21,7 @@ BATCH_LAYOUTS = ("auto", "packed", "padded")
 
 # settings of transformers that our data loaders and evaluation loop cannot honour: (field, value that means "off",
 # what to do instead)
-_NOT_HONOURED: tuple[tuple[str, Any, str], ...] = (
+NOT_HONOURED: tuple[tuple[str, Any, str], ...] = (
     ("label_smoothing_factor", 0.0, "It smooths token labels; `label_smoothing` is that of the preference losses."),
     ("batch_eval_metrics", False, "`compute_metrics` gets the predictions of all rows at once."),
     ("include_for_metrics", [], "`compute_metrics` gets predictions only."),
@@ -31,7 +31,7 @@ _NOT_HONOURED: tuple[tuple[str, Any, str], ...] = (
 )
 
 # settings of TRL's DPOConfig that would change a result and have no counterpart here
-_WITHOUT_COUNTERPART = (
+WITHOUT_COUNTERPART = (
     ("sync_ref_model", False, "The reference of these trainers stays fixed."),
     ("f_divergence_type", "reverse_kl", "Only the reverse KL is implemented."),
     ("activation_offloading", False, "Use `checkpointing` to save activation memory."),
@@ -99,6 +99,13 @@ class BatchConfig(SecretsStayOut, _Mixin):
     selective_checkpointing: bool = setting(
         False, "With `gradient_checkpointing: true`: `checkpointing: selective`.", decides_result=False
     )
+    ddp_timeout: int = setting(
+        4 * 60 * 60,
+        "Seconds that ranks wait for each other before the run ends: longer than the first rank takes to tokenise the "
+        "data while the others wait.",
+        at_least=1,
+        decides_result=False,
+    )
     resume_changed: bool = setting(
         False,
         "Continue from a checkpoint although data, tokenizer, chat template, policy or reference have changed since.",
@@ -125,7 +132,7 @@ class BatchConfig(SecretsStayOut, _Mixin):
     def check_batching(self) -> None:
         """Raise a ValueError where these settings cannot work."""
         check_settings(self)
-        check_unset(self, _NOT_HONOURED)
+        check_unset(self, NOT_HONOURED)
         read_options(self)
         # the loss is finite or the run stops: Trainer's own filter would hide it
         self.logging_nan_inf_filter = False
@@ -229,7 +236,7 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):  # type: ignore[misc]  # grad
                 raise ValueError("`padding_free` and `batch_layout: padded` contradict each other; drop one.")
             self.padding_free, self.batch_layout = False, "packed"
         self.check_batching()
-        check_unset(self, _WITHOUT_COUNTERPART)
+        check_unset(self, WITHOUT_COUNTERPART)
         if not 0 < self.beta < math.inf:
             raise ValueError(f"`beta` must be positive, not {self.beta}.")
         if self.ld_alpha is not None:
