@@ -17,11 +17,14 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prefopt.data.messages import ASSISTANT, BadRow, Fault, TextOrMessages
+from prefopt.data.messages import ASSISTANT, BadRow, Fault, Message, TextOrMessages
 from prefopt.files import content_hash
 
 # the forms in which texts come: strings are encoded as they are, messages under the chat template
 STRINGS, MESSAGES = "strings", "messages"
+# see `TextMode`
+CHAT_RENDERINGS, SPECIAL_TOKENS = ("joint", "handbook", "sppo"), ("template", "trl09", "sppo")
+TRUNCATION_MODES = ("keep_start", "keep_end", "drop", "trl09")
 _PROBE = "How many, 3 or 4?\n  Grüße an Zoë: 'yes' — 你好 🙂 <b>", " 7, I think.\n"
 # rendering stops after so long: rows are data, and a template can loop over what they hold
 RENDER_SECONDS = 10.0
@@ -42,6 +45,30 @@ class TextGroup:
     def wholes(self) -> list[TextOrMessages]:
         """Prompt + completion, for each completion."""
         return [self.prompt + completion for completion in self.completions]  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class TextMode:
+    """How texts and messages become ids: as TRL does today by default, or as the code behind published figures did.
+
+    Attributes:
+        chat_rendering: what of a conversation is rendered. "joint": the prompt with the generation prompt, and prompt +
+            completion as one conversation, so that a completion begins with the answer's text. "handbook"
+            (alignment-handbook, SimPO, WPO): the prompt without generation prompt and behind an empty system turn where
+            the template takes one, and each completion alone, so that its header is scored. "sppo": as "joint" without
+            generation prompt, so that the header is scored.
+        special_tokens: "template": those of the template, and for strings those of the tokenizer. "trl09" (TRL 0.9): a
+            BOS before the prompt and an end token after each completion where there is none. "sppo": both in any case,
+            so that there may be two.
+    """
+
+    chat_rendering: str = "joint"
+    special_tokens: str = "template"
+
+    def __post_init__(self) -> None:
+        for name, known in (("chat_rendering", CHAT_RENDERINGS), ("special_tokens", SPECIAL_TOKENS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -152,20 +179,26 @@ def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def encode_groups(
-    groups: Sequence[TextGroup | EncodedGroup | BadRow], tokenizer: PreTrainedTokenizerBase, *, strict: bool = False
+    groups: Sequence[TextGroup | EncodedGroup | BadRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    strict: bool = False,
+    mode: TextMode | None = None,
 ) -> list[EncodedGroup | BadRow]:
     """Encode the prompt and each completion of every group, uncut; a group that has a fault becomes that fault.
 
     Messages: the prompt is rendered with the generation prompt, prompt + completion as one conversation; special
     tokens are the template's. Strings: prompt and prompt + completion are encoded as one text behind the tokenizer's
-    leading tokens, and one end token is added. The completion starts where the sequences part. Groups that are
-    encoded already, and faults, are returned unchanged.
+    leading tokens, and one end token is added. The completion starts where the sequences part. `TextMode` has other
+    ways. Groups that are encoded already, and faults, are returned unchanged.
 
     Args:
         groups: prompts with their completions.
         tokenizer: gives ids, chat template, BOS and end token.
         strict: messages that hold text of the template, and answers that the template does not show whole, are faults.
+        mode: how; None for the default.
     """
+    mode = mode or TextMode()
     encoded: list[Any] = list(groups)
     for is_messages in (False, True):
         texts = {
@@ -174,20 +207,27 @@ def encode_groups(
             if isinstance(group, TextGroup) and isinstance(group.prompt, list) == is_messages
         }
         if is_messages and texts:
-            results = _encode_conversations(list(texts.values()), tokenizer, strict)
+            results = _encode_conversations(list(texts.values()), tokenizer, strict, mode)
         else:
-            results = _encode_strings(list(texts.values()), tokenizer) if texts else []
+            results = _encode_strings(list(texts.values()), tokenizer, mode) if texts else []
         for place, result in zip(texts, results):
             encoded[place] = result
     return encoded
 
 
-def _encode_strings(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase) -> list[EncodedGroup | BadRow]:
+def _encode_strings(
+    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, mode: TextMode
+) -> list[EncodedGroup | BadRow]:
     eos = tokenizer.eos_token_id
     if eos is None and any(group.completions for group in groups):
         raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
     texts: list[Any] = [text for group in groups for text in (group.prompt, *group.wholes)]
     ids = iter(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+    if mode.special_tokens != "template":
+        return [
+            _split(next(ids)[1], [next(ids)[1] for _ in group.completions], tokenizer, mode.special_tokens)
+            for group in groups
+        ]
     leading = _leading_special_ids(tokenizer)
     # a text that was templated before it came here ends with the end of a turn, and perhaps a line break
     ends = tuple({str(tokenizer.eos_token), *(TemplateMarks.of(tokenizer).ends if tokenizer.chat_template else ())})
@@ -212,16 +252,12 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_conversations(
-    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool
+    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool, mode: TextMode
 ) -> list[EncodedGroup | BadRow]:
     check_chat_template(tokenizer)
     marks = TemplateMarks.of(tokenizer) if strict else None
-    prompts = _render([(group, group.prompt) for group in groups], tokenizer, add_generation_prompt=True)
-    pairs = [(group, whole) for group in groups for whole in group.wholes]
-    wholes = iter(_render(pairs, tokenizer, add_generation_prompt=False))
     rendered: list[list[str] | BadRow] = []
-    for group, prompt in zip(groups, prompts):
-        parts: list[Any] = [prompt, *(next(wholes) for _ in group.completions)]
+    for group, parts in zip(groups, _render_groups(groups, tokenizer, mode.chat_rendering)):
         fault = next((part for part in parts if isinstance(part, BadRow)), None)
         if fault is None and marks is not None:
             fault = marks.fault(group) or _lost_text(group, parts[1:])
@@ -229,9 +265,53 @@ def _encode_conversations(
     texts = [text for parts in rendered if not isinstance(parts, BadRow) for text in parts]
     ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
     return [
-        parts if isinstance(parts, BadRow) else _split(next(ids), [next(ids) for _ in parts[1:]], tokenizer)
+        parts
+        if isinstance(parts, BadRow)
+        else _split(next(ids), [next(ids) for _ in parts[1:]], tokenizer, mode.special_tokens)
         for parts in rendered
     ]
+
+
+def _render_groups(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, rendering: str) -> list[list[Any]]:
+    """Render each group's prompt and, for each completion, prompt + completion; see `TextMode.chat_rendering`.
+
+    Returns:
+        For each group the texts, prompt first; what a template raises stands as a `BadRow` in a text's place.
+    """
+    prompts: list[tuple[TextGroup, Any]] = [(group, group.prompt) for group in groups]
+    turns: list[tuple[TextGroup, Any]] = [(group, whole) for group in groups for whole in group.wholes]
+    if rendering == "handbook":
+        system = _empty_system_turn(tokenizer)
+        prompts = [(g, messages if messages[0]["role"] == "system" else system + messages) for g, messages in prompts]
+        turns = [(group, completion) for group in groups for completion in group.completions]
+    heads = _render(prompts, tokenizer, add_generation_prompt=rendering == "joint")
+    texts = iter(_render(turns, tokenizer, add_generation_prompt=False))
+    rendered: list[list[Any]] = []
+    for group, head in zip(groups, heads):
+        parts = [next(texts) for _ in group.completions]
+        if rendering != "joint" and not isinstance(head, BadRow):
+            bos = str(tokenizer.bos_token)
+            parts = [
+                part
+                if isinstance(part, BadRow)
+                else head + (part.removeprefix(bos) if rendering == "handbook" else part[len(head) :])
+                for part in parts
+            ]
+        rendered.append([head, *parts])
+    return rendered
+
+
+def _empty_system_turn(tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+    """Return the empty system turn that the alignment handbook puts first, or nothing where the template has none."""
+    turn = [{"role": "system", "content": ""}]
+    template = str(tokenizer.chat_template)
+    if "system" not in template and "<|im_start|>" not in template:
+        return []
+    try:
+        tokenizer.apply_chat_template([*turn, {"role": "user", "content": "?"}], tokenize=False)
+    except Exception:  # a template may speak of system turns only to raise at them
+        return []
+    return turn
 
 
 def _lost_text(group: TextGroup, wholes: Sequence[str]) -> BadRow | None:
@@ -339,13 +419,24 @@ class TemplateMarks:
         return None
 
 
-def _split(prompt: list[int], wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> EncodedGroup | BadRow:
+def _split(
+    prompt: list[int], wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase, special_tokens: str = "template"
+) -> EncodedGroup | BadRow:
     """Split each whole sequence at the beginning that the prompt and all of them share."""
-    prompt, wholes = _one_bos(prompt, tokenizer), [_one_bos(whole, tokenizer) for whole in wholes]
+    if special_tokens == "template":
+        prompt, wholes = _one_bos(prompt, tokenizer), [_one_bos(whole, tokenizer) for whole in wholes]
     length = min((common_prefix_length(prompt, whole) for whole in wholes), default=len(prompt))
-    if length == 0:
+    head, completions = prompt[:length], [whole[length:] for whole in wholes]
+    if special_tokens != "template":
+        always, bos, eos = special_tokens == "sppo", tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is not None and (always or head[:1] != [bos]):
+            head = [bos, *head]
+        completions = [
+            [*ids, eos] if eos is not None and (always or ids[-1:] != [eos]) else ids for ids in completions
+        ]
+    if not head:
         return BadRow(Fault.EMPTY_PROMPT, "no token of the prompt is left before the completion")
-    return EncodedGroup(prompt[:length], [whole[length:] for whole in wholes], prompt_is_prefix=length == len(prompt))
+    return EncodedGroup(head, completions, prompt_is_prefix=length == len(prompt))
 
 
 def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -367,11 +458,14 @@ class Truncation:
     tokens leaves no room; "keep_end" cuts the prompt's beginning until the longest completion fits, and a completion
     that is too long by itself keeps its last `max_length - 1` tokens behind one prompt token. A prompt that loses its
     beginning keeps its BOS, which counts. "drop" cuts nothing: a row that does not fit cannot be used.
+    "trl09" is TRL 0.9's `DPOTrainer`: a prompt that loses its beginning loses its BOS with it, and completions that
+    still do not fit keep their first `max_length - max_prompt_length` tokens, however short the prompt is.
 
     Args:
         max_length: tokens of prompt and completion together; None cuts nothing.
         max_prompt_length: tokens of a cut prompt.
-        mode: "keep_start", "keep_end" (both read only without `max_prompt_length`) or "drop".
+        mode: "keep_start", "keep_end" (both read only without `max_prompt_length`), "drop", or "trl09" (which needs
+            both lengths).
     """
 
     max_length: int | None = None
@@ -379,8 +473,12 @@ class Truncation:
     mode: str = "keep_start"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("keep_start", "keep_end", "drop"):
-            raise ValueError(f'truncation_mode must be "keep_start", "keep_end" or "drop", not {self.mode!r}.')
+        if self.mode not in TRUNCATION_MODES:
+            raise ValueError(f"truncation_mode must be one of {', '.join(TRUNCATION_MODES)}, not {self.mode!r}.")
+        if self.mode == "trl09" and None in (self.max_length, self.max_prompt_length):
+            raise ValueError(
+                'truncation_mode "trl09" needs max_length and max_prompt_length; there they were 512 and 128.'
+            )
         if self.mode == "drop" and self.max_prompt_length is not None:
             raise ValueError(
                 'max_prompt_length says how to cut a prompt, and truncation_mode "drop" cuts none: set one of them.'
@@ -420,6 +518,10 @@ class Truncation:
             kept = keep_last(prompt, self.max_length - min(longest, room), bos_token_id)
             return kept, [list(completion) for completion in completions]
         limit = len(prompt) if self.max_prompt_length is None else self.max_prompt_length
+        if self.mode == "trl09":
+            kept = list(prompt[-limit:])
+            room = self.max_length - limit if len(kept) + longest > self.max_length else longest
+            return kept, [list(completion[:room]) for completion in completions]
         kept = keep_last(prompt, limit, bos_token_id)
         room = max(self.max_length - len(kept), 0)
         return kept, [list(completion[:room]) for completion in completions]

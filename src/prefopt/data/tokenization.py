@@ -24,6 +24,7 @@ from prefopt.data.encoding import (
     STRINGS,
     EncodedGroup,
     TextGroup,
+    TextMode,
     Truncation,
     encode_groups,
     fit,
@@ -63,6 +64,7 @@ def tokenize_pairs(
     truncation_mode: str = "keep_start",
     on_bad_row: OnBadRow = "drop",
     strict_prefix: bool = False,
+    text_mode: TextMode | None = None,
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset, TokenizationReport]:
@@ -73,10 +75,11 @@ def tokenize_pairs(
         tokenizer: gives ids, chat template, BOS and end token.
         max_length: tokens of prompt and completion together; None cuts nothing.
         max_prompt_length: tokens of a prompt that has to be cut; None follows `truncation_mode`.
-        truncation_mode: "keep_start" or "keep_end"; see `Truncation`.
+        truncation_mode: "keep_start", "keep_end", "drop" or "trl09"; see `Truncation`.
         on_bad_row: "drop" counts and leaves out a row that cannot be used, "raise" stops at the first.
         strict_prefix: treat a row whose prompt is not a token prefix of prompt + completion as one that cannot be
             used.
+        text_mode: how texts become ids; None: as TRL does today.
         num_proc: processes.
         name: what the report calls this set.
 
@@ -89,7 +92,7 @@ def tokenize_pairs(
         ValueError: wrong columns, images, a streamed set, no chat template for messages, no usable row, wrong lengths.
     """
     truncation = Truncation(max_length, max_prompt_length, truncation_mode)
-    tokenize = RowTokenizer(tokenizer, "pairs", truncation, strict_prefix)
+    tokenize = RowTokenizer(tokenizer, "pairs", truncation, strict_prefix, text_mode=text_mode or TextMode())
     return tokenize(dataset, on_bad_row=on_bad_row, num_proc=num_proc, name=name)
 
 
@@ -180,6 +183,7 @@ class RowTokenizer:
         truncation: how a row is made to fit.
         strict_prefix: a row whose prompt is not a token prefix of prompt + completion cannot be used.
         template_strings: read a string prompt as one user turn of a conversation.
+        text_mode: how texts become ids.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -187,11 +191,14 @@ class RowTokenizer:
     truncation: Truncation
     strict_prefix: bool = False
     template_strings: bool = False
+    text_mode: TextMode = TextMode()
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that decides which ids a row gets; a tokenizer that has been used gives the same."""
-        settings = (self.kind, asdict(self.truncation), self.strict_prefix, self.template_strings)
+        settings = [self.kind, asdict(self.truncation), self.strict_prefix, self.template_strings]
+        if self.text_mode != TextMode():
+            settings.append(asdict(self.text_mode))
         return content_hash(tokenizer_fingerprint(self.tokenizer), settings, VERSION)
 
     @property
@@ -251,7 +258,7 @@ class RowTokenizer:
         """
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
         clean, read = zip(*(self.read(row, schema) for row in rows))
-        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer, strict=True)]
+        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer, strict=True, mode=self.text_mode)]
         ids = id_columns(groups, self.kind, self.tokenizer)
         # prompts keep the columns of their rows as they were
         kept = [{**row, "row_id": c["row_id"]} for row, c in zip(rows, clean)] if self.kind == "prompts" else clean
