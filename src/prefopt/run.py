@@ -53,6 +53,7 @@ ADDED_LATER: dict[str, Any] = {
     "warmup_type": "linear",
     "chat_rendering": "joint",
     "special_tokens": "template",
+    "completion_turns": "all",
 }
 # key, value (a pattern), module (one of several), how it is installed: packages that are no dependencies of this one
 _QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")

@@ -7,12 +7,14 @@ everywhere.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeAlias
 
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -24,6 +26,10 @@ from prefopt.files import content_hash
 STRINGS, MESSAGES = "strings", "messages"
 # see `TextMode`
 CHAT_RENDERINGS, SPECIAL_TOKENS = ("joint", "handbook", "sppo"), ("template", "trl09", "sppo")
+COMPLETION_TURNS = ("all", "last")
+# a template that marks what the assistant writes
+_MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Ranges: TypeAlias = "tuple[tuple[int, int], ...]"
 TRUNCATION_MODES = ("keep_start", "keep_end", "drop", "trl09")
 _PROBE = "How many, 3 or 4?\n  Grüße an Zoë: 'yes' — 你好 🙂 <b>", " 7, I think.\n"
 # rendering stops after so long: rows are data, and a template can loop over what they hold
@@ -52,21 +58,29 @@ class TextMode:
     """How texts and messages become ids: as TRL does today by default, or as the code behind published figures did.
 
     Attributes:
-        chat_rendering: what of a conversation is rendered. "joint": the prompt with the generation prompt, and prompt +
-            completion as one conversation, so that a completion begins with the answer's text. "handbook"
-            (alignment-handbook, SimPO, WPO): the prompt without generation prompt and behind an empty system turn where
-            the template takes one, and each completion alone, so that its header is scored. "sppo": as "joint" without
-            generation prompt, so that the header is scored.
+        chat_rendering: what of a conversation is rendered. "joint": the prompt with the generation prompt, and prompt
+            + completion as one conversation, so that a completion begins with the answer's text. "handbook"
+            (alignment-handbook, SimPO, WPO): the prompt without generation prompt and behind an empty system turn
+            where the template takes one, and each completion alone, so that its header is scored. "sppo": as "joint"
+            without generation prompt, so that the header is scored.
         special_tokens: "template": those of the template, and for strings those of the tokenizer. "trl09" (TRL 0.9): a
             BOS before the prompt and an end token after each completion where there is none. "sppo": both in any case,
             so that there may be two.
+        completion_turns: of a completion of several turns, "all" scores every assistant turn, "last" the last one;
+            turns of others are read and not scored. With the two settings above as published code has them, every
+            token is scored, as there.
     """
 
     chat_rendering: str = "joint"
     special_tokens: str = "template"
+    completion_turns: str = "all"
 
     def __post_init__(self) -> None:
-        for name, known in (("chat_rendering", CHAT_RENDERINGS), ("special_tokens", SPECIAL_TOKENS)):
+        for name, known in (
+            ("chat_rendering", CHAT_RENDERINGS),
+            ("special_tokens", SPECIAL_TOKENS),
+            ("completion_turns", COMPLETION_TURNS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
 
@@ -80,12 +94,18 @@ class EncodedGroup:
         completion_ids: of each completion.
         prompt_is_prefix: False where the prompt alone had other last tokens than in context.
         cut: the parts that truncation shortened: 0 is the prompt, r + 1 completion r.
+        skipped: of each completion the ranges [begin, end) of its ids that are read and not scored; () where every id
+            of every completion is scored.
+        turns_known: whether the assistant's turns were found in completions of several turns; every id is scored
+            where they were not.
     """
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     prompt_is_prefix: bool = True
     cut: tuple[int, ...] = ()
+    skipped: tuple[Ranges, ...] = ()
+    turns_known: bool = False
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -196,8 +216,9 @@ def encode_groups(
         groups: prompts with their completions.
         tokenizer: gives ids, chat template, BOS and end token.
         strict: messages that hold text of the template, and answers that the template does not show whole, are faults.
-        mode: how; None for the default.
+        mode: how; None for the default, with every token of a completion scored.
     """
+    marks_turns = mode is not None and (mode.chat_rendering, mode.special_tokens) == ("joint", "template")
     mode = mode or TextMode()
     encoded: list[Any] = list(groups)
     for is_messages in (False, True):
@@ -208,6 +229,9 @@ def encode_groups(
         }
         if is_messages and texts:
             results = _encode_conversations(list(texts.values()), tokenizer, strict, mode)
+            if marks_turns and any(len(turns) > 1 for group in texts.values() for turns in group.completions):
+                turns = mode.completion_turns
+                results = [with_turns(*each, tokenizer, turns) for each in zip(texts.values(), results)]
         else:
             results = _encode_strings(list(texts.values()), tokenizer, mode) if texts else []
         for place, result in zip(texts, results):
@@ -257,7 +281,8 @@ def _encode_conversations(
     check_chat_template(tokenizer)
     marks = TemplateMarks.of(tokenizer) if strict else None
     rendered: list[list[str] | BadRow] = []
-    for group, parts in zip(groups, _render_groups(groups, tokenizer, mode.chat_rendering)):
+    render = _render_jointly if mode.chat_rendering == "joint" else partial(_render_as_published, mode.chat_rendering)
+    for group, parts in zip(groups, render(groups, tokenizer)):
         fault = next((part for part in parts if isinstance(part, BadRow)), None)
         if fault is None and marks is not None:
             fault = marks.fault(group) or _lost_text(group, parts[1:])
@@ -272,32 +297,38 @@ def _encode_conversations(
     ]
 
 
-def _render_groups(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, rendering: str) -> list[list[Any]]:
-    """Render each group's prompt and, for each completion, prompt + completion; see `TextMode.chat_rendering`.
+def _render_jointly(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
+    """Render each group's prompt with the generation prompt and, for each completion, prompt + completion.
 
     Returns:
         For each group the texts, prompt first; what a template raises stands as a `BadRow` in a text's place.
     """
+    prompts = _render([(group, group.prompt) for group in groups], tokenizer, add_generation_prompt=True)
+    pairs = [(group, whole) for group in groups for whole in group.wholes]
+    wholes = iter(_render(pairs, tokenizer, add_generation_prompt=False))
+    return [[prompt, *(next(wholes) for _ in group.completions)] for group, prompt in zip(groups, prompts)]
+
+
+def _render_as_published(
+    rendering: str, groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase
+) -> list[list[Any]]:
+    """Return the texts of `_render_jointly` as published code makes them; see `TextMode.chat_rendering`."""
     prompts: list[tuple[TextGroup, Any]] = [(group, group.prompt) for group in groups]
     turns: list[tuple[TextGroup, Any]] = [(group, whole) for group in groups for whole in group.wholes]
     if rendering == "handbook":
         system = _empty_system_turn(tokenizer)
         prompts = [(g, messages if messages[0]["role"] == "system" else system + messages) for g, messages in prompts]
         turns = [(group, completion) for group in groups for completion in group.completions]
-    heads = _render(prompts, tokenizer, add_generation_prompt=rendering == "joint")
+    heads = _render(prompts, tokenizer, add_generation_prompt=False)
     texts = iter(_render(turns, tokenizer, add_generation_prompt=False))
     rendered: list[list[Any]] = []
     for group, head in zip(groups, heads):
-        parts = [next(texts) for _ in group.completions]
-        if rendering != "joint" and not isinstance(head, BadRow):
-            bos = str(tokenizer.bos_token)
-            parts = [
-                part
-                if isinstance(part, BadRow)
-                else head + (part.removeprefix(bos) if rendering == "handbook" else part[len(head) :])
-                for part in parts
-            ]
-        rendered.append([head, *parts])
+        parts = [head, *(next(texts) for _ in group.completions)]
+        if not any(isinstance(part, BadRow) for part in parts):
+            bos, start = str(tokenizer.bos_token), len(str(head))
+            own = [str(text).removeprefix(bos) if rendering == "handbook" else str(text)[start:] for text in parts[1:]]
+            parts = [head, *(f"{head}{text}" for text in own)]
+        rendered.append(parts)
     return rendered
 
 
@@ -439,6 +470,80 @@ def _split(
     return EncodedGroup(head, completions, prompt_is_prefix=length == len(prompt))
 
 
+def with_turns(
+    group: TextGroup, encoded: EncodedGroup | BadRow, tokenizer: PreTrainedTokenizerBase, turns: str
+) -> EncodedGroup | BadRow:
+    """Mark in completions of several turns what is not scored; one of a single turn is scored whole."""
+    if isinstance(encoded, BadRow) or all(len(completion) == 1 for completion in group.completions):
+        return encoded
+    skipped: list[Ranges] = []
+    for completion, ids in zip(group.completions, encoded.completion_ids):
+        scored: list[tuple[int, int]] | None = [(0, len(ids))]
+        if len(completion) > 1:
+            whole = [*encoded.prompt_ids, *ids]
+            scored = _marked_turns(group, completion, whole, tokenizer) or _turns_apart(
+                group, completion, whole, tokenizer
+            )
+        if scored is None:
+            return encoded
+        start = len(encoded.prompt_ids) if len(completion) > 1 else 0
+        kept = [(begin - start, end - start) for begin, end in (scored if turns == "all" else scored[-1:])]
+        edges = [0, *(edge for each in kept for edge in each), len(ids)]
+        skipped.append(tuple((begin, end) for begin, end in zip(edges[::2], edges[1::2]) if begin < end))
+    return replace(encoded, skipped=tuple(skipped) if any(skipped) else (), turns_known=True)
+
+
+def _marked_turns(
+    group: TextGroup, completion: Any, whole: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]] | None:
+    """Return the ranges that a template with `{% generation %}` marks in a completion, or None where it has none."""
+    if not _MARKS_ASSISTANT.search(str(tokenizer.chat_template)):
+        return None
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            group.prompt + completion, tools=group.tools, **options, **(group.chat_template_kwargs or {})
+        )
+    except Exception:  # a slow tokenizer has no offsets; the ids of the turns are compared then
+        return None
+    mask = list(found["assistant_masks"])
+    offset = len(mask) - len(whole)  # a doubled BOS was dropped
+    if offset < 0 or list(found["input_ids"])[offset:] != whole:
+        return None
+    mask = [0, *mask[offset:], 0]
+    edges = [place for place in range(1, len(mask)) if mask[place] != mask[place - 1]]
+    ranges = [(begin - 1, end - 1) for begin, end in zip(edges[::2], edges[1::2])]
+    answers = sum(turn["role"] == ASSISTANT for turn in group.prompt)  # type: ignore[index]
+    in_completion = sum(turn["role"] == ASSISTANT for turn in completion)
+    return ranges[answers:] if len(ranges) == answers + in_completion else None
+
+
+def _turns_apart(
+    group: TextGroup, completion: Any, whole: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]] | None:
+    """Return where the assistant's turns stand, by rendering the dialogue up to each; None where that is no prefix.
+
+    Args:
+        group: the prompt, tools and settings.
+        completion: its turns.
+        whole: ids of prompt and completion.
+        tokenizer: gives the template.
+    """
+    answers = [place for place, turn in enumerate(completion) if turn["role"] == ASSISTANT]
+    before = [(group, group.prompt + completion[:place]) for place in answers]
+    until = [(group, group.prompt + completion[: place + 1]) for place in answers]
+    texts = [
+        *_render(before, tokenizer, add_generation_prompt=True),
+        *_render([*until, (group, group.prompt + completion)], tokenizer, add_generation_prompt=False),
+    ]
+    if any(isinstance(text, BadRow) or not str(texts[-1]).startswith(str(text)) for text in texts):
+        return None
+    ids = tokenizer(texts[:-1], add_special_tokens=False, verbose=False)["input_ids"]
+    places = [common_prefix_length(_one_bos(each, tokenizer), whole) for each in ids]
+    ranges = list(zip(places[: len(answers)], places[len(answers) :]))
+    return ranges if all(begin < end for begin, end in ranges) else None
+
+
 def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Drop the first of two BOS, as a text that brings its own gets from a tokenizer that adds one."""
     bos = tokenizer.bos_token_id
@@ -561,7 +666,27 @@ def fit(encoded: EncodedGroup, truncation: Truncation, bos_token_id: int | None)
         )
     lengths = zip([encoded.prompt_ids, *encoded.completion_ids], [prompt, *completions])
     cut = tuple(place for place, (whole, kept) in enumerate(lengths) if len(kept) < len(whole))
-    return EncodedGroup(prompt, completions, encoded.prompt_is_prefix, cut)
+    fitted = replace(encoded, prompt_ids=prompt, completion_ids=completions, cut=cut)
+    return fitted if not encoded.skipped else _cut_ranges(encoded, fitted, truncation)
+
+
+def _cut_ranges(encoded: EncodedGroup, fitted: EncodedGroup, truncation: Truncation) -> EncodedGroup:
+    """Move the ranges of what is not scored with the ids that were kept.
+
+    Raises:
+        BadRow: nothing of a completion is left to score.
+    """
+    from_end = truncation.mode == "keep_end" and truncation.max_prompt_length is None
+    moved: list[Ranges] = []
+    for ranges, whole, kept in zip(encoded.skipped, encoded.completion_ids, fitted.completion_ids):
+        first = len(whole) - len(kept) if from_end else 0
+        bounds = [(max(begin - first, 0), min(end - first, len(kept))) for begin, end in ranges]
+        moved.append(tuple((begin, end) for begin, end in bounds if begin < end))
+        if sum(end - begin for begin, end in moved[-1]) >= len(kept):
+            raise BadRow(
+                Fault.NO_ROOM, f"of a completion's answers none is left within {truncation.max_length} tokens"
+            )
+    return replace(fitted, skipped=tuple(moved) if any(moved) else ())
 
 
 def _all_same(completions: Sequence[Sequence[int]]) -> bool:

@@ -32,6 +32,9 @@ Row: TypeAlias = dict[str, Any]
 PromptAndResponses: TypeAlias = tuple[TextOrMessages, list[TextOrMessages]]
 
 IDS = List(Value("int32"))
+# ranges [begin, end) of a completion's ids that are read and not scored; only sets that have any have the columns
+RANGES = List(List(Value("int32")))
+SKIPPED_COLUMNS = ("chosen_skipped", "rejected_skipped")
 # numbers that losses and caches read; the references' are a number, or one number for each reference
 METHOD_COLUMNS = (
     "chosen_win_prob",
@@ -185,6 +188,7 @@ def kept_features(features: Mapping[str, Any], kind: Kind, contents: Mapping[str
     if kind == "pairs":
         kept |= {name: Value("float64") for name in METHOD_COLUMNS if name in names}
         kept |= {name: features[name] for name in REFERENCE_COLUMNS if name in names}
+        kept |= dict.fromkeys(SKIPPED_COLUMNS, RANGES) if names.issuperset(SKIPPED_COLUMNS) else {}
     elif kind == "comparisons":
         kept |= {"scores": List(Value("float64")), "is_adversarial": Value("bool")}
         kept |= {"margin": Value("float64")} if "margin" in names else {}
@@ -263,7 +267,9 @@ def normalise_pair(row: Mapping[str, Any]) -> Row:
     check_answers(prompt, [chosen, rejected])
     context = context_of(row)
     texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return {"row_id": row_id(prompt, [chosen, rejected], context), **texts, **context, **method_values(row)}
+    # scores of whole completions, which earlier versions kept under the row's name, are no scores of its answers alone
+    marked = {**context, "scored": "answers"} if has_other_turns(texts, "pairs") else context
+    return {"row_id": row_id(prompt, [chosen, rejected], marked), **texts, **context, **method_values(row)}
 
 
 def normalise_prompt(row: Mapping[str, Any]) -> Row:
@@ -339,8 +345,15 @@ def normalise_ids(row: Mapping[str, Any], kind: Kind) -> Row:
         scores = {"scores": check_scores(row["scores"], len(completions))}
         values = {**scores, **comparison_values(row)}
     else:
-        scores, values = {}, method_values(row)
+        scores, values = {}, method_values(row) | {name: row[name] for name in SKIPPED_COLUMNS if row.get(name)}
     return {"row_id": row.get("row_id") or row_id(prompt, completions, scores), **values}
+
+
+def skipped_ranges(row: Mapping[str, Any], kind: Kind) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return of each completion of a tokenised pair the ranges that are not scored; () where there are none."""
+    if kind != "pairs" or not any(row.get(name) for name in SKIPPED_COLUMNS):
+        return ()
+    return tuple(tuple((begin, end) for begin, end in row.get(name) or ()) for name in SKIPPED_COLUMNS)
 
 
 _READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}

@@ -13,7 +13,14 @@ from trl import DPOConfig as TRLDPOConfig
 from trl import ModelConfig
 
 from prefopt.arguments import SecretsStayOut, check_settings, setting
-from prefopt.data.encoding import CHAT_RENDERINGS, SPECIAL_TOKENS, TRUNCATION_MODES, TextMode, Truncation
+from prefopt.data.encoding import (
+    CHAT_RENDERINGS,
+    COMPLETION_TURNS,
+    SPECIAL_TOKENS,
+    TRUNCATION_MODES,
+    TextMode,
+    Truncation,
+)
 from prefopt.scoring.logprobs import ALIGNMENTS
 from prefopt.trainers.precision import MASTER_WEIGHTS
 
@@ -211,6 +218,11 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
         "(added in any case).",
         choices=SPECIAL_TOKENS,
     )
+    completion_turns: str = setting(
+        "all",
+        "Of a completion of several turns, score 'all' of the assistant's turns, or the 'last' one.",
+        choices=COMPLETION_TURNS,
+    )
     ref_logps_dir: str | None = setting(
         None, "Folder of cached reference scores, read and filled when `precompute_ref_log_probs` is on."
     )
@@ -218,7 +230,7 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
     @property
     def text_mode(self) -> TextMode:
         """How texts become token ids."""
-        return TextMode(self.chat_rendering, self.special_tokens)
+        return TextMode(self.chat_rendering, self.special_tokens, self.completion_turns)
 
     def __post_init__(self) -> None:
         choose_precision(self)

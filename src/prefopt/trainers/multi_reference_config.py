@@ -93,8 +93,8 @@ class MultiReferenceDPOConfig(PreferenceConfig):
         super().__post_init__()
         if self.text_mode != TextMode():
             raise ValueError(
-                "`chat_rendering` and `special_tokens` must be left alone: references score texts, each as its own "
-                "template writes them."
+                "`chat_rendering`, `special_tokens` and `completion_turns` must be left alone: references score all "
+                "answers of a text, each as its own template writes them."
             )
         self.weighting = weighting_name(self.weighting)
         check_settings(self)
