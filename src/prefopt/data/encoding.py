@@ -96,8 +96,7 @@ class EncodedGroup:
         cut: the parts that truncation shortened: 0 is the prompt, r + 1 completion r.
         skipped: of each completion the ranges [begin, end) of its ids that are read and not scored; () where every id
             of every completion is scored.
-        turns_known: whether the assistant's turns were found in completions of several turns; every id is scored
-            where they were not.
+        other_turns: whether turns of others are scored with the answers between which they stand.
     """
 
     prompt_ids: list[int]
@@ -105,7 +104,7 @@ class EncodedGroup:
     prompt_is_prefix: bool = True
     cut: tuple[int, ...] = ()
     skipped: tuple[Ranges, ...] = ()
-    turns_known: bool = False
+    other_turns: bool = False
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -218,36 +217,28 @@ def encode_groups(
         strict: messages that hold text of the template, and answers that the template does not show whole, are faults.
         mode: how; None for the default, with every token of a completion scored.
     """
-    marks_turns = mode is not None and (mode.chat_rendering, mode.special_tokens) == ("joint", "template")
-    mode = mode or TextMode()
     encoded: list[Any] = list(groups)
-    for is_messages in (False, True):
+    for kind, encode in ((str, _encode_strings), (list, _encode_conversations)):
         texts = {
             place: group
             for place, group in enumerate(groups)
-            if isinstance(group, TextGroup) and isinstance(group.prompt, list) == is_messages
+            if isinstance(group, TextGroup) and isinstance(group.prompt, kind)
         }
-        if is_messages and texts:
-            results = _encode_conversations(list(texts.values()), tokenizer, strict, mode)
-            if marks_turns and any(len(turns) > 1 for group in texts.values() for turns in group.completions):
-                turns = mode.completion_turns
-                results = [with_turns(*each, tokenizer, turns) for each in zip(texts.values(), results)]
-        else:
-            results = _encode_strings(list(texts.values()), tokenizer, mode) if texts else []
+        results = encode(list(texts.values()), tokenizer, strict, mode) if texts else []
         for place, result in zip(texts, results):
             encoded[place] = result
     return encoded
 
 
 def _encode_strings(
-    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, mode: TextMode
+    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool, mode: TextMode | None
 ) -> list[EncodedGroup | BadRow]:
     eos = tokenizer.eos_token_id
     if eos is None and any(group.completions for group in groups):
         raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
     texts: list[Any] = [text for group in groups for text in (group.prompt, *group.wholes)]
     ids = iter(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
-    if mode.special_tokens != "template":
+    if mode is not None and mode.special_tokens != "template":
         return [
             _split(next(ids)[1], [next(ids)[1] for _ in group.completions], tokenizer, mode.special_tokens)
             for group in groups
@@ -276,12 +267,13 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_conversations(
-    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool, mode: TextMode
+    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool, mode: TextMode | None
 ) -> list[EncodedGroup | BadRow]:
     check_chat_template(tokenizer)
+    rendering, special = (mode.chat_rendering, mode.special_tokens) if mode is not None else ("joint", "template")
     marks = TemplateMarks.of(tokenizer) if strict else None
     rendered: list[list[str] | BadRow] = []
-    render = _render_jointly if mode.chat_rendering == "joint" else partial(_render_as_published, mode.chat_rendering)
+    render = _render_jointly if rendering == "joint" else partial(_render_as_published, rendering)
     for group, parts in zip(groups, render(groups, tokenizer)):
         fault = next((part for part in parts if isinstance(part, BadRow)), None)
         if fault is None and marks is not None:
@@ -289,12 +281,14 @@ def _encode_conversations(
         rendered.append(fault or parts)
     texts = [text for parts in rendered if not isinstance(parts, BadRow) for text in parts]
     ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-    return [
-        parts
-        if isinstance(parts, BadRow)
-        else _split(next(ids), [next(ids) for _ in parts[1:]], tokenizer, mode.special_tokens)
+    encoded = [
+        parts if isinstance(parts, BadRow) else _split(next(ids), [next(ids) for _ in parts[1:]], tokenizer, special)
         for parts in rendered
     ]
+    if any(len(turns) > 1 for group in groups for turns in group.completions):
+        finds = mode is not None and (rendering, special) == ("joint", "template")
+        encoded = [with_turns(*each, tokenizer, mode if finds else None) for each in zip(groups, encoded)]
+    return encoded
 
 
 def _render_jointly(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
@@ -457,25 +451,35 @@ def _split(
     if special_tokens == "template":
         prompt, wholes = _one_bos(prompt, tokenizer), [_one_bos(whole, tokenizer) for whole in wholes]
     length = min((common_prefix_length(prompt, whole) for whole in wholes), default=len(prompt))
-    head, completions = prompt[:length], [whole[length:] for whole in wholes]
+    split = EncodedGroup(prompt[:length], [whole[length:] for whole in wholes], length == len(prompt))
     if special_tokens != "template":
-        always, bos, eos = special_tokens == "sppo", tokenizer.bos_token_id, tokenizer.eos_token_id
-        if bos is not None and (always or head[:1] != [bos]):
-            head = [bos, *head]
-        completions = [
-            [*ids, eos] if eos is not None and (always or ids[-1:] != [eos]) else ids for ids in completions
-        ]
-    if not head:
+        split = _with_special_tokens(split, tokenizer, always=special_tokens == "sppo")
+    if not split.prompt_ids:
         return BadRow(Fault.EMPTY_PROMPT, "no token of the prompt is left before the completion")
-    return EncodedGroup(head, completions, prompt_is_prefix=length == len(prompt))
+    return split
+
+
+def _with_special_tokens(group: EncodedGroup, tokenizer: PreTrainedTokenizerBase, *, always: bool) -> EncodedGroup:
+    """Put a BOS first and an end token last, `always` or where there is none."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prompt, completions = group.prompt_ids, group.completion_ids
+    if bos is not None and (always or prompt[:1] != [bos]):
+        prompt = [bos, *prompt]
+    if eos is not None:
+        completions = [[*ids, eos] if always or ids[-1:] != [eos] else ids for ids in completions]
+    return replace(group, prompt_ids=prompt, completion_ids=completions)
 
 
 def with_turns(
-    group: TextGroup, encoded: EncodedGroup | BadRow, tokenizer: PreTrainedTokenizerBase, turns: str
+    group: TextGroup, encoded: EncodedGroup | BadRow, tokenizer: PreTrainedTokenizerBase, mode: TextMode | None
 ) -> EncodedGroup | BadRow:
-    """Mark in completions of several turns what is not scored; one of a single turn is scored whole."""
+    """Mark in completions of several turns what is not scored; without a mode, and of single turns, all is."""
     if isinstance(encoded, BadRow) or all(len(completion) == 1 for completion in group.completions):
         return encoded
+    roles = {turn["role"] for completion in group.completions for turn in completion}  # type: ignore[index]
+    whole_turns = replace(encoded, other_turns=roles != {ASSISTANT})
+    if mode is None:
+        return whole_turns
     skipped: list[Ranges] = []
     for completion, ids in zip(group.completions, encoded.completion_ids):
         scored: list[tuple[int, int]] | None = [(0, len(ids))]
@@ -485,12 +489,14 @@ def with_turns(
                 group, completion, whole, tokenizer
             )
         if scored is None:
-            return encoded
+            return whole_turns
         start = len(encoded.prompt_ids) if len(completion) > 1 else 0
-        kept = [(begin - start, end - start) for begin, end in (scored if turns == "all" else scored[-1:])]
+        kept = [
+            (begin - start, end - start) for begin, end in (scored if mode.completion_turns == "all" else scored[-1:])
+        ]
         edges = [0, *(edge for each in kept for edge in each), len(ids)]
         skipped.append(tuple((begin, end) for begin, end in zip(edges[::2], edges[1::2]) if begin < end))
-    return replace(encoded, skipped=tuple(skipped) if any(skipped) else (), turns_known=True)
+    return replace(encoded, skipped=tuple(skipped) if any(skipped) else ())
 
 
 def _marked_turns(
@@ -626,9 +632,9 @@ class Truncation:
         if self.mode == "trl09":
             kept = list(prompt[-limit:])
             room = self.max_length - limit if len(kept) + longest > self.max_length else longest
-            return kept, [list(completion[:room]) for completion in completions]
-        kept = keep_last(prompt, limit, bos_token_id)
-        room = max(self.max_length - len(kept), 0)
+        else:
+            kept = keep_last(prompt, limit, bos_token_id)
+            room = max(self.max_length - len(kept), 0)
         return kept, [list(completion[:room]) for completion in completions]
 
 

@@ -268,7 +268,8 @@ def normalise_pair(row: Mapping[str, Any]) -> Row:
     context = context_of(row)
     texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     # scores of whole completions, which earlier versions kept under the row's name, are no scores of its answers alone
-    marked = {**context, "scored": "answers"} if has_other_turns(texts, "pairs") else context
+    several = isinstance(prompt, list) and any(len(each) > 1 for each in (chosen, rejected))
+    marked = {**context, "scored": "answers"} if several else context
     return {"row_id": row_id(prompt, [chosen, rejected], marked), **texts, **context, **method_values(row)}
 
 
@@ -359,17 +360,6 @@ def skipped_ranges(row: Mapping[str, Any], kind: Kind) -> tuple[tuple[tuple[int,
 _READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}
 
 
-def has_other_turns(row: Mapping[str, Any], kind: Kind) -> bool:
-    """Return whether a completion of a normalised row holds turns of others than the assistant."""
-    values = [row.get(name) for name in COMPLETION_COLUMNS[kind]]
-    completions = values[0] if kind == "comparisons" else values
-    return any(
-        turn["role"] != ASSISTANT
-        for completion in completions or []
-        for turn in (completion if isinstance(completion, list) else [])
-    )
-
-
 def raise_recorded_fault(row: Mapping[str, Any]) -> None:
     """Raise the fault that an earlier normalisation recorded in the row, if there is one."""
     if row.get("fault"):
@@ -378,8 +368,9 @@ def raise_recorded_fault(row: Mapping[str, Any]) -> None:
 
 def context_of(row: Mapping[str, Any]) -> Row:
     """Return the cleaned `tools` and `chat_template_kwargs` of a row, each only where it has one."""
-    tools, settings = clean_tools(row.get("tools")), clean_template_kwargs(row.get("chat_template_kwargs"))
-    return {name: value for name, value in zip(CONTEXT_COLUMNS, (tools, settings)) if value is not None}
+    readers = zip(CONTEXT_COLUMNS, (clean_tools, clean_template_kwargs))
+    found = {name: read(row[name]) for name, read in readers if row.get(name) is not None}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def row_id(prompt: TextOrMessages, responses: list[TextOrMessages], context: Mapping[str, Any]) -> str:

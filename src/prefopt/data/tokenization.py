@@ -42,7 +42,6 @@ from prefopt.data.rows import (
     Row,
     check_columns,
     check_unused_text,
-    has_other_turns,
     id_column,
     id_features,
     is_tokenised,
@@ -306,9 +305,8 @@ class RowTokenizer:
         if isinstance(group, BadRow):
             return Outcome(group.reason, group.detail, is_messages, True, [], name)
         cut = dict.fromkeys(self.parts[min(place, len(self.parts) - 1)] for place in group.cut)
-        others = not group.turns_known and has_other_turns(clean, self.kind)
         skipped = [[list(each) for each in ranges] for ranges in group.skipped] or None
-        return Outcome(None, None, is_messages, group.prompt_is_prefix, list(cut), name, others, skipped)
+        return Outcome(None, None, is_messages, group.prompt_is_prefix, list(cut), name, group.other_turns, skipped)
 
     def settle(
         self, mapped: Dataset, *, on_bad_row: OnBadRow, name: str, one_form: bool = False

@@ -48,16 +48,18 @@ class Group:
     @property
     def scored(self) -> list[Sequence[int]]:
         """Places of each completion's scored tokens among its tokens."""
-        places: list[Sequence[int]] = [range(len(completion)) for completion in self.completions]
-        for number, ranges in enumerate(self.skipped):
-            unscored = {place for begin, end in ranges for place in range(begin, end)}
-            places[number] = [place for place in places[number] if place not in unscored]
-        return places
+        whole = [range(len(completion)) for completion in self.completions]
+        return _without(whole, self.skipped) if self.skipped else [*whole]
 
     @property
     def shared_length(self) -> int:
         """Tokens of the group with the prompt counted once."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
+
+
+def _without(places: Sequence[range], skipped: Sequence[Sequence[Sequence[int]]]) -> list[Sequence[int]]:
+    left_out = [{place for begin, end in ranges for place in range(begin, end)} for ranges in skipped]
+    return [[place for place in each if place not in out] for each, out in zip(places, left_out)]
 
 
 class Layout(Protocol):
@@ -121,10 +123,6 @@ class _Rows:
         self.segments.append((row, begin, end))
         self.longest = max(self.longest, start + end - begin)
         return last
-
-    def share_prompt(self, begin: int, end: int) -> None:
-        """Let what the row holds since `end` attend to the prompt from `begin` to `end`."""
-        self.prompts.append((len(self.input_ids) - 1, begin, end, len(self.input_ids[-1])))
 
     def score_completion(self, tokens: Sequence[int], scored: Sequence[int], *, begin: int, prompt_end: int) -> None:
         """Record which of `tokens`, at `begin` in the open row, are scored, the first of them from `prompt_end`."""
@@ -220,7 +218,8 @@ class PackedLayout:
         for completion, scored in zip(group.completions, group.scored):
             begin = built.add_segment(completion, start=start)
             built.score_completion(completion, scored, begin=begin, prompt_end=prompt + start - 1)
-        built.share_prompt(prompt, prompt + start)
+        # what the row holds since the prompt's end attends to the prompt
+        built.prompts.append((len(built.input_ids) - 1, prompt, prompt + start, len(built.input_ids[-1])))
 
     @staticmethod
     def _add_repeated(built: _Rows, group: Group) -> None:
