@@ -50,7 +50,14 @@ FREE_TO_CHANGE = names_without_effect(RunArguments) | {
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
 }  # fmt: skip
 # settings that the recipes of earlier versions do not hold, with the value that describes what happened then
-ADDED_LATER: dict[str, Any] = {"lora_init": "default", "warmup_type": "linear", "compile_blocks": False}
+ADDED_LATER: dict[str, Any] = {
+    "lora_init": "default",
+    "warmup_type": "linear",
+    "chat_rendering": "joint",
+    "special_tokens": "template",
+    "completion_turns": "all",
+    "compile_blocks": False,
+}
 # key, value (a pattern), module (one of several), how it is installed: packages that are no dependencies of this one
 _QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")
 NEEDS_PACKAGE = (

@@ -278,7 +278,8 @@ def tokenise_data(
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
-    tokenize = RowTokenizer(tokenizer, rows, Truncation(args.max_length, args.max_prompt_length, args.truncation_mode))
+    truncation = Truncation(args.max_length, args.max_prompt_length, args.truncation_mode)
+    tokenize = RowTokenizer(tokenizer, rows, truncation, text_mode=args.text_mode)
     train, evaluation = load_tokenized(sources, tokenize, num_proc=args.dataset_num_proc)
     mapped = {"train": train}
     if evaluation is not None and data_args.evaluates:  # rows held out are left out of training all the same

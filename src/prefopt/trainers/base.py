@@ -38,6 +38,7 @@ from prefopt import files
 from prefopt._transformers import HookedTrainer
 from prefopt.data.encoding import vocabulary_fingerprint
 from prefopt.data.rows import REFERENCE_COLUMNS
+from prefopt.data.tokenization import check_fits_model
 from prefopt.launch import print_on_main
 from prefopt.memory import optimizer_bytes
 from prefopt.references.fingerprints import rows_fingerprint
@@ -162,6 +163,8 @@ class BaseTrainer(HookedTrainer):
                 "Tensor, context and sequence parallelism are not supported: each process takes pairs of its own. Use "
                 "ZeRO-3 or FSDP."
             )
+        for name, dataset in self._named_datasets().items():
+            check_fits_model(dataset, self.model.config, name)  # before a pair is tried
         self.layout = self._choose_layout()
         fitting.settle(self)
         if args.compile_blocks:

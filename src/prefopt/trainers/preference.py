@@ -450,6 +450,7 @@ class PreferenceTrainer(BaseTrainer):
             max_prompt_length=args.max_prompt_length,
             truncation_mode=args.truncation_mode,
             on_bad_row=cast(Any, args.on_bad_row),
+            text_mode=args.text_mode,
             num_proc=args.dataset_num_proc,
             name=name,
         )
