@@ -43,8 +43,8 @@ _FIELD = re.compile(r"\{(conversation|reference)\}")
 TEMPLATE = """Grade the last answer of the assistant in the conversation below.
 
 Consider whether it does what the user asks, whether what it says is true, how deep and useful it is for this user, \
-and how well it is written. Earlier turns are context only. Length is no merit of its own. Where an expert's answer is \
-given, compare with it and name every mistake.
+and how well it is written. Earlier turns are context only. Length is no merit of its own. Where an expert's answer \
+is given, compare with it and name every mistake.
 
 <conversation>
 {conversation}
