@@ -144,7 +144,13 @@ def _settings(
 def _converted(keys: dict[str, Any]) -> dict[str, Any]:
     """Return the values with the types that the settings declare."""
     hints = get_type_hints(EvaluateArguments)
-    return {key: convert(value, hints[key]) for key, value in keys.items()}
+    found = {}
+    for key, value in keys.items():
+        try:
+            found[key] = convert(value, hints[key])
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    return found
 
 
 def _filled(value: Any, names: Mapping[str, Any]) -> Any:
