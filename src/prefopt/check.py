@@ -24,7 +24,7 @@ from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
 from prefopt.trainers.checkpoints import check_space
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
-from prefopt.training import tokenise_data
+from prefopt.training import suite_of, tokenise_data
 
 T = TypeVar("T")
 
@@ -85,6 +85,7 @@ def inspect(words: list[str], method: str | None = None) -> Findings:
     if not found.launch_name:
         found.attempt(run.check_devices, recipe)
     found.problems += run.missing_packages(recipe)
+    found.attempt(suite_of, recipe)
     config, data_args, model_args, run_args = build_each(recipe, classes, found)
     if config is not None:
         check_precision(recipe, config, found)

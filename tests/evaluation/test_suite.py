@@ -231,3 +231,22 @@ def test_every_benchmark_can_stand_in_a_suite():
     assert [entry.label for entry in entries] == ["alpaca-eval", "reward-bench", "mt-bench", "arena-hard"]
     assert entries[0].settings.annotations == "m/annotations.json"
     assert entries[1].settings.model_name_or_path == "folder" and entries[3].settings.judgments == "m.jsonl"
+
+
+def test_a_recipe_evaluates_what_it_has_trained(models, tmp_path, capsys):
+    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(6).to_list())
+    entry = f"{{pairs: {tmp_path / 'pairs.jsonl'}, dtype: float32}}"
+    words = ["dpo", f"--model_name_or_path={models['one']}", f"--dataset_name={tmp_path / 'pairs.jsonl'}"]
+    words += ["--max_steps=1", "--per_device_train_batch_size=2", "--use_cpu=true", "--report_to=none", "--bf16=false"]
+    words += [f"--output_dir={tmp_path / 'run'}", "--beta=0.1"]
+    assert cli.main([*words, "--evaluation=[{pairs: x, beta: much}]"]) == 2
+    assert "evaluation, entry 1 (pairs): beta: expected a number" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # nothing has been trained
+    assert cli.main([*words, f"--evaluation=[{entry}]"]) == 0
+    found = read_json(tmp_path / "run" / "evaluation" / "suite.json")["pairs"]["run"]
+    assert found["figures"]["accuracy"]["count"] == 6
+    again = read_json(tmp_path / "run" / "evaluation" / "run" / "pairs" / "evaluation.json")
+    assert again["figures"] == found["figures"]
+    # what was left can be run by itself
+    assert cli.main(["evaluate", str(tmp_path / "run" / "evaluation" / "suite.yaml")]) == 0
+    assert read_json(tmp_path / "run" / "evaluation" / "suite.json")["pairs"]["run"] == found
