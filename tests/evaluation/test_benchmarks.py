@@ -87,7 +87,7 @@ def test_the_score_of_ties_is_the_released_codes():
 def write_reward_bench_2(path):
     rows = [
         {"id": "1", "prompt": "two plus three", "chosen": ["five"], "rejected": ["six", "seven", "eight"]},
-        {"id": "2", "prompt": "a colour", "chosen": ["blue"], "rejected": ["fox", "woods", "the"]},
+        {"id": "2", "prompt": "a colour", "chosen": ["blue"], "rejected": ["dog", "woods", "the"]},
     ]
     rows = [{**row, "subset": "Math"} for row in rows]
     rows += [

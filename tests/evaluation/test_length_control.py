@@ -50,7 +50,8 @@ def annotations(count=COUNT, *, seed=0):
                 "preference": 1 + round(wins, 6),
             }
         )
-    rows[3]["preference"], rows[4]["preference"], rows[5]["preference"] = 0, 1.5, None
+    for row, preference in zip(rows[3:6], (0, 1.5, None)):
+        row["preference"] = preference
     return rows
 
 

@@ -116,7 +116,8 @@ def _check_answers(args: Any) -> None:
             f"{args.kind} needs the model's answers: one of model_answers, answers (of `prefopt generate`) and "
             "model_name_or_path."
         )
-    assert args.name or args.model_answers
+    if args.model_answers is None:
+        assert args.name  # raises without one
 
 
 @dataclass(frozen=True)

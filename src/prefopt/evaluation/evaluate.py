@@ -18,6 +18,7 @@ from prefopt.data.sources import load_source
 from prefopt.evaluation import alpaca_eval, arena_hard, lm_eval, mt_bench, reward_bench
 from prefopt.evaluation.alpaca_eval import AlpacaEvalSettings, export
 from prefopt.evaluation.arena_hard import ArenaHardSettings
+from prefopt.evaluation.figures import EVALUATION_FILE as EVALUATION_FILE  # the file that `run` writes
 from prefopt.evaluation.figures import Figure, shown, write_evaluation
 from prefopt.evaluation.lm_eval import LMEvalSettings
 from prefopt.evaluation.mt_bench import MTBenchSettings

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.arguments import check_settings, setting
-from prefopt.evaluation.evaluate import POLICY, length_ratio
-from prefopt.evaluation.figures import EVALUATION_FILE
+from prefopt.evaluation.evaluate import EVALUATION_FILE, POLICY, length_ratio
 from prefopt.files import atomic_path, read_json, write_text
 from prefopt.pages import escape, figure_class, picture, printable, table
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from prefopt.arguments import MASK, names_without_effect, without_secrets
 from prefopt.cli import COMMANDS, METHODS, arguments_of, function_of
-from prefopt.evaluation.figures import EVALUATION_FILE
+from prefopt.evaluation.evaluate import EVALUATION_FILE
 from prefopt.files import user_path
 from prefopt.launch import LAUNCH_KEYS, launch_words
 from prefopt.pipelines.stages import Stage

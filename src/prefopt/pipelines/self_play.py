@@ -16,7 +16,7 @@ from typing import Any
 from prefopt.arguments import check_settings, check_together, setting
 from prefopt.candidates.pairs import POLICIES
 from prefopt.cli import COMMANDS, arguments_of
-from prefopt.evaluation.figures import EVALUATION_FILE
+from prefopt.evaluation.evaluate import EVALUATION_FILE
 from prefopt.files import read_json
 from prefopt.pipelines.commands import MODEL, Commands, LoopPlan, Model, Place, check_left_to_loop, check_method
 from prefopt.pipelines.stages import Stage
