@@ -120,8 +120,9 @@ def lm_eval_figures(results: dict[str, Any], *, confidence: float) -> dict[str, 
             if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
-            known = isinstance(error, (int, float)) and not isinstance(error, bool)
             name = f"{task}/{metric}" + ("" if kind == "none" else f" ({kind})")
-            ends = (value - z * error, value + z * error) if known else (None, None)
-            figures[name] = Figure(float(value), *ends, "normal" if known else "none", count)
+            if isinstance(error, (int, float)):
+                figures[name] = Figure(float(value), value - z * error, value + z * error, "normal", count)
+            else:  # "N/A"
+                figures[name] = Figure(float(value), None, None, "none", count)
     return figures
