@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -46,6 +46,7 @@ from prefopt.data.rows import (
     text_features,
 )
 from prefopt.files import content_hash
+from prefopt.waiting import announced_wait
 
 # part of the cache key: raise it whenever the same input would give other ids
 VERSION = 3
@@ -442,8 +443,13 @@ def main_process_first() -> Iterator[None]:
         yield
         return
     state = PartialState()
-    with state.main_process_first(), state.local_main_process_first():
+    with ExitStack() as turns:
+        with announced_wait("the first rank of all, or of this node, to read and tokenise the data"):
+            turns.enter_context(state.main_process_first())
+            turns.enter_context(state.local_main_process_first())
         yield
+        with announced_wait("the other ranks to read the data"):
+            turns.close()
 
 
 @dataclass(frozen=True)
