@@ -23,7 +23,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.M | re.S)
 
 
-COMMAND_LINES = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+COMMAND_LINES = [line for block in blocks("bash") for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("line", [line for line in COMMAND_LINES if "suite.yaml" not in line])
