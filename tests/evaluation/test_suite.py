@@ -204,7 +204,7 @@ def test_a_suite_makes_one_table_of_several_models(models, tmp_path, capsys):
             r"entry 2 \(pairs\): an earlier entry has this name too",
         ),
         ({"evaluation": [{"pairs": "x", "pair": 1}]}, "unknown key 'pair'"),
-        ({"evaluation": [{"pairs": "x", "models": {}}]}, "a suite holds no suites"),
+        ({"evaluation": [{"pairs": "x", "models": {}}]}, "a suite holds no suites and no studies"),
         ({"evaluation": [{"pairs": "x", "beta": "much"}]}, "expected a number"),
         ({"evaluation": [{"pairs": "{data}"}], "models": {"m": "folder"}}, r"\{data\} is no key of models: m"),
         ({"evaluation": [{"pairs": "x"}], "pairs": "y"}, "`pairs` stands beside `evaluation`"),

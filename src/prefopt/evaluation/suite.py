@@ -106,8 +106,8 @@ def suite_entries(args: SuiteArguments) -> list[Entry]:
                 raise ValueError(f"evaluation, entry {number}: expected a mapping of keys, not {entry!r}.")
             label = str(entry.get(LABEL) or entry.get("kind") or ("generations" if "answers" in entry else "pairs"))
             where = f"evaluation, entry {number} ({label})"
-            if own & set(entry):
-                raise ValueError(f"{where}: a suite holds no suites.")
+            if (own | {"study"}) & set(entry):
+                raise ValueError(f"{where}: a suite holds no suites and no studies.")
             if any((each.model, each.label) == (model, label) for each in found):
                 raise ValueError(f"{where}: an earlier entry has this name too; give each a `{LABEL}`.")
             found.append(Entry(model, label, _settings(args, entry, model, keys_of_model, label, where)))
