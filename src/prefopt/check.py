@@ -41,7 +41,7 @@ from prefopt.trainers.checkpointing import recomputation_of
 from prefopt.trainers.checkpoints import check_space
 from prefopt.trainers.fitting import NOTHING_ON_CPU, explain, ways_of
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
-from prefopt.training import tokenise_data
+from prefopt.training import suite_of, tokenise_data
 
 T = TypeVar("T")
 
@@ -106,6 +106,7 @@ def inspect(words: list[str], method: str | None = None) -> Findings:
     if not found.launch_name:
         found.attempt(run.check_devices, recipe)
     found.problems += run.missing_packages(recipe)
+    found.attempt(suite_of, recipe)
     config, data_args, model_args, run_args = build_each(recipe, classes, found)
     if config is not None:
         check_precision(recipe, config, found)

@@ -6,6 +6,7 @@ is written.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -16,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from huggingface_hub import get_token
@@ -33,7 +36,9 @@ from prefopt.data import (
     load_tokenized,
 )
 from prefopt.data.rows import Kind
-from prefopt.files import locked, read_json, storage_fault, user_path, write_jsonl
+from prefopt.evaluation import suite
+from prefopt.evaluation.suite import SuiteArguments
+from prefopt.files import locked, read_json, storage_fault, user_path, write_jsonl, write_text
 from prefopt.launch import check_launcher, print_on_main, rank, world_size
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
@@ -63,6 +68,7 @@ from prefopt.waiting import announced_wait, watch_extension_locks
 # The Trainer's push to the hub leaves out files whose names begin with an underscore.
 LOCK_FILE = "_lock"
 DROPPED_FILE = "dropped.jsonl"
+EVALUATION_FOLDER, SUITE_RECIPE = "evaluation", "suite.yaml"
 
 
 def shared_arguments() -> tuple[type, ...]:
@@ -84,6 +90,7 @@ def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: 
         ValueError: a user's mistake; nothing is left in output_dir.
     """
     watch_extension_locks()
+    evaluation = suite_of(recipe)
     with _locked_output(recipe):
         trainer, data_args, output_dir, start, resolved = _prepare(method, trainer_class, rows, recipe, classes)
         with announced_wait("the other ranks to load model and data"):
@@ -105,6 +112,47 @@ def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: 
                 )
                 return
             finish(trainer, data_args, push=bool(recipe.values.get("push_to_hub")))
+    if evaluation is not None:
+        alone = world_size() == 1 and not trainer.is_deepspeed_enabled
+        del trainer
+        evaluate_trained(evaluation, alone=alone)
+
+
+def suite_of(recipe: Recipe) -> SuiteArguments | None:
+    """Return the suite that a recipe's `evaluation` asks for after training, checked; None without one.
+
+    Raises:
+        ValueError: an entry that cannot be evaluated.
+    """
+    if not recipe.values.get("evaluation"):
+        return None
+    model = user_path(recipe.values.get("output_dir") or ".")
+    return SuiteArguments(
+        output_dir=str(model / EVALUATION_FOLDER),
+        models={model.absolute().name: str(model)},
+        evaluation=recipe.values["evaluation"],
+    )
+
+
+def evaluate_trained(args: SuiteArguments, *, alone: bool) -> None:
+    """Run a suite on the model that has been trained, and write it as `suite.yaml`.
+
+    Args:
+        args: the suite.
+        alone: False where several processes or DeepSpeed have trained: their memory is not free again, and the command
+            that evaluates is printed instead.
+    """
+    place = Path(args.output_dir) / SUITE_RECIPE
+    if rank() == 0:
+        keys = {name: getattr(args, name) for name in ("output_dir", "models", "evaluation")}
+        write_text(place, yaml.safe_dump(keys, sort_keys=False))
+    if not alone:
+        print_on_main(f"Evaluate the model with: prefopt evaluate {place}", stream=sys.stdout)
+        return
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    suite.run(args)
 
 
 @contextmanager
