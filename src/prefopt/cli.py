@@ -50,6 +50,7 @@ class Command:
     rows: Literal["", "pairs", "comparisons"] = ""  # what a method trains on; tools have none
     launched: bool = False  # a tool that may run on several processes, as every method may
     aliases: str = ""  # the module's table of older names of its keys
+    positional: str = ""  # the key of the words before the first option, which are no recipe here
 
     @property
     def is_method(self) -> bool:
@@ -90,7 +91,8 @@ COMMANDS: dict[str, Command] = {
     "split": Command("split prompts into disjoint sets", "prefopt.candidates.split", ("SplitArguments",)),
     "score-references": Command("fill the cache of reference scores", "prefopt.score_references", launched=True),
     "evaluate": Command("evaluate a model", "prefopt.evaluation.evaluate", ("EvaluateArguments",), launched=True),
-    "report": Command("write a report about runs", "prefopt.evaluation.report", ("ReportArguments",)),
+    "report": Command("show runs on one page: curves, data, evaluation, samples", "prefopt.reports.command",
+                      ("ReportArguments",), positional="run_dir"),
     "sweep": Command("run a recipe over a grid of settings", "prefopt.pipelines.sweep", ("SweepArguments",)),
     "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run"),
     "sft": Command("supervised fine-tuning with TRL's trainer", "prefopt.trainers.sft",
@@ -173,6 +175,14 @@ def method_of(settings: list[Setting]) -> str:
     return name
 
 
+def with_positional(command: Command, words: list[str]) -> list[str]:
+    """Put the words before the first option under the key that they belong to, where the command reads no recipe."""
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    if not command.positional or not count:
+        return words
+    return [f"--{command.positional}", *words[:count], *words[count:]]
+
+
 def with_current_names(name: str, settings: list[Setting]) -> list[Setting]:
     """Replace older names of a command's keys, which its module lists, by the current ones."""
     command = COMMANDS[name]
@@ -207,7 +217,7 @@ def _run_command(name: str, words: list[str]) -> int:
     command = COMMANDS[name]
     if not command.arguments:
         return int(function_of(name)(words) or 0)
-    recipe_name, settings = load_settings(words)
+    recipe_name, settings = load_settings(with_positional(command, words))
     launch_settings, settings = split_launch_settings(settings)
     if launch_settings and not (command.launched or command.is_method):
         raise ValueError(f"`prefopt {name}` runs in one process: remove {', '.join(sorted(launch_settings))}.")
@@ -274,7 +284,8 @@ def _overview() -> str:
 
 def _help(name: str, *, everything: bool) -> str:
     command = COMMANDS[name]
-    lines = [f"usage: prefopt {name} [RECIPE] [--key value | --key=value ...]", "", command.summary, ""]
+    first = "DIR [DIR ...]" if command.positional else "[RECIPE]"
+    lines = [f"usage: prefopt {name} {first} [--key value | --key=value ...]", "", command.summary, ""]
     if not command.arguments:
         return "\n".join([*lines, str(importlib.import_module(command.module).__doc__)])
     return "\n".join([*lines, keys_help(arguments_of(name), of_method=command.is_method, everything=everything)])

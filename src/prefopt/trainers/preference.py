@@ -26,6 +26,7 @@ from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, describe_wrapping, evaluated
 from prefopt.trainers.collators import CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
+from prefopt.trainers.data_tables import show_report
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import (
     PAIR_LOSSES,
@@ -147,7 +148,7 @@ class PreferenceTrainer(BaseTrainer):
         self._check_arguments(model, ref_model, args, data_collator, processing_class)
         self.check_settings(args)
         set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
-        self.tokenization_reports: dict[str, Any] = {}
+        self.tokenization_reports, self.given_datasets = {}, {}
         if processing_class is None:
             loaded = load_model(model, args, quantization_config)
             tokenizer = with_pad_token(load_tokenizer(loaded, args))
@@ -335,6 +336,8 @@ class PreferenceTrainer(BaseTrainer):
         processing_class: Any,
     ) -> None:
         """Raise a ValueError where an argument is of another kind than a pair trainer needs."""
+        if model is None:
+            raise ValueError("`model` is None: give a hub name, a folder, or a model in memory.")
         if not isinstance(args, cls.config_class):
             needed, given = cls.config_class.__name__, type(args)
             raise ValueError(
@@ -430,6 +433,7 @@ class PreferenceTrainer(BaseTrainer):
                 "Streaming data sets are not supported: the plan of batches needs every length. Use a `Dataset`."
             )
         args, tokenizer = self._args_for_data
+        self.given_datasets[name] = dataset
         dataset, report = tokenize_pairs(
             dataset,
             tokenizer,
@@ -441,6 +445,7 @@ class PreferenceTrainer(BaseTrainer):
             name=name,
         )
         self.tokenization_reports[name] = report
+        show_report(report, args.max_length)
         self.check_columns(dataset, args, name)
         return dataset
 
