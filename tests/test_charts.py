@@ -1,4 +1,4 @@
-"""Charts as SVG: what is drawn stands where its value says, scales start at zero or say so, text is shown literally."""
+"""Charts as SVG: what is drawn stands where its value says, scales start at zero or say so, text is literal."""
 
 import math
 import re
@@ -41,8 +41,15 @@ def test_a_line_stands_where_its_values_say():
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [([0.995, 1.002], False), ([3.0, 5000.0], False), ([-0.2, 0.4], False), ([-9.0, -8.0], False), ([0.0, 0.0], False)]
-    + [([-301.0, -280.0], True), ([-1e-3, -1.05e-3], True)],
+    [
+        ([0.995, 1.002], False),
+        ([3.0, 5000.0], False),
+        ([-0.2, 0.4], False),
+        ([-9.0, -3.0], False),
+        ([0.0, 0.0], False),
+        ([-9.0, -8.0], True),
+        ([-301.0, -280.0], True),
+    ],
 )
 def test_a_scale_starts_at_zero_or_says_where(values, named):
     """A length drift of 0.995 to 1.002 must not look like a collapse."""

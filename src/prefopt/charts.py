@@ -85,7 +85,7 @@ def line_chart(
         An `<svg>` element; all text of the arguments is escaped.
     """
     entries, legend_lines = _legend(lines)
-    top = TITLE + LEGEND_LINE * legend_lines
+    top = TITLE + LEGEND_LINE * legend_lines + 6
     values = [y for line in lines for part in (line.y, line.low, line.high, line.raw) for _, y in line.points(part)]
     low, high = _range([*values, *([mark] if math.isfinite(mark) else [])], at_most)
     ticks = _ticks(low, high)

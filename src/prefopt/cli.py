@@ -126,7 +126,7 @@ def main(words: list[str] | None = None) -> int:
             raise
         _print_error(error)
         if BEFORE_TRAINING in getattr(error, "__notes__", ()) and not is_launched():
-            _print_further_problems(words, error)
+            _print_further_problems(words, first=error)
         return USER_MISTAKE
 
 
@@ -225,7 +225,10 @@ def _run_command(name: str, words: list[str]) -> int:
     with before_training():
         recipe = parse_settings(recipe_name, with_current_names(name, settings), classes)
     if launch_settings:
-        return launch(launch_settings, [name, *without_launch_words(words)])
+        status = launch(launch_settings, [name, *without_launch_words(words)])
+        if status == USER_MISTAKE:  # the processes print the first mistake that they meet
+            _print_further_problems([name, *words])
+        return status
     for notice in recipe.notices:
         print_on_main(notice)
     if command.rows:
@@ -249,8 +252,13 @@ def _print_error(error: Exception) -> None:
     print(f"prefopt: error: {printable(masked(message))}", file=sys.stderr, flush=True)
 
 
-def _print_further_problems(words: list[str], first: Exception) -> None:
-    """Print what else would have stopped a training run, so that all of it can be corrected at once."""
+def _print_further_problems(words: list[str], first: Exception | None = None) -> None:
+    """Print what else would have stopped a training run, so that all of it can be corrected at once.
+
+    Args:
+        words: the command line.
+        first: what has been printed; None where processes of a launcher have printed it: then one problem is that one.
+    """
     name, rest = words[0], words[1:]
     if not COMMANDS[name].is_method:
         return
@@ -259,8 +267,10 @@ def _print_further_problems(words: list[str], first: Exception) -> None:
     # the mistake itself has been printed: whatever goes wrong while looking for more must not hide it
     with suppress(Exception), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         problems = inspect(rest, name).problems
-    for problem in problems:
-        if problem != _one_line(first):
+    if first is None and len(problems) > 1:
+        print(f"prefopt: all {len(problems)} problems of this run:", file=sys.stderr)
+    for problem in problems if first is not None or len(problems) > 1 else []:
+        if first is None or problem != _one_line(first):
             print(f"prefopt: error: {printable(masked(problem))}", file=sys.stderr, flush=True)
 
 

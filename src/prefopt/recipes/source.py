@@ -60,7 +60,7 @@ def locate(name: str, folder: str) -> Path:
 
 def packaged_name(name: str) -> str | None:
     """Return the name of the packaged training recipe that `name` means; None for another file, or for none."""
-    root = PACKAGE / "training_configs"
+    root = (PACKAGE / "training_configs").resolve()
     try:
         path = locate(name, "training_configs").resolve()
     except ValueError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
 
 from prefopt.files import iterate_jsonl, read_json, read_yaml
 from prefopt.run import (
@@ -21,7 +22,6 @@ from prefopt.run import (
     VERSIONS_FILE,
     is_finished,
 )
-from prefopt.trainers.checkpoints import last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def log_history(folder: Path) -> list[dict[str, Any]]:
             elif isinstance(line.get("step"), (int, float)):
                 history.append(line)
         return history
-    checkpoint = last_checkpoint(folder)
-    for place in (folder, *([Path(checkpoint)] if checkpoint else [])):
+    for place in (folder, *map(Path, reversed(sort_checkpoints(str(folder))))):
         if history := _mapping(place / TRAINER_STATE_NAME, read_json).get("log_history", []):
             return [entry for entry in history if isinstance(entry.get("step"), (int, float))]
     return []

@@ -193,9 +193,11 @@ class BaseTrainer(HookedTrainer):
             ValueError: there is no such set.
         """
         self._check_name(name, self.given_datasets)
-        dropped = {row["row"] for row in self.tokenization_reports[name].dropped_rows}
-        given = self.given_datasets[name]
-        return given.select([row for row in range(len(given)) if row not in dropped]) if dropped else given
+        report, given = self.tokenization_reports[name], self.given_datasets[name]
+        if len(given) == report.rows_kept:  # nothing was dropped, or the rows were tokenised before
+            return given
+        dropped = {row["row"] for row in report.dropped_rows}
+        return given.select([row for row in range(len(given)) if row not in dropped])
 
     def dropped_rows(self, name: str = TRAINING) -> list[dict[str, Any]]:
         """Return of each row that cannot be used its number in the data set, `row_id`, `reason` and `detail`.

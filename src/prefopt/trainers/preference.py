@@ -8,6 +8,7 @@ Letters: B pairs, K references.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -15,11 +16,13 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import DPOConfig as TRLDPOConfig
 
 from prefopt import losses as pure
 from prefopt.data.encoding import with_pad_token
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
+from prefopt.launch import print_on_main
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.logprobs import CompletionScores, score_completions
@@ -100,6 +103,21 @@ def effective_pairs(values: dict[str, torch.Tensor]) -> None:
         values["wpo/effective_pairs"] = values.pop("wpo/_sum").square() / values.pop("wpo/_sum_of_squares")
 
 
+def note_default_beta(args: PreferenceConfig) -> None:
+    """Print once that `beta` was left at a default which is not TRL's: a script that comes from there gets another."""
+    default, trls = (config.__dataclass_fields__["beta"].default for config in (type(args), TRLDPOConfig))
+    if args.beta is default and default != trls:  # `is`: the same number given by a user is another object
+        _print_once(
+            f"beta is {default}, the default of {type(args).__name__}; TRL's DPOConfig has {trls}. Set `beta` to "
+            "choose."
+        )
+
+
+@cache
+def _print_once(message: str) -> None:
+    print_on_main(message)
+
+
 class PreferenceTrainer(BaseTrainer):
     """Base of the pair methods; the constructor takes TRL's `DPOTrainer` arguments in TRL's order.
 
@@ -147,6 +165,7 @@ class PreferenceTrainer(BaseTrainer):
             args = self.config_class()
         self._check_arguments(model, ref_model, args, data_collator, processing_class)
         self.check_settings(args)
+        note_default_beta(args)
         set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
         self.tokenization_reports, self.given_datasets = {}, {}
         if processing_class is None:

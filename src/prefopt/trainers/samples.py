@@ -61,9 +61,10 @@ class SampleCompletionsCallback(TrainerCallback):
         """Sample beside every evaluation."""
         self.sample(state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sample after the last step."""
-        self.sample(state.global_step)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sample after the last step; at `on_train_end` trackers have closed their runs already."""
+        if control.should_training_stop:
+            self.sample(state.global_step)
 
     def sample(self, step: int) -> list[dict[str, Any]]:
         """Complete the prompts and log them, unless that has been done in this step; all ranks call it.
