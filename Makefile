@@ -6,6 +6,7 @@
 #   make quality           what CI checks: lint, format, types, imports;  make style fixes the first two
 #   make fuzz              random inputs to everything that reads what others wrote, for two minutes
 #   make faults            kill every command at random times and compare the ends (ARGS='--kills 100 --seed 1')
+#   make certificate       run what docs/correctness.md claims, and write the page with the deviations that were seen
 #   make nightly           what is too long for CI: 100 kills, an hour of fuzzing, the oldest and the newest versions
 #   make bench             our padded path against TRL's DPOTrainer on this machine
 #   make test-oldest       the fast tests on the oldest versions that pyproject.toml allows (an environment of its own)
@@ -27,7 +28,7 @@ RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOK
 SOURCES := src tests scripts benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup style quality test test-oldest test-newest quickstart fuzz faults nightly bench clean
+.PHONY: help setup style quality test test-oldest test-newest quickstart fuzz faults certificate nightly bench clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -78,6 +79,9 @@ faults: $(READY)
 	$(RUN) $(BIN)/python -m tests.faults $(ARGS)
 
 # What is longer than CI may be: by hand, once a release.
+certificate: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python docs/certificate.py
+
 nightly: $(READY)
 	$(MAKE) faults ARGS='--kills 100 --seed 1'
 	$(MAKE) fuzz ARGS='--minutes 60'

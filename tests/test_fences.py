@@ -41,6 +41,25 @@ def source_of(function) -> str:
 # ---- transformers' Trainer
 
 
+def test_the_trainer_patches_the_policy_with_ligers_layers():
+    must(
+        parameters_of(_transformers.apply_liger_kernel) == ["model", "kernel_config"]
+        and "apply_liger_kernel(self.model, self.args.liger_kernel_config)" in source_of(Trainer.train),
+        transformers,
+        "`Trainer.train` does not apply liger's layers as `apply_liger_kernel(model, config)`",
+        "`use_liger_kernel`: policy and reference would have different layers",
+    )
+
+
+def test_the_trainer_reads_checkpointing_from_its_config_when_it_trains():
+    must(
+        "args.activation_checkpointing" in source_of(Trainer.train),
+        transformers,
+        "`Trainer.train` does not read `activation_checkpointing` and its options",
+        "`checkpointing`: nothing, or everything, would be recomputed",
+    )
+
+
 def test_the_flow_callback_comes_first(tmp_path):
     trainer = make_trainer(tmp_path)
     callbacks = trainer.callback_handler.callbacks

@@ -16,10 +16,26 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+
+# what Trainer does to the policy for `use_liger_kernel`, for the reference; transformers documents the setting only
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt.waiting import announced_wait
+
+__all__ = [
+    "CONFIG_BOOKKEEPING",
+    "HookedTrainer",
+    "apply_liger_kernel",
+    "attention_of",
+    "class_members",
+    "drop_weight_conversions",
+    "initialise",
+    "model_from_config",
+    "set_attention",
+    "share_tied_weights",
+]
 
 CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
 """Keys of a config in memory about how and from where it was loaded; nothing that a model computes depends on them."""

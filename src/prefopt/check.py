@@ -17,13 +17,27 @@ from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport, check_fits_model
 from prefopt.launch import launch_words, split_launch_settings, world_size
-from prefopt.memory import GIB, Launch, Memory, ModelShape, estimate, optimizer_bytes
+from prefopt.memory import (
+    ASSUMED_CARD,
+    GIB,
+    Launch,
+    Memory,
+    ModelShape,
+    Recomputation,
+    Run,
+    choose_recomputation,
+    choose_tokens,
+    estimate,
+    optimizer_bytes,
+)
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
+from prefopt.trainers.checkpointing import recomputation_of
 from prefopt.trainers.checkpoints import check_space
 from prefopt.trainers.data_tables import data_warnings
+from prefopt.trainers.fitting import NOTHING_ON_CPU, explain, ways_of
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.training import tokenise_data
 
@@ -41,6 +55,8 @@ class Findings:
     batch: str = ""
     reports: list[TokenizationReport] = field(default_factory=list)
     memory: Memory | None = None
+    checkpointing: str = ""
+    on_cpu: bool = False
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -81,6 +97,7 @@ def inspect(words: list[str], method: str | None = None) -> Findings:
     found.notices += recipe.notices
     found.resolved = run.resolved_recipe(recipe, classes)
     found.attempt(read_launch, launch_settings, found)
+    found.on_cpu = found.launch.use_cpu or bool(recipe.values.get("use_cpu"))
     found.attempt(run.check_adapter_keys, recipe)
     found.attempt(run.check_output, recipe, found.resolved)
     if not found.launch_name:
@@ -182,12 +199,11 @@ def check_model_and_data(
 
 
 def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
-    """Estimate the memory of one GPU; see `prefopt.memory`."""
+    """Estimate the memory of one GPU, with what `auto` chooses on it; see `prefopt.memory`."""
     name = str(model_args.model_name_or_path)
     model_config = run.read_config(name, model_args, config)
     adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
-    tokens, scored = micro_batch_tokens(config, found.reports)
-    return estimate(
+    planned = Run(
         ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code),
         found.launch,
         dtype=model_args.dtype,
@@ -195,10 +211,29 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
         optimizer=config.optim.value,
         four_bit=model_args.load_in_4bit,
         keeps_reference=adapter is None and keeps_reference(found.method, config),
-        checkpointing=config.gradient_checkpointing,
-        tokens=tokens,
-        scored_tokens=scored,
+        fused=config.use_liger_kernel,
+        accumulates=config.gradient_accumulation_steps > 1 or config.tokens_per_micro_batch is not None,
+        scores_tokens=COMMANDS[found.method].rows == "pairs" or found.method == "rrhf",
     )
+    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_CARD
+    tokens, scored = micro_batch_tokens(config, found.reports)
+    if (wanted := config.tokens_per_micro_batch) is not None and not (wanted == "auto" and found.on_cpu):
+        if wanted == "auto":
+            wanted = choose_tokens(planned, ways_of(config, planned.shape), available=card)
+        tokens, scored = wanted, round(wanted * scored / tokens)
+        found.batch += f"; as micro-batches of up to {wanted:,} tokens"
+    way = recomputation_of(config)
+    found.checkpointing = f"Checkpointing: {way}."
+    if config.checkpointing == "auto" and found.on_cpu:
+        way, found.checkpointing = Recomputation("none"), NOTHING_ON_CPU
+    elif config.checkpointing == "auto":
+        way = choose_recomputation(
+            planned, ways_of(config, planned.shape), tokens=tokens, scored_tokens=scored, available=card
+        )
+        found.checkpointing = explain(planned, way, tokens=tokens, scored_tokens=scored, card=card)
+        if not torch.cuda.is_available():
+            found.checkpointing += f" There is no GPU here: reckoned with a card of {card / 1e9:.0f} GB."
+    return estimate(planned, way, tokens=tokens, scored_tokens=scored)
 
 
 def check_disk(name: str, model_config: Any, config: Any, model_args: ModelConfig, found: Findings) -> None:
@@ -245,6 +280,7 @@ def report(found: Findings) -> str:
     for data in found.reports:
         lines += ["", data.table()]
     if found.memory is not None:
+        lines += ["", found.checkpointing]
         lines += ["", f"memory of one GPU, estimated ({found.memory.total / GIB:.1f} GiB):", found.memory.table()]
     if found.notices:
         lines += ["", *(f"note: {notice}" for notice in found.notices)]

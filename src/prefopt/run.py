@@ -40,6 +40,8 @@ from prefopt.trainers.samples import SAMPLES_FILE
 # may differ between a run and its continuation: where it writes, what it reports, how long it goes on
 FREE_TO_CHANGE = names_without_effect(RunArguments) | {
     "output_dir", "resume_from_checkpoint", "resume_changed", "num_train_epochs", "max_steps", "master_weights",
+    "checkpointing", "gradient_checkpointing", "gradient_checkpointing_kwargs", "selective_checkpointing",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "tokens_per_micro_batch",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
     "logging_strategy", "logging_steps", "logging_first_step",
@@ -48,7 +50,7 @@ FREE_TO_CHANGE = names_without_effect(RunArguments) | {
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
 }  # fmt: skip
 # settings that the recipes of earlier versions do not hold, with the value that describes what happened then
-ADDED_LATER: dict[str, Any] = {"lora_init": "default", "warmup_type": "linear"}
+ADDED_LATER: dict[str, Any] = {"lora_init": "default", "warmup_type": "linear", "compile_blocks": False}
 # key, value (a pattern), module (one of several), how it is installed: packages that are no dependencies of this one
 _QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")
 NEEDS_PACKAGE = (
@@ -75,6 +77,8 @@ LM_HEADS = ("lm_head", "embed_out", "output")
 def resolved_recipe(recipe: Recipe, classes: Sequence[type]) -> str:
     """Write the recipe with all defaults as YAML, without values that follow from the number of processes."""
     derived = {"gradient_accumulation_steps"} if "global_batch_size" in recipe.values else set()
+    if recipe.values.get("gradient_checkpointing") is not None:
+        derived.add("checkpointing")
     return resolved_yaml(recipe, classes, without_defaults=frozenset(derived | {"local_rank"}))
 
 

@@ -180,3 +180,15 @@ def test_an_adapter_under_zero3_with_checkpointing(workspace):
     assert "gradient checkpointing is re-entrant" in printed
     # LoRA's first matrices are drawn on each rank from the recipe's seed
     assert trajectory(output) == pytest.approx(trajectory(one), abs=1e-4)
+
+
+@pytest.mark.parametrize(("config", "mode"), [("cpu_ddp_2ranks", "every_n"), ("cpu_zero3_2ranks", "selective")])
+def test_micro_batches_of_tokens_and_recomputation_on_two_ranks(workspace, single, config, mode):
+    """The same steps of 8 pairs in another division, with layers that run twice (and gather twice under ZeRO-3)."""
+    settings = {"tokens_per_micro_batch": 150, "checkpointing": mode, "gradient_checkpointing": None}
+    output, printed = launch(workspace, f"tokens-{config}", config=config, layout="packed", **settings)
+    assert "Each optimizer step of 8 examples runs as 3 micro-batch(es) on each of 2 process(es)" in printed
+    assert trajectory(output) == pytest.approx(trajectory(single), abs=1e-4)
+    for name in ("grad_norm", "rewards/margins", "wpo/effective_pairs"):
+        assert trajectory(output, name) == pytest.approx(trajectory(single, name), rel=1e-3, abs=1e-4), name
+    check_complete(output, single)

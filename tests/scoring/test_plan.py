@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.scoring.plan import BatchPlan, GroupLengths, pack_rows
+from prefopt.scoring.plan import BatchPlan, GroupLengths, fewest_micro_batches, pack_rows
 
 
 def lognormal_lengths(count: int, *, prompt: int, chosen: int, rejected: int, cap: int = 2048, seed: int = 0):
@@ -125,6 +125,47 @@ def test_drop_last_leaves_out_the_smaller_step():
     settings_ = {"count": 10, "groups_per_micro_batch": 4, "capacity": None, "epoch": 0}
     assert len(build(**settings_)) == 3
     assert len(build(**settings_, drop_last=True)) == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans, st.integers(1, 12))
+def test_a_step_keeps_its_groups_however_many_micro_batches_it_has(given_plan, micro_batches):
+    """The groups of a step do not depend on its division, which need not be even; all ranks run alike."""
+    pairs = build(**given_plan)
+    tokens = build(**given_plan | {"micro_batches": micro_batches}, groups_per_step=pairs.groups_per_step)
+    assert tokens.num_steps == pairs.num_steps
+    for step in range(pairs.num_steps):
+        members = [
+            sorted(i for rank in plan.step(plan.epoch, step) for m in rank if not m.is_filler for i in m.indices)
+            for plan in (pairs, tokens)
+        ]
+        assert members[0] == members[1]
+        assert {len(rank) for rank in tokens.step(tokens.epoch, step)} == {micro_batches}
+        sizes = {m.step_groups for rank in tokens.step(tokens.epoch, step) for m in rank}
+        assert sizes == {len(members[0])}
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("capacity", [16384, None], ids=["packed", "padded"])
+def test_micro_batches_of_tokens_are_as_few_as_hold_no_more(world, capacity):
+    """UltraFeedback's lengths, 128 pairs a step: no micro-batch of two epochs is larger; one fewer would be."""
+    lengths = lognormal_lengths(1280, prompt=190, chosen=327, rejected=302)
+
+    def plan(micro_batches):
+        return BatchPlan(
+            lengths, groups_per_step=128, micro_batches=micro_batches, world_size=world, max_tokens_per_row=capacity
+        )
+
+    count, heaviest = fewest_micro_batches(plan, 8192, epochs=2)
+    chosen = plan(count)
+    sizes = [
+        chosen.tokens(m) for epoch in (0, 1) for step in range(10) for rank in chosen.step(epoch, step) for m in rank
+    ]
+    assert max(sizes) == heaviest <= 8192
+    assert count == 1 or plan(count - 1).heaviest(epochs=2) > 8192
+    if capacity:
+        assert statistics.mean(sizes) > 0.7 * 8192 or world == 8  # 16 pairs a rank make two micro-batches
+    assert fewest_micro_batches(plan, 10, epochs=1)[0] == 128 // world  # a pair each
 
 
 def test_a_group_that_fits_in_no_row_is_refused():

@@ -22,7 +22,7 @@ USUAL = frozenset(
         "loss_type", "loss_weights", "beta", "label_smoothing", "precompute_ref_log_probs", "dataset_num_proc",
         "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
         "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-        "gradient_accumulation_steps", "gradient_checkpointing", "logging_steps", "report_to", "run_name",
+        "gradient_accumulation_steps", "gradient_checkpointing_kwargs", "logging_steps", "report_to", "run_name",
         "do_eval", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
         "push_to_hub", "hub_model_id", "model_init_kwargs", "trust_remote_code",
         "model_name_or_path", "model_revision", "dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha",

@@ -28,6 +28,7 @@ ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
     (("test_split_size",), ("dataset_test_split",)),
     (("global_batch_size",), ("gradient_accumulation_steps",)),
+    (("checkpointing",), ("gradient_checkpointing", "selective_checkpointing")),
 )
 
 # annotations that are narrower than what is accepted here

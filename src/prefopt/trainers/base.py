@@ -2,14 +2,14 @@
 
 A method trainer defines the loss of one micro-batch (`step_loss`). `BaseTrainer` runs it over micro-batches and ranks
 so that the gradient is that of the mean over the whole optimizer step, each example is used once an epoch, and metrics
-are those of the whole step. It comes first; after it the row capacity, the data loader, the callback and the layers'
-checkpointing that it uses.
+are those of the whole step. It comes first; after it the callback, the data loader and the row capacity that it uses.
 
 Letters: B examples of a micro-batch.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -29,7 +29,6 @@ from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -48,6 +47,8 @@ from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_packing
 from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
+from prefopt.trainers import fitting
+from prefopt.trainers.checkpointing import checkpoint_selectively
 from prefopt.trainers.checkpoints import (
     cannot_resume,
     check_origin,
@@ -63,7 +64,7 @@ from prefopt.trainers.collators import PlannedBatches
 from prefopt.trainers.console import print_few_figures
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
-from prefopt.trainers.policy import base_model_of, weights_fingerprint
+from prefopt.trainers.policy import base_model_of, compile_blocks, use_liger, weights_fingerprint
 from prefopt.trainers.precision import MasterWeights, UpdatesLost, keep_updates
 
 METHOD_STATE_FILE = "method_state.json"
@@ -105,6 +106,7 @@ class BaseTrainer(HookedTrainer):
     # of the data sets that were given as rows, by name: what became of the rows, and the sets as they were given
     tokenization_reports: dict[str, TokenizationReport]
     given_datasets: dict[str, Dataset]
+    keeps_reference = False  # a reference model beside the policy
 
     def __init__(
         self,
@@ -123,7 +125,9 @@ class BaseTrainer(HookedTrainer):
                 f"{args.n_gpu} GPUs are visible to one process. Start the run with `accelerate launch` (or `prefopt "
                 f"... --num_processes {args.n_gpu}`), or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
+        args = copy.copy(args)  # what is settled for this model and data is not settled for the config's next one
         self.collate = collate
+        self.groups_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._lengths: dict[str, list[GroupLengths]] = {}
         self._train_sums = MetricSums()
         self._eval_sums = MetricSums()
@@ -155,6 +159,9 @@ class BaseTrainer(HookedTrainer):
                 "ZeRO-3 or FSDP."
             )
         self.layout = self._choose_layout()
+        fitting.settle(self)
+        if args.compile_blocks:
+            compile_blocks(base_model_of(self.model))
         self.add_early_callback(_RunCallback(self))
         print_few_figures(self)
         self.model.add_model_tags(list(self._tag_names))
@@ -359,28 +366,71 @@ class BaseTrainer(HookedTrainer):
         """Give the models back the attention that they were given with, once nothing will run backward."""
         restore_attention(self.model)
 
-    def _row_capacity(self, lengths: list[GroupLengths], batch_size: int) -> int | None:
+    def prepare_layers(self, model: Any) -> None:
+        """Give a reference the layers that the policy will have: liger's, compiled ones."""
+        use_liger(model, self.args)
+        if self.args.compile_blocks:
+            compile_blocks(base_model_of(model))
+
+    def row_capacity(self, lengths: Sequence[GroupLengths], *, training: bool) -> int | None:
+        """Return the capacity of a packed row in tokens; None for padded batches."""
+        args = self.args
         if self.layout.name == "padded":
             return None
-        if self.args.max_tokens_per_row is not None:
-            return self.args.max_tokens_per_row
-        return row_capacity(lengths, groups_per_row=batch_size)
+        if args.max_tokens_per_row is not None:
+            return args.max_tokens_per_row
+        if training and args.tokens_per_micro_batch is not None:
+            # one row a micro-batch, the few too that come out larger than they should
+            return row_capacity(lengths, tokens=1.25 * args.tokens_per_micro_batch)
+        size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        longest = max(group.packed for group in lengths)
+        mean = sum(group.packed for group in lengths) / len(lengths)
+        return row_capacity(lengths, tokens=1.5 * mean * size + longest / 2)
 
-    def _loader(self, dataset: Dataset, *, training: bool) -> DataLoader:
-        args, lengths = self.args, self.lengths(dataset)
-        batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-        plan = BatchPlan(
+    def divide_step(self, micro_batches: int) -> None:
+        """Run each optimizer step as this number of micro-batches; before anything is wrapped."""
+        self.args.gradient_accumulation_steps = micro_batches  # accelerator's own stays 1: it would scale the loss
+        if self.is_deepspeed_enabled:
+            # it must get three numbers that fit together, and scales nothing by them
+            self.accelerator.state.deepspeed_plugin.deepspeed_config.update(
+                train_micro_batch_size_per_gpu=1,
+                gradient_accumulation_steps=micro_batches,
+                train_batch_size=micro_batches * self.args.world_size,
+            )
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the examples of one optimizer step over all processes."""
+        return self.groups_per_step
+
+    def training_plan(self, *, micro_batches: int | None = None) -> BatchPlan:
+        """Make this rank's plan of the training data, with this many micro-batches a step or those of the config."""
+        args, lengths = self.args, self.lengths(self.train_dataset)
+        return BatchPlan(
             lengths,
-            groups_per_micro_batch=batch_size,
-            micro_batches=args.gradient_accumulation_steps if training else 1,
+            micro_batches=micro_batches or args.gradient_accumulation_steps,
+            groups_per_step=self.groups_per_step,
             world_size=args.world_size,
             rank=args.process_index,
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            max_tokens_per_row=self._row_capacity(lengths, batch_size),
-            shuffle=training and args.train_sampling_strategy == "random",
-            drop_last=training and args.dataloader_drop_last,
+            max_tokens_per_row=self.row_capacity(lengths, training=True),
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
         )
-        workers = args.dataloader_num_workers
+
+    def evaluation_plan(self, dataset: Dataset) -> BatchPlan:
+        """Make this rank's plan of an evaluation set, in its order."""
+        args, lengths = self.args, self.lengths(dataset)
+        return BatchPlan(
+            lengths,
+            groups_per_micro_batch=args.per_device_eval_batch_size,
+            world_size=args.world_size,
+            rank=args.process_index,
+            max_tokens_per_row=self.row_capacity(lengths, training=False),
+            shuffle=False,
+        )
+
+    def _loader(self, dataset: Dataset, plan: BatchPlan) -> DataLoader:
+        args, workers = self.args, self.args.dataloader_num_workers
         return PlannedLoader(
             PlannedBatches(dataset, self.collate, self.layout),
             batch_sampler=plan,
@@ -396,7 +446,7 @@ class BaseTrainer(HookedTrainer):
         """Make the loader of this rank's micro-batches; accelerate must not shard it, since the plan does already."""
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
-        return self._loader(self.train_dataset, training=True)
+        return self._loader(self.train_dataset, self.training_plan())
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Make the loader of this rank's evaluation batches, in the data set's order."""
@@ -405,7 +455,7 @@ class BaseTrainer(HookedTrainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
-        return self._loader(dataset, training=False)
+        return self._loader(dataset, self.evaluation_plan(dataset))
 
     # ---- training
 
@@ -715,10 +765,8 @@ class _RunCallback(TrainerCallback):
         self.trainer.check_saving()
         self.trainer.check_space()
         self.trainer.before_first_update()
-        if args.gradient_checkpointing and args.selective_checkpointing:
-            # Trainer has turned checkpointing on by now, with the config's options, which hold no function
-            layers = base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
-            layers.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": selective_contexts})
+        if args.checkpointing == "selective":  # Trainer has turned checkpointing on by now
+            checkpoint_selectively(base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model)))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restart the clock of tokens/s, so that the time between epochs does not count."""
@@ -750,16 +798,10 @@ class PlannedLoader(DataLoader):
             self.batch_sampler.max_tokens_per_row = None
 
 
-def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int) -> int:
-    """Choose the tokens of a packed row where the recipe sets none: enough for one row a micro-batch.
-
-    Args:
-        lengths: of all groups.
-        groups_per_row: groups that one micro-batch holds on average.
-    """
+def row_capacity(lengths: Sequence[GroupLengths], *, tokens: float) -> int:
+    """Return the capacity of a packed row that is to hold so many tokens, or the longest group."""
     longest = max(group.packed for group in lengths)
-    mean = sum(group.packed for group in lengths) / len(lengths)
-    return math.ceil(max(longest, 1.5 * mean * groups_per_row + longest / 2) / 1024) * 1024
+    return math.ceil(max(longest, tokens) / 1024) * 1024
 
 
 def compiled_so_far() -> dict[str, float]:
@@ -772,28 +814,6 @@ def compiled_so_far() -> dict[str, float]:
         return {}
     seconds = sum((metrics.duration_us or 0) for metrics in utils.get_compilation_metrics()) / 1e6
     return {"perf/compiled_graphs": float(graphs), "perf/compile_seconds": seconds}
-
-
-_aten = torch.ops.aten
-KEPT = (
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._flash_attention_forward.default,
-)
-"""Operations whose results selective checkpointing keeps: nearly all of a layer's arithmetic."""
-
-
-def selective_contexts() -> Any:
-    """Return contexts of forward and recomputation that keep matrix products and attention, for `context_fn`.
-
-    Only norms and activations are recomputed then: more memory, less time.
-    """
-    return create_selective_checkpoint_contexts(list(KEPT))
 
 
 def keep_float32_under_fsdp2(accelerator: Accelerator) -> None:

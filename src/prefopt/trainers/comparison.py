@@ -26,14 +26,14 @@ from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, evaluated
 from prefopt.trainers.collators import in_rows, step_columns
-from prefopt.trainers.config import BatchConfig, check_unset, choose_precision
+from prefopt.trainers.config import BatchConfig, before_transformers, check_unset
 from prefopt.trainers.data_tables import show_report
 from prefopt.trainers.policy import add_adapter, check_trainable, load_tokenizer
 
 # TRL settings that would change a result here and have no counterpart: field, value that means "off", what to do
 _REFUSED = (
     ("center_rewards_coefficient", None, "Rewards are not centred here."),
-    ("activation_offloading", False, "Use `gradient_checkpointing` to save activation memory."),
+    ("activation_offloading", False, "Use `checkpointing` to save activation memory."),
     ("chat_template_path", None, "Set the tokenizer's `chat_template`."),
     ("eos_token", None, "Set the tokenizer's `eos_token`."),
     ("pad_token", None, "Set the tokenizer's `pad_token`."),
@@ -53,7 +53,7 @@ class ComparisonConfig(BatchConfig, TRLRewardConfig):  # type: ignore[misc]  # l
     )
 
     def __post_init__(self) -> None:
-        choose_precision(self)
+        before_transformers(self)
         super().__post_init__()
         self.check_batching()
         check_unset(self, _REFUSED)

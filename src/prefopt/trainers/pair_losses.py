@@ -121,6 +121,7 @@ class PairLoss:
     Attributes:
         function: the pure function; it takes what `reads` returns, then `columns`, then `beta` and `settings`.
         reads: which numbers of a pair it takes.
+        rewards: which numbers, times beta, are its implicit rewards, for the metrics.
         columns: columns of the data that it takes, (B,) each.
         settings: fields of the config that it takes.
         needs_reference: False if it takes no log-probs of the reference.
@@ -129,6 +130,7 @@ class PairLoss:
 
     function: Callable[..., Tensor]
     reads: Callable[[PairScores], Pair] = PairScores.logratios
+    rewards: Callable[[PairScores], Pair] = PairScores.logratios
     columns: tuple[str, ...] = ()
     settings: tuple[LossSetting, ...] = ()
     needs_reference: bool = True
@@ -152,11 +154,12 @@ _EXO_SMOOTHING = LossSetting("label_smoothing", "(0, 0.5]", why=" (the loss is i
 _TAU = LossSetting("discopop_tau", "(0, 1]", keyword="tau")
 _GAMMA = LossSetting("gamma_beta_ratio", "[0, inf)")
 
-# TRL's names; `apo_zero` and `apo_down` are Anchored PO
+# TRL's names, and `ipo_sum`; `apo_zero` and `apo_down` are Anchored PO
 PAIR_LOSSES: dict[str, PairLoss] = {
     "sigmoid": PairLoss(losses.dpo_loss, settings=(_SMOOTHING,)),
     "hinge": PairLoss(losses.hinge_loss),
     "ipo": PairLoss(losses.ipo_loss, PairScores.mean_logratios),
+    "ipo_sum": PairLoss(losses.ipo_loss),  # as the paper's equation and the SPPO repository: no division by length
     "sigmoid_norm": PairLoss(losses.sigmoid_norm_loss, PairScores.mean_logratios),
     "exo_pair": PairLoss(losses.exo_pair_loss, settings=(_EXO_SMOOTHING,)),
     "nca_pair": PairLoss(losses.nca_pair_loss),
@@ -168,7 +171,9 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "apo_zero": PairLoss(losses.anchored_zero_loss),
     "apo_down": PairLoss(losses.anchored_down_loss),
     "discopop": PairLoss(losses.discopop_loss, settings=(_TAU,)),
-    "simpo": PairLoss(losses.simpo_loss, PairScores.mean_logps, settings=(_GAMMA,), needs_reference=False),
+    "simpo": PairLoss(
+        losses.simpo_loss, PairScores.mean_logps, PairScores.mean_logps, settings=(_GAMMA,), needs_reference=False
+    ),
 }
 
 SFT = "sft"

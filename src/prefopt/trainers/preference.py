@@ -35,6 +35,7 @@ from prefopt.trainers.pair_losses import (
     PAIR_LOSSES,
     REFERENCE_FREE_LOSSES,
     SFT,
+    Pair,
     PairLoss,
     PairScores,
     ReferenceScores,
@@ -54,17 +55,16 @@ SIDES = ("chosen", "rejected")
 __all__ = ["PreferenceTrainer", "ReferenceScores"]
 
 
-def record_pairs(sums: MetricSums, pair: PairScores, scores: CompletionScores, real: Tensor, *, beta: float) -> None:
+def record_pairs(sums: MetricSums, pair: PairScores, rewards: Pair, scores: CompletionScores, real: Tensor) -> None:
     """Add rewards, log-probs, lengths, and the vocabulary statistics where the scores have them.
 
     Args:
         sums: where the metrics are added.
         pair: (B,) scores of the pairs.
+        rewards: (B,) implicit rewards of the chosen and of the rejected completions.
         scores: (2B,) scores of their completions, chosen and rejected in turn.
         real: (B,) False for a pair that only fills a micro-batch.
-        beta: turns log-ratios into rewards.
     """
-    rewards = [beta * logratios for logratios in pair.logratios()]
     logps, counts = (pair.chosen_logps, pair.rejected_logps), (pair.chosen_counts, pair.rejected_counts)
     sums.add_mean("rewards/margins", rewards[0] - rewards[1], real)
     sums.add_mean("rewards/accuracies", (rewards[0] > rewards[1]).float(), real)
@@ -182,6 +182,7 @@ class PreferenceTrainer(BaseTrainer):
         self._cached_module: str | None = None  # fingerprint of a reference that is given up once it has scored
         reference = reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
         policy = with_adapter(loaded, args, peft_config)
+        self.keeps_reference = reference is not None and not args.precompute_ref_log_probs
         super().__init__(
             model=policy,
             args=args,
@@ -199,6 +200,8 @@ class PreferenceTrainer(BaseTrainer):
         if args.precompute_ref_log_probs:
             self._attach_scores_to_all(reference)
             reference = None
+        if self.keeps_reference:
+            self.prepare_layers(reference)
         self.reference = Reference(reference, policy, self.accelerator) if self.needs_reference else None
 
     @property
@@ -219,8 +222,7 @@ class PreferenceTrainer(BaseTrainer):
         total = torch.where(batch["real"], losses, 0.0).sum()
         loss = self.reduce(total, batch) + self._token_terms(pair, scores, batch, sums)
         self.record(losses, pair, scores, batch, sums)
-        rewards = torch.stack([self.args.beta * logratios for logratios in pair.logratios()], dim=1)
-        return loss, rewards.detach()
+        return loss, torch.stack(self.rewards(pair), dim=1).detach()
 
     def score_completions(self, model: nn.Module, batch: dict[str, Any]) -> CompletionScores:
         """Score all completions of the batch under the policy."""
@@ -268,6 +270,16 @@ class PreferenceTrainer(BaseTrainer):
         weights = self.pair_weights(pair)
         return total if weights is None else total * weights
 
+    def rewards(self, pair: PairScores) -> Pair:
+        """Compute the implicit rewards (B,) of chosen and rejected, for the metrics.
+
+        Beta times what the loss takes as the reward; with several losses that disagree, beta times the log-ratios.
+        """
+        kinds = {self.pair_loss_table[name].rewards for name in self.args.loss_type if name != SFT}
+        read = kinds.pop() if len(kinds) == 1 else PairScores.logratios
+        chosen, rejected = read(pair)
+        return self.args.beta * chosen, self.args.beta * rejected
+
     def pair_weights(self, pair: PairScores) -> Tensor | None:
         """Compute WPO's weight of each pair, (B,), without gradient; None where `use_weighting` is off."""
         if not self.args.use_weighting:
@@ -279,7 +291,7 @@ class PreferenceTrainer(BaseTrainer):
     ) -> None:
         """Add this micro-batch's metrics."""
         real = batch["real"]
-        record_pairs(sums, pair, scores, real, beta=self.args.beta)
+        record_pairs(sums, pair, self.rewards(pair), scores, real)
         weights = self.pair_weights(pair)
         if weights is not None:
             record_weights(sums, weights, pair, real, max_weight=self.args.max_weight)
