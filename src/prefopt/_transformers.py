@@ -33,8 +33,10 @@ __all__ = [
     "drop_weight_conversions",
     "initialise",
     "model_from_config",
+    "progress_callbacks",
     "set_attention",
     "share_tied_weights",
+    "tensorboard_writer",
 ]
 
 CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")

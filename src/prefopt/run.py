@@ -63,6 +63,8 @@ NEEDS_PACKAGE = (
     ("use_liger_kernel", "True", "liger_kernel", "pip install 'prefopt[fast]'"),
     ("report_to", "wandb", "wandb", "pip install wandb"),
     ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
+    ("report_to", "trackio", "trackio", "pip install trackio"),
+    ("report_to", "mlflow", "mlflow", "pip install mlflow"),
 )
 # ignored without `use_peft`
 ADAPTER_KEYS = (

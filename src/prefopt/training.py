@@ -34,11 +34,11 @@ from prefopt.data import (
 from prefopt.data.rows import Kind
 from prefopt.files import locked, parse_yaml, read_json, storage_fault, user_path, write_json, write_jsonl
 from prefopt.hardware import describe_hardware
-from prefopt.launch import check_launcher, print_on_main, rank, world_size
+from prefopt.launch import check_launcher, print_on_main, rank, split_launch_settings, world_size
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
-from prefopt.recipes.recipe import Recipe, before_training, read_recipe, resolved_yaml
-from prefopt.recipes.source import packaged_name
+from prefopt.recipes.recipe import Recipe, before_training, parse_settings, resolved_yaml
+from prefopt.recipes.source import packaged_name, read_settings
 from prefopt.reports.runs import NOT_COMPARED, write_report
 from prefopt.run import (
     LOG_FILE,
@@ -120,7 +120,10 @@ def differences(recipe: Recipe, classes: Sequence[type], resolved: str) -> dict[
         `baseline`, the packaged recipe's name (None: the defaults), and `differences`, key -> [there, here].
     """
     name = packaged_name(recipe.name) if recipe.name is not None else None
-    base = Recipe(None) if name is None else read_recipe([name], classes)
+    base = Recipe(None)
+    if name is not None:  # its `env:` has had its effect already, where the user left it
+        settings = [setting for setting in read_settings(name, []) if setting.key != "env"]
+        base = parse_settings(name, split_launch_settings(settings)[1], classes)
     before = parse_yaml(resolved_yaml(base, classes), "the baseline")[0] or {}
     now = parse_yaml(resolved, "the recipe")[0]
     keys = [key for key in now if key not in NOT_REPORTED and before.get(key) != now[key]]
