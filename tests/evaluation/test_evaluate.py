@@ -389,6 +389,8 @@ def test_the_report_names_the_best_iteration_and_grows(tmp_path):
         "](iteration-10/report/progress.svg)" in text
         and (tmp_path / "iteration-10" / "report" / "progress.svg").read_text().count('<path class="line"') == 6
     )
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<figure>") == 3 and ">Length drift</text>" in html and "<strong>iteration 2</strong>" in html
     assert "Iteration 2" not in (tmp_path / "iteration-1" / "report" / "report.md").read_text()
 
 
