@@ -39,6 +39,7 @@ from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
 from prefopt.trainers.checkpointing import recomputation_of
 from prefopt.trainers.checkpoints import check_space
+from prefopt.trainers.data_tables import data_warnings
 from prefopt.trainers.fitting import NOTHING_ON_CPU, explain, ways_of
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.training import suite_of, tokenise_data
@@ -188,7 +189,7 @@ def check_model_and_data(
         with contextlib.redirect_stdout(sys.stderr):
             datasets, found.reports = found.attempt(tokenise_data, rows, tokenizer, config, data_args) or ({}, [])
             for data in found.reports:
-                found.notices += run.data_warnings(data, config.max_length)
+                found.notices += data_warnings(data, config.max_length)
             for split, dataset in datasets.items():
                 found.attempt(trainer.check_data, dataset, config, split)
                 if not run.is_adapter(name):
