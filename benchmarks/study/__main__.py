@@ -41,13 +41,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="with --device cuda: tiny sizes, on the CPU")
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, help="at most this many seeds beside seed 0")
-    parser.add_argument("--minutes", type=float, help="stop after this time; a rerun goes on")
+    parser.add_argument("--minutes", type=float, help="stop after this time; a rerun goes on (12 with --device cuda)")
     parser.add_argument(
         "--results", type=Path, help="file of finished units (benchmarks/study/results/<device>.jsonl)"
     )
     parser.add_argument("--page", type=Path, help="where the page goes (docs/study.md; none with --quick)")
     parser.add_argument("--only-page", action="store_true", help="write the page of what is recorded, run nothing")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.dry_run and options.device != "cuda":
+        parser.error("--dry-run is for --device cuda; --quick is the small run on a CPU.")
+    if options.minutes is None and options.device == "cuda":
+        options.minutes = 12.0
+    return options
 
 
 def make_lab(options: argparse.Namespace) -> Lab:
@@ -69,6 +74,7 @@ def make_lab(options: argparse.Namespace) -> Lab:
         deadline=None if options.minutes is None else time.monotonic() + 60 * options.minutes,
         seeds=seeds,
         quick=options.quick or options.dry_run,
+        policies=Path("outputs/study/policies"),
     )
 
 

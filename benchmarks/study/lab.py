@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from benchmarks.study.results import Results, Row
 from benchmarks.study.world import (
@@ -35,6 +36,7 @@ from benchmarks.study.world import (
     true_reward,
     user,
 )
+from prefopt.files import content_hash
 
 VERSION = 1  # of the world, the sampling and the scores: raise it when they change, and everything runs again
 MAX_NEW_TOKENS = 16
@@ -81,6 +83,7 @@ class Lab:
         deadline: on `time.monotonic`'s clock; no unit starts after it.
         seeds: at most this many of an experiment's seeds; None: all.
         quick: one candidate for every hyperparameter, as the point is that everything runs.
+        policies: folder of the taught policies, which all experiments share; None: not kept.
         visited: units that this process has asked for and got, in order.
     """
 
@@ -91,6 +94,7 @@ class Lab:
     deadline: float | None = None
     seeds: int | None = None
     quick: bool = False
+    policies: Path | None = None
     visited: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -156,17 +160,27 @@ class Lab:
 
     def policy(self, seed: int, writer: Writer = START_WRITER, *, pupil: int = 0) -> Any:
         """Return a policy that has been taught `writer`'s answers; never train it, only copies of it."""
-        return self.once(
-            ("policy", seed, writer, pupil),
-            lambda: teach(
-                Path(self._folder),
-                self.tokenizer,
-                seed=1000 * seed + pupil,
-                writer=writer,
-                shape=self.scale.shape,
-                cpu=self.device == "cpu",
-            ),
+        return self.once(("policy", seed, writer, pupil), lambda: self._taught(seed, writer, pupil))
+
+    def _taught(self, seed: int, writer: Writer, pupil: int) -> Any:
+        made = None
+        if self.policies is not None:
+            made = self.policies / content_hash(VERSION, seed, asdict(writer), pupil, asdict(self.scale.shape))
+            if made.is_dir():
+                return LlamaForCausalLM.from_pretrained(made).to(self.device).eval()
+        policy = teach(
+            Path(self._folder),
+            self.tokenizer,
+            seed=1000 * seed + pupil,
+            writer=writer,
+            shape=self.scale.shape,
+            cpu=self.device == "cpu",
         )
+        if made is not None:
+            partial = made.with_name(f"{made.name}.{os.getpid()}")
+            policy.save_pretrained(partial)
+            partial.rename(made)
+        return policy
 
     @staticmethod
     def copy(policy: Any) -> Any:
@@ -225,13 +239,19 @@ class Lab:
 
     # ---- scores
 
-    def score(self, policy: Any, start: Any, seed: int) -> dict[str, float]:
+    def score(
+        self,
+        policy: Any,
+        start: Any,
+        seed: int,
+        keep: Callable[[Sequence[str]], Sequence[str]] = list,
+    ) -> dict[str, float]:
         """Score a policy under the true rule, beside its KL to the start (nats an answer) and its length.
 
         The KL is the mean over the policy's own samples of the sum over tokens of KL(policy || start) at each, which
-        has the mean of the sampled log-ratio and less noise.
+        has the mean of the sampled log-ratio and less noise. `keep` filters the test prompts.
         """
-        prompts = self.test_prompts(seed)
+        prompts = keep(self.test_prompts(seed))
         answers = self.sample(policy, prompts, self.scale.answers, seed=7000 + seed)
         pairs = [(prompt, text) for prompt, texts in zip(prompts, answers) for text in texts]
         return {

@@ -39,17 +39,27 @@ READ_COLUMNS = {
 HEAD = {"general_preference": {"dim": 4, "temperature": 0.1}, "bradley_terry": {"temperature": 1.0}}
 
 
-def train_ranker(lab: Lab, start: Any, rows: Sequence[Row], seed: int, *, loss_type: str, rate: float = 1.0) -> Any:
+def train_ranker(
+    lab: Lab,
+    start: Any,
+    rows: Sequence[Row],
+    seed: int,
+    *,
+    loss_type: str,
+    rate: float = 1.0,
+    pooling: str = "eos",
+) -> Any:
     """Train a preference model on the start policy's backbone."""
     return lab.train(
         GeneralPreferenceTrainer,
         GeneralPreferenceConfig,
         start,
         rows,
-        num_train_epochs=3,
+        num_train_epochs=4,
         seed=seed,
         learning_rate=rate * lab.scale.learning_rate,
         loss_type=loss_type,
+        pooling=pooling,
         **HEAD[loss_type],
     ).model
 
@@ -64,17 +74,25 @@ def tables(lab: Lab, ranker: Any, prompts: Sequence[str], answers: Sequence[Sequ
 
 
 def play(
-    lab: Lab, start: Any, ranker: Any, seed: int, *, method: str, beta: float, measure: Callable[[Any], Row]
+    lab: Lab,
+    start: Any,
+    ranker: Any,
+    seed: int,
+    *,
+    method: str,
+    beta: float,
+    measure: Callable[[Any], Row],
+    keep: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> list[Row]:
     """Train for some iterations, each on pairs of the policy's own samples; return what `measure` finds after each.
 
-    The reference of an iteration is the policy that it starts from.
+    The reference of an iteration is the policy that it starts from. `keep` filters the prompts.
     """
     trainer, config, picking = ALIGNERS[method]
     loss = {"loss_type": method} if method in READ_COLUMNS else {}
     policy, found = start, []
     for iteration in range(ITERATIONS):
-        prompts = lab.prompts(seed, lab.scale.prompts, skip=iteration * lab.scale.prompts)
+        prompts = keep(lab.prompts(seed, lab.scale.prompts, skip=iteration * lab.scale.prompts))
         answers = lab.sample(policy, prompts, SAMPLES, seed=100 * seed + iteration)
         rows = []
         for prompt, texts, logits in zip(prompts, answers, tables(lab, ranker, prompts, answers)):

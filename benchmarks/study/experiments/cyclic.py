@@ -17,7 +17,8 @@ from benchmarks.study.statistics import Claim, contrast, difference
 from benchmarks.study.world import ERRORS, FLAVOURS, WORDS, draw_answer, flavour
 from prefopt.pages import table
 
-SHARES = {"0": 0, "1/3": 3, "1": 9}  # of the nine first digits 0 to 8, how many have the cyclic rule
+KINDS_ASKED = ("animals", "plants", "tools")
+SHARES = {"0": 0, "1/3": 1, "1": 3}  # how many of these kinds have the cyclic rule
 MODELS = ("general_preference", "bradley_terry")
 NAMES = {"general_preference": "GPM", "bradley_terry": "BT"}
 WRITER = replace(START_WRITER, goes_on=0.0)  # one word an answer
@@ -28,8 +29,13 @@ SMALLEST_ACCURACY, SMALLEST_EXPLOIT = 0.02, 0.02
 
 
 def is_cyclic(prompt: str, share: str) -> bool:
-    """Whether a prompt is judged by the cyclic rule: by its first digit."""
-    return int(prompt.split()[1]) < SHARES[share]
+    """Whether a prompt is judged by the cyclic rule: by its kind."""
+    return prompt.split()[0] in KINDS_ASKED[: SHARES[share]]
+
+
+def asked_prompts(prompts: Sequence[str]) -> list[str]:
+    """Keep the prompts of the three kinds that this experiment asks for."""
+    return [prompt for prompt in prompts if prompt.split()[0] in KINDS_ASKED]
 
 
 def beats(first: int | None, second: int | None) -> float:
@@ -72,16 +78,16 @@ class Cyclic(Experiment):
     title = "GPM against Bradley-Terry"
     seeds = 8
     design = f"""In this experiment a policy is taught to answer with one word. On a share of the prompts (0, 1/3, 1;
-told by the first digit) the true rule is cyclic: the flavour of the (first) word decides, 1 beats 0, 2 beats 1, 0
-beats 2; on the others the true reward decides. Annotators err in one case of ten under both. A general preference
-model (d = 4, tau 0.1) and a Bradley-Terry model (tau 1) are trained on the same comparisons; each has the learning
-rate (two) with the higher held-out accuracy on seed 0, where a third is cyclic. Accuracy is on held-out comparisons
-without errors. Then each serves as the ranker of {ITERATIONS} iterations of SPPO at the same beta ({BETA:g}).
-Exploitability is the win rate of the best reply to the policy under the *true* rule, minus 1/2. Only the first word
-counts under the cyclic rule, so it is computed exactly, from the policy's first-token probabilities, for each prompt
-against the best of the three flavours: 0 is unbeatable, {0.5 - ERRORS:g} is a policy that always gives the same
-flavour. The start leans to some words, so it can be exploited. (An earlier form, with answers of up to ten words,
-was dropped after trying it on seed 0: neither model learned the rule from 1,200 comparisons.)"""
+none, one or all of three kinds) the true rule is cyclic: the flavour of the (first) word decides, 1 beats 0, 2 beats
+1, 0 beats 2; on the others the true reward decides. Annotators err in one case of ten under both. A general
+preference model (d = 4, tau 0.1) and a Bradley-Terry model (tau 1) are trained on the same comparisons; each has the
+learning rate (two) with the higher held-out accuracy on seed 0, where a third is cyclic. Accuracy is on held-out
+comparisons without errors. Then each serves as the ranker of {ITERATIONS} iterations of SPPO at the same beta
+({BETA:g}). Exploitability is the win rate of the best reply to the policy under the *true* rule, minus 1/2. Only the
+first word counts under the cyclic rule, so it is computed exactly, from the policy's first-token probabilities, for
+each prompt against the best of the three flavours: 0 is unbeatable, {0.5 - ERRORS:g} is a policy that always gives
+the same flavour. The start leans to some words, so it can be exploited. (An earlier form, with answers of up to ten
+words, was dropped after trying it on seed 0: neither model learned the rule from 1,200 comparisons.)"""
     reading = """A scalar can order at most two of the three pairs of a circle: with these flavours' frequencies at
 most 0.77 of all comparisons. Whether that matters to the policy is another question: the last iterate of self-play
 may circle even with the right preferences, so the exploitability of the last policy and that of the mixture of the
@@ -110,28 +116,35 @@ that the first word decides is easy to learn for a general preference model, and
     def _unit(self, lab: Lab, stage: str, seed: int, share: str, model: str, rate: float, *, policy: bool) -> Row:
         def work() -> Row:
             start = lab.policy(seed, WRITER)
-            ranker = train_ranker(lab, start, self.comparisons(lab, seed, share), seed, loss_type=model, rate=rate)
+            ranker = train_ranker(
+                lab, start, self.comparisons(lab, seed, share), seed, loss_type=model, rate=rate, pooling="last"
+            )
             found = self.accuracies(lab, ranker, seed, share)
             if not policy:
                 return found
 
             def measure(trained: Any) -> Row:
-                return lab.score(trained, start, seed) | {"masses": self.masses(lab, trained, seed, share)}
+                return lab.score(trained, start, seed, asked_prompts) | {
+                    "masses": self.masses(lab, trained, seed, share)
+                }
 
-            steps = [measure(start), *play(lab, start, ranker, seed, method="sppo", beta=BETA, measure=measure)]
+            steps = [
+                measure(start),
+                *play(lab, start, ranker, seed, method="sppo", beta=BETA, measure=measure, keep=asked_prompts),
+            ]
             masses = torch.tensor([step.pop("masses") for step in steps])  # (iterations + 1, prompts, flavours + 1)
             exploits = [_mean([best_response(each) for each in part.tolist()]) for part in masses]
             mixture = _mean([best_response(each) for each in masses[1:].mean(0).tolist()])
             return found | {**steps[-1], "exploits": exploits, "exploit": exploits[-1], "mixture": mixture}
 
-        settings = {"share": share, "model": model, "rate": rate, "policy": policy}
+        settings = {"share": share, "model": model, "rate": rate, "policy": policy, "rule": "kinds", "pooling": "last"}
         return self.unit(lab, stage, seed, work, **settings, beta=BETA)
 
     @staticmethod
     def comparisons(lab: Lab, seed: int, share: str) -> list[Row]:
         """Draw annotated comparisons of the start's kind of answers."""
         rng = random.Random(f"cyclic {seed} {share}")
-        prompts = [prompt for prompt in lab.prompts(seed, 1000, skip=2000) if int(prompt.split()[1]) < 9]
+        prompts = asked_prompts(lab.prompts(seed, 1000, skip=2000))
         rows: list[Row] = []
         while len(rows) < lab.scale.comparisons:
             prompt = rng.choice(prompts)
@@ -144,7 +157,7 @@ that the first word decides is easy to learn for a general preference model, and
     def accuracies(lab: Lab, ranker: Any, seed: int, share: str) -> Row:
         """Share of held-out comparisons in the right order: all, cyclic ones, others."""
         rng = random.Random(f"held out {seed} {share}")
-        prompts = [prompt for prompt in lab.prompts(seed, 500, skip=3000) if int(prompt.split()[1]) < 9]
+        prompts = asked_prompts(lab.prompts(seed, 500, skip=3000))
         asked, answers = [], []
         while len(asked) < 600:
             prompt = rng.choice(prompts)
@@ -161,7 +174,8 @@ that the first word decides is easy to learn for a general preference model, and
     def masses(lab: Lab, policy: Any, seed: int, share: str) -> list[list[float]]:
         """Return, for each test prompt (as if it had the cyclic rule), the mass of each flavour and of none."""
         known = lab.tokenizer.get_vocab()
-        ids, mask, _ = (tensor.to(policy.device) for tensor in lab.encode([(p, "") for p in lab.test_prompts(seed)]))
+        prompts = asked_prompts(lab.test_prompts(seed))
+        ids, mask, _ = (tensor.to(policy.device) for tensor in lab.encode([(prompt, "") for prompt in prompts]))
         first = policy(ids[:, :-1], attention_mask=mask[:, :-1]).logits[:, -1].float().softmax(-1)
         columns = [[known[word] for word in WORDS if flavour(word) == k] for k in range(FLAVOURS)]
         masses = torch.stack([first[:, each].sum(1) for each in columns], dim=1)
