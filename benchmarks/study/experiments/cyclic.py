@@ -24,6 +24,7 @@ NAMES = {"general_preference": "GPM", "bradley_terry": "BT"}
 WRITER = replace(START_WRITER, goes_on=0.0)  # one word an answer
 RATES = (1.0, 3.0)
 BETA = 0.2
+COMPARISONS = 1200  # at every scale: with far fewer, no model learns a circle
 METRICS = {"accuracy": "accuracy", "exploit": "exploitability", "mixture": "the mixture's exploitability"}
 SMALLEST_ACCURACY, SMALLEST_EXPLOIT = 0.02, 0.02
 
@@ -86,8 +87,7 @@ comparisons without errors. Then each serves as the ranker of {ITERATIONS} itera
 ({BETA:g}). Exploitability is the win rate of the best reply to the policy under the *true* rule, minus 1/2. Only the
 first word counts under the cyclic rule, so it is computed exactly, from the policy's first-token probabilities, for
 each prompt against the best of the three flavours: 0 is unbeatable, {0.5 - ERRORS:g} is a policy that always gives
-the same flavour. The start leans to some words, so it can be exploited. (An earlier form, with answers of up to ten
-words, was dropped after trying it on seed 0: neither model learned the rule from 1,200 comparisons.)"""
+the same flavour. The start leans to some words, so it can be exploited."""
     reading = """A scalar can order at most two of the three pairs of a circle: with these flavours' frequencies at
 most 0.77 of all comparisons. Whether that matters to the policy is another question: the last iterate of self-play
 may circle even with the right preferences, so the exploitability of the last policy and that of the mixture of the
@@ -97,10 +97,11 @@ that the first word decides is easy to learn for a general preference model, and
 
     def choose(self, lab: Lab) -> Any:
         """Choose each model's learning rate, where a third of the prompts is cyclic."""
-        rates = RATES[:1] if lab.quick else RATES
+        if lab.quick:
+            return dict.fromkeys(MODELS, RATES[0])
         return {
             model: best(
-                [self._unit(lab, "choose", 0, "1/3", model, rate, policy=False) for rate in rates],
+                [self._unit(lab, "choose", 0, "1/3", model, rate, policy=False) for rate in RATES],
                 "accuracy",
                 within=0.0,
             )["settings"]["rate"]
@@ -109,7 +110,7 @@ that the first word decides is easy to learn for a general preference model, and
 
     def run_seed(self, lab: Lab, chosen: Any, seed: int) -> None:
         """Run both models at every share."""
-        for share in SHARES:
+        for share in SHARES if not lab.quick else ("1",):
             for model in MODELS:
                 self._unit(lab, "measure", seed, share, model, chosen[model], policy=True)
 
@@ -146,7 +147,7 @@ that the first word decides is easy to learn for a general preference model, and
         rng = random.Random(f"cyclic {seed} {share}")
         prompts = asked_prompts(lab.prompts(seed, 1000, skip=2000))
         rows: list[Row] = []
-        while len(rows) < lab.scale.comparisons:
+        while len(rows) < COMPARISONS:
             prompt = rng.choice(prompts)
             texts = [draw_answer(prompt, rng, writer=WRITER) for _ in range(2)]
             row = compare(prompt, texts, share, rng, errors=ERRORS)

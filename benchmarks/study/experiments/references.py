@@ -22,6 +22,7 @@ WRITERS = {
 }
 WEIGHTINGS = ("uniform", "arwc", "vdw", "vaw", "swcw")
 BETAS = (0.1, 0.3, 1.0)
+QUICK_WAYS = ("uniform", "vdw", "own", "damaged", "none")
 HELD_OUT = 0.2  # share of the pairs from which vdw and vaw take their weights
 
 
@@ -35,9 +36,9 @@ class References(Experiment):
 topic and repeats less; its true reward is given below), a worse one, and a damaged one: the start reading every word
 as another one, as token ids of a wrong vocabulary would. Pairs are best and worst of four samples of the start under
 the true rule, one in ten swapped. DPO on sums (`multi_dpo`) with all four references under five weightings, with
-each reference alone, and with none (a reference that gives every text the same probability). A fifth of the pairs is
-held out in every run; vdw and vaw take their weights from it. Beta (three) is chosen on seed 0 for DPO against the
-own start, and used throughout."""
+each reference alone, and with none (a reference that gives every text the same probability). Every run trains on
+four fifths of the pairs; vdw and vaw take their weights from the rest. Beta (three) is chosen on seed 0 for DPO
+against the own start, and used throughout."""
     reading = """"Spread" is how far beta times the references' margins lie apart, in nats, mean over pairs: near 0
 nobody could say which reference was used; at 1 the loss of a pair changes by a factor. The single reference to beat
 is the own start, which needs no further model; the best of the singles is known only afterwards."""
@@ -47,24 +48,25 @@ hundreds of nats there, so spread is rarely small."""
 
     def choose(self, lab: Lab) -> Any:
         """Choose beta for DPO against the own start."""
-        betas = BETAS[1:2] if lab.quick else BETAS
-        return best([self._unit(lab, "choose", 0, "own", beta) for beta in betas])["settings"]["beta"]
+        if lab.quick:
+            return BETAS[1]
+        return best([self._unit(lab, "choose", 0, "own", beta) for beta in BETAS])["settings"]["beta"]
 
     def run_seed(self, lab: Lab, chosen: Any, seed: int) -> None:
         """Run all weightings, every single reference, and none."""
-        for way in (*WEIGHTINGS, *REFERENCES, "none"):
+        for way in (*WEIGHTINGS, *REFERENCES, "none") if not lab.quick else QUICK_WAYS:
             self._unit(lab, "measure", seed, way, chosen)
 
     def _unit(self, lab: Lab, stage: str, seed: int, way: str, beta: float) -> Row:
         def work() -> Row:
             start, (rows, quality) = lab.policy(seed), lab.once(("references", seed), lambda: self.pairs(lab, seed))
-            several = way in WEIGHTINGS
+            several, held_out = way in WEIGHTINGS, way in ("vdw", "vaw")
             numbers = list(range(len(REFERENCES))) if several else [REFERENCES.index(way)] if way != "none" else []
             done = lab.train(
                 MultiReferenceDPOTrainer,
                 MultiReferenceDPOConfig,
                 start,
-                [_keep(row, numbers) for row in rows],
+                [_keep(row, numbers) for row in (rows if held_out else rows[: len(rows) - self._held_out(lab)])],
                 beta=beta,
                 mode="multi_dpo",
                 weighting=way if several else "uniform",
@@ -73,7 +75,7 @@ hundreds of nats there, so spread is rarely small."""
                 vocab_metrics=False,
                 logging_strategy="steps",
                 logging_steps=1,
-                **self._held_out(lab, way),
+                **({"validation_rows": self._held_out(lab)} if held_out else {}),
             )
             logged = [entry for entry in done.state.log_history if "references/spread" in entry]
             weights = [_mean([e[f"references/weight/{k}"] for e in logged]) for k in range(max(1, len(numbers)))]
@@ -83,12 +85,11 @@ hundreds of nats there, so spread is rarely small."""
                 "quality": quality,
             }
 
-        return self.unit(lab, stage, seed, work, way=way, beta=beta)
+        return self.unit(lab, stage, seed, work, way=way, beta=beta, held_out=HELD_OUT)
 
     @staticmethod
-    def _held_out(lab: Lab, way: str) -> dict[str, Any]:
-        rows = round(HELD_OUT * 2 * lab.scale.prompts)
-        return {"validation_rows": rows} if way in ("vdw", "vaw") else {}
+    def _held_out(lab: Lab) -> int:
+        return round(HELD_OUT * 2 * lab.scale.prompts)
 
     @staticmethod
     def pairs(lab: Lab, seed: int) -> tuple[list[Row], dict[str, float]]:
