@@ -8,7 +8,8 @@ With N parameters of which T train, p bytes per weight, W processes, and s = W w
     whole gradients  4 T            FSDP2 with accumulation: micro-batches before the last keep theirs unsharded
     buckets          p T            DDP's copies of the gradients; DeepSpeed: p x min(T, 5e8)
     optimizer        states x 4 T / s (1-byte states for 8-bit optimizers), plus a float32 master copy, 4 T / s, under
-                                    DeepSpeed with bf16 and for 16-bit weights without sharding
+                                    DeepSpeed with bf16 and for 16-bit weights without sharding; there
+                                    `master_weights: stochastic` has no copy, and `none` 16-bit states as well
     reference        p N / s        where a reference model is kept
     gathered         FSDP2: two layers and the embeddings in 16 bits, and the largest unit's gradient, 6 bytes; ZeRO-3:
                                     p x min(N, 1e9), what DeepSpeed keeps gathered; the reference's weights once more
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,8 @@ class Run:
         fused: whether liger's layers are used.
         accumulates: whether a step has several micro-batches.
         scores_tokens: whether tokens are scored by an LM head; False for rewards.
+        master_weights: how updates of 16-bit weights are kept outside DeepSpeed and FSDP: "float32", "stochastic" or
+            "none".
     """
 
     shape: ModelShape
@@ -343,6 +346,12 @@ class Run:
     fused: bool = False
     accumulates: bool = False
     scores_tokens: bool = True
+    master_weights: str = "float32"
+
+    @property
+    def keeps_updates_itself(self) -> bool:
+        """Whether `master_weights` applies: 16-bit weights that neither DeepSpeed nor FSDP keeps copies of."""
+        return self.weight_bytes == 2 and not self.launch.zero_stage and not self.launch.fsdp
 
     @property
     def weight_bytes(self) -> int:
@@ -395,6 +404,10 @@ def _states(run: Run) -> dict[str, float]:
         weights += size * trained  # the adapter
     copied = size == 4 and run.bf16 and not deepspeed and not launch.fsdp
     copies = 4 if (deepspeed and run.bf16) or (size == 2 and not launch.fsdp) else 0
+    moments = optimizer_bytes(run.optimizer)
+    if run.keeps_updates_itself:
+        copies = 4 if run.master_weights == "float32" else 0
+        moments = moments / 2 if run.master_weights == "none" and "8bit" not in run.optimizer else moments
     on_gpu = 0 if launch.offload_weights else 1
     states_on_gpu = 0 if launch.offload_optimizer or (launch.fsdp and launch.offload_weights) else 1
     return {
@@ -403,7 +416,7 @@ def _states(run: Run) -> dict[str, float]:
         "gradients": states_on_gpu * size * trained / states_over,
         "whole gradients": 4 * trained if launch.fsdp and run.accumulates and launch.processes > 1 else 0,
         "buckets": _bucket_bytes(run),
-        "optimizer": states_on_gpu * (optimizer_bytes(run.optimizer) + copies) * trained / states_over,
+        "optimizer": states_on_gpu * (moments + copies) * trained / states_over,
         "reference": on_gpu * size * shape.parameters / weights_over if run.keeps_reference else 0,
         "hpZ's copies": _second_copies(run),
         "gathered": _gathered_bytes(run) if sharded else 0,
@@ -438,12 +451,30 @@ def _step_bytes(run: Run) -> float:
     launch, trained = run.launch, run.shape.trained
     if run.weight_bytes != 2 or launch.offload_optimizer:
         return 0
+    if run.keeps_updates_itself and run.master_weights != "float32":  # one weight after the other, or none
+        return 8 * run.shape.head_parameters if run.master_weights == "stochastic" else 0
     if launch.zero_stage == 3:  # sub-group by sub-group
         return 4 * min(trained / launch.processes, ZERO3_LIVE)
     return 4 * trained / (launch.processes if launch.zero_stage == 2 else 1)
 
 
 # ---- what fits
+
+
+def with_master_weights(run: Run, wanted: str, *, available: float | None) -> Run:
+    """Return a run with its `master_weights` decided: of "auto" float32 copies where they fit, as a trainer decides.
+
+    Args:
+        run: model, launch and precision.
+        wanted: the setting.
+        available: bytes of the card; None where that is unknown, and copies are reckoned with.
+    """
+    if wanted != "auto":
+        return replace(run, master_weights=wanted)
+    copied = replace(run, master_weights="float32")
+    needed = sum(_states(copied).values()) + _step_bytes(copied)
+    fits = available is None or needed <= USABLE * available
+    return copied if fits else replace(run, master_weights="stochastic")
 
 
 def choose_recomputation(
