@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import fsdp2_prepare_model
 from transformers import AutoModelForCausalLM, modeling_utils
 
+from prefopt import DPOConfig
 from prefopt.scoring.plan import BatchPlan, GroupLengths
 from prefopt.trainers.base import BaseTrainer
 from prefopt.trainers.policy import load_model
@@ -60,11 +61,11 @@ def test_weights_in_memory_stay_where_they_are():
 
 
 def test_every_rank_reads_unless_fsdp2_says_otherwise(folder, monkeypatch):
+    args = DPOConfig(folder, use_cpu=True, model_init_kwargs={"device_map": None})
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     assert reads_weights()  # nothing is distributed here
-    args = SimpleNamespace(model_init_kwargs={"device_map": None}, distributed_state=None, trust_remote_code=False)
     assert not any(parameter.is_meta for parameter in load_model(folder, args).parameters())
 
 
