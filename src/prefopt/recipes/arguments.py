@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from prefopt.arguments import setting
 from prefopt.data import DataArguments, DataSource
@@ -187,6 +188,11 @@ class RunArguments:
         "default",
         "Initial weights of a LoRA adapter: PEFT's default, or 'gaussian' (the second matrix is zero in both).",
         choices=("default", "gaussian"),
+    )
+    evaluation: list[dict[str, Any]] = setting(
+        factory=list,
+        help="Evaluations of the trained model, each a mapping of keys of `prefopt evaluate`, run after training.",
+        decides_result=False,
     )
     ref_model_name_or_path: str | None = setting(None, "The reference model; by default the policy before training.")
     ref_model_revision: str | None = setting(None, "Revision of ref_model_name_or_path.")

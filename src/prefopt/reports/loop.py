@@ -251,16 +251,18 @@ def draw(iterations: Sequence[Iteration]) -> list[str]:
     rates = []
     for colour, opponent in enumerate(("base", "previous")):
         if found := [(item.number, rate) for item in iterations if (rate := item.rate(opponent)) is not None]:
-            sides = [[rate[name] for _, rate in found] for name in ("win_rate", "low", "high")]
-            rates.append(Line(f"against {opponent}", [number for number, _ in found], *sides, colour=colour))
+            middle, low, high = ([rate[name] for _, rate in found] for name in ("win_rate", "low", "high"))
+            rates.append(
+                Line(f"against {opponent}", [number for number, _ in found], middle, low, high, colour=colour)
+            )
     if rates:
-        labels = {"x_label": "iteration", "y_label": "win rate"}
-        charts.append(line_chart(rates, title="Win rate under the ranker", **labels, at_most=1.0, mark=0.5))
+        title = "Win rate under the ranker"
+        charts.append(line_chart(rates, title=title, x_label="iteration", y_label="win rate", at_most=1.0, mark=0.5))
     ratios = [(item.number, ratio) for item in iterations if (ratio := length_ratio(item.evaluation)) is not None]
     if ratios:
         line = Line("", [number for number, _ in ratios], [ratio for _, ratio in ratios])
-        labels = {"x_label": "iteration", "y_label": "mean length / that of base"}
-        charts.append(line_chart([line], title="Length drift", **labels, mark=1.0))
+        y_label = "mean length / that of base"
+        charts.append(line_chart([line], title="Length drift", x_label="iteration", y_label=y_label, mark=1.0))
     losses = [
         Line(item.name, [e["step"] for e in item.log], [e[item.loss_name] for e in item.log], colour=place)
         for place, item in enumerate(iterations)

@@ -17,11 +17,11 @@ from prefopt.run import (
     LOG_FILE,
     RECIPE_FILE,
     RUN_FILE,
-    SAMPLES_FILE,
     TRAIN_FIGURES,
     VERSIONS_FILE,
     is_finished,
 )
+from prefopt.trainers.samples import SAMPLES_FILE
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,10 @@ class SampleCompletionsCallback(TrainerCallback):
         policy = self._complete()
         if self._reference is None:
             self._reference = policy if step == 0 and self._reference_is_policy() else self._complete_reference()
+        reference: Sequence[str | None] = self._reference or [None] * len(policy)
         samples = [
             {"step": step, "row_id": row, "prompt": decode(ids), "policy": text, "reference": other}
-            for (row, ids), text, other in zip(self.prompts, policy, self._reference or [None] * len(policy))
+            for (row, ids), text, other in zip(self.prompts, policy, reference)
         ]
         if self.trainer.is_world_process_zero():
             self._log(step, samples)
