@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
+from transformers import LlamaConfig
 
 import prefopt
 from benchmarks import trajectories
@@ -144,8 +146,10 @@ def _head(findings: Findings, card: Card) -> None:
     """Token log-probs and their gradients from the tiled kernel, against whole logits; and its rate."""
     tokens, width, vocab = card.pick((4096, 4096, 128256), (40, 32, 256))
     with findings.finding("LM head") as values:
-        model = card.small_model(dtype="bfloat16", hidden_size=width, vocab_size=vocab)
-        head = model.lm_head
+        torch.manual_seed(0)
+        head = torch.nn.Linear(width, vocab, bias=False, device=card.device, dtype=torch.bfloat16)
+        # all that the scoring path reads of a model once its hidden states are known
+        model: Any = SimpleNamespace(get_output_embeddings=lambda: head, config=LlamaConfig(vocab_size=vocab))
         hidden = torch.randn(tokens, width, device=card.device, dtype=torch.bfloat16, requires_grad=True)
         targets = torch.randint(0, vocab, (tokens,), device=card.device)
         upstream = torch.randn(tokens, device=card.device)

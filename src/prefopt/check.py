@@ -39,6 +39,7 @@ from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
 from prefopt.trainers.checkpointing import recomputation_of
 from prefopt.trainers.checkpoints import check_space
+from prefopt.trainers.data_tables import data_warnings
 from prefopt.trainers.fitting import NOTHING_ON_CPU, explain, ways_of
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.training import suite_of, tokenise_data
@@ -188,7 +189,7 @@ def check_model_and_data(
         with contextlib.redirect_stdout(sys.stderr):
             datasets, found.reports = found.attempt(tokenise_data, rows, tokenizer, config, data_args) or ({}, [])
             for data in found.reports:
-                found.notices += run.data_warnings(data, config.max_length)
+                found.notices += data_warnings(data, config.max_length)
             for split, dataset in datasets.items():
                 found.attempt(trainer.check_data, dataset, config, split)
                 if not run.is_adapter(name):
@@ -209,8 +210,8 @@ def check_model_and_data(
             found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
 
 
-def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
-    """Estimate the memory of one GPU, with what `auto` chooses on it; see `prefopt.memory`."""
+def planned_run(config: Any, model_args: ModelConfig, found: Findings, *, card: int) -> Run:
+    """Describe the run as the estimate needs it, on a card of so many bytes."""
     name = str(model_args.model_name_or_path)
     model_config = run.read_config(name, model_args, config)
     adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
@@ -226,12 +227,18 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
         accumulates=config.gradient_accumulation_steps > 1 or config.tokens_per_micro_batch is not None,
         scores_tokens=COMMANDS[found.method].rows == "pairs" or found.method == "rrhf",
     )
+    return with_master_weights(planned, config.master_weights, available=card)
+
+
+def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
+    """Estimate the memory of one GPU, with what `auto` chooses on it; see `prefopt.memory`."""
     card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_CARD
-    planned = with_master_weights(planned, config.master_weights, available=card)
+    planned = planned_run(config, model_args, found, card=card)
+    ways = ways_of(config, planned)
     tokens, scored = micro_batch_tokens(config, found.reports)
     if (wanted := config.tokens_per_micro_batch) is not None and not (wanted == "auto" and found.on_cpu):
         if wanted == "auto":
-            wanted = choose_tokens(planned, ways_of(config, planned.shape), available=card)
+            wanted = choose_tokens(planned, ways, available=card)
         tokens, scored = wanted, round(wanted * scored / tokens)
         found.batch += f"; as micro-batches of up to {wanted:,} tokens"
     way = recomputation_of(config)
@@ -239,9 +246,7 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
     if config.checkpointing == "auto" and found.on_cpu:
         way, found.checkpointing = Recomputation("none"), NOTHING_ON_CPU
     elif config.checkpointing == "auto":
-        way = choose_recomputation(
-            planned, ways_of(config, planned.shape), tokens=tokens, scored_tokens=scored, available=card
-        )
+        way = choose_recomputation(planned, ways, tokens=tokens, scored_tokens=scored, available=card)
         found.checkpointing = explain(planned, way, tokens=tokens, scored_tokens=scored, card=card)
         if not torch.cuda.is_available():
             found.checkpointing += f" There is no GPU here: reckoned with a card of {card / 1e9:.0f} GB."

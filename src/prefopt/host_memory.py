@@ -66,7 +66,7 @@ def estimate_host(
     else:
         loading = readers * max(copies, size * shape.parameters + (4 * shape.trained if upcast else 0))
     held = 4 if upcast else size
-    saving = held * shape.trained + size * (shape.parameters - shape.trained)
+    saving: float = held * shape.trained + size * (shape.parameters - shape.trained)
     if launch.fsdp:
         saving = max(saving, optimizer_bytes(optimizer) * shape.trained)
     # 16-bit weights and gradients, float32 masters and moments

@@ -140,12 +140,12 @@ def score_pairs(
         for name, rows in sets.items()
     }
     rows = [row for each in tokenised.values() for row in each]
-    groups = [Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]
+    groups = [Group.of_pair(row) for row in rows]
     chosen, rejected = _logps(model, groups, tokenizer.pad_token_id, dtype=dtype, max_tokens=max_tokens)
     return PairScores(
         chosen,
         rejected,
-        np.array([[len(completion) for completion in group.completions] for group in groups], dtype=np.float64),
+        np.array([[len(scored) for scored in group.scored] for group in groups], dtype=np.float64),
         np.array([[row["chosen_bytes"], row["rejected_bytes"]] for row in rows], dtype=np.float64),
         np.array([name for name, each in tokenised.items() for _ in range(len(each))], dtype=object),
     )

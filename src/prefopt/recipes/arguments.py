@@ -176,6 +176,13 @@ class RunArguments:
         "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from their number.",
     )
     overwrite_output_dir: bool = setting(False, "Replace the run that output_dir holds.", decides_result=False)
+    sample_completions: int = setting(
+        0,
+        "Complete so many held-out prompts under policy and reference before training, at every evaluation and at the "
+        "end: printed, kept in samples.jsonl and in the report, and sent to trackers.",
+        at_least=0,
+        decides_result=False,
+    )
     chat_template: str | None = setting(None, "A chat template instead of the tokenizer's own.")
     lora_init: str = setting(
         "default",

@@ -123,7 +123,8 @@ class BatchPlan(torch.utils.data.Sampler):
 
     def step(self, epoch: int, step: int) -> list[list[MicroBatch]]:
         """Return the micro-batches of one optimizer step, [rank][micro-batch]."""
-        indices = self._step_indices(epoch, step)
+        order = _permutation(len(self.lengths), self.seed, epoch) if self.shuffle else range(len(self.lengths))
+        indices = list(order[step * self.groups_per_step : (step + 1) * self.groups_per_step])
         tokens = sum(self.lengths[index].first_scored for index in indices)
         ranked = sum(self.lengths[index].ranked_pairs for index in indices)
         bins = self._deal(indices)
@@ -159,10 +160,6 @@ class BatchPlan(torch.utils.data.Sampler):
         sampled = range(0, steps, max(1, steps // SAMPLED_STEPS))
         plans = (self.step(*divmod(number, self.num_steps)) for number in sampled)
         return max(self.tokens(micro_batch) for plan in plans for rank in plan for micro_batch in rank)
-
-    def _step_indices(self, epoch: int, step: int) -> list[int]:
-        order = _permutation(len(self.lengths), self.seed, epoch) if self.shuffle else range(len(self.lengths))
-        return list(order[step * self.groups_per_step : (step + 1) * self.groups_per_step])
 
     def _deal(self, indices: list[int]) -> list[list[int]]:
         """Divide a step's groups among all micro-batches; neighbours in the list run at the same time on all ranks."""

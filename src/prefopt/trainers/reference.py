@@ -148,7 +148,10 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
         if column not in dataset.column_names:
             continue
         tokens = dataset[counts] if counts in dataset.column_names else [None] * len(dataset)
-        for row, (score, count, ids) in enumerate(zip(dataset[column], tokens, dataset[f"{side}_ids"])):
+        skipped = dataset[f"{side}_skipped"] if f"{side}_skipped" in dataset.column_names else [()] * len(dataset)
+        columns = zip(dataset[column], tokens, dataset[f"{side}_ids"], skipped)
+        for row, (score, count, ids, ranges) in enumerate(columns):
+            scored = len(ids) - sum(end - begin for begin, end in ranges)
             if isinstance(score, list) and len(score) > 1:
                 raise ValueError(
                     f"The {name} data has the scores of several references in {column}: keep those of the one that "
@@ -162,9 +165,9 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
                 wrong = f"has {column} {score!r}, which is no number"
             elif not -math.inf < score <= LARGEST_LOGP:
                 wrong = f"has {column} {score:g}, which is no sum of log-probs"
-            elif count is not None and count != len(ids):
+            elif count is not None and count != scored:
                 wrong = (
-                    f"has {column} of {count:g} tokens and {len(ids)} tokens to score: these are scores of other "
+                    f"has {column} of {count:g} tokens and {scored} tokens to score: these are scores of other "
                     "data, or of other lengths"
                 )
             if wrong:
