@@ -182,10 +182,8 @@ def test_every_recipe_config_and_file_that_a_page_names_exists():
         for name in re.findall(r"`([a-z0-9.-]+/[a-z0-9_]+)`", text):
             if name.partition("/")[0] in folders and name.partition("/")[0] != "pipelines":
                 assert name in recipes, f"{page}: {name}"
-        for name in re.findall(r"`((?:deepspeed|fsdp|cpu|single|multi)_\w+|fsdp2)`", text):
-            assert name in configs | known_keys() | {"multi_dpo", "multi_reference"} or name.startswith("multi_"), (
-                f"{page}: {name}"
-            )
+        for name in re.findall(r"`(deepspeed_zero\w+|fsdp2|cpu_\w+_2ranks|single_gpu|multi_gpu)`", text):
+            assert name in configs, f"{page}: {name}"
         for path in re.findall(
             r"`((?:examples|benchmarks|scripts|tests|docs)/[\w./]+\.(?:py|sh|yaml|slurm|md))`", text
         ):
