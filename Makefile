@@ -102,6 +102,7 @@ certificate: $(READY)
 nightly: $(READY)
 	$(MAKE) faults ARGS='--kills 100 --seed 1'
 	$(MAKE) fuzz ARGS='--minutes 60'
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly
 	$(MAKE) test-oldest
 	$(MAKE) test-newest
 

@@ -15,10 +15,12 @@ Models are built from configs with random weights: nothing is downloaded. A card
 shape whole; a smaller one 8 and 16 of its layers at full width, and `--table` extrapolates t32 = t16 + 2 (t16 - t8)
 and says so.
 
-A machine without a network needs wheels of what it lacks beside torch: transformers, trl, datasets, peft, accelerate
-and what they need (dill, multiprocess, safetensors, tokenizers, huggingface-hub), pyyaml, filelock, httpx; for the
-checks of fused layers and QLoRA liger-kernel and bitsandbytes, which are skipped where they are missing. `pip download
---no-deps --dest wheels ...` collects them; `--wheels FOLDER` installs what is there before anything starts.
+A machine without a network needs wheels of what it lacks beside torch, triton, numpy and pyarrow: transformers, trl,
+peft, accelerate, datasets with dill, multiprocess and xxhash, huggingface_hub with httpx2, httpcore2, anyio and h11,
+tokenizers, safetensors, regex, psutil, scipy, pandas, pyyaml, filelock, jinja2, rich; in the versions of
+constraints.txt. The checks of fused layers and QLoRA want liger-kernel and bitsandbytes, and are skipped without.
+`pip download --no-deps --dest wheels NAME==VERSION ...` collects them; `--wheels FOLDER` installs what is there before
+anything starts, and `--dry_run` on that machine says whether it suffices.
 
 On a CPU (`--dry_run`) the same functions run with the device "cpu". What needs a card is then replaced or skipped, and
 nothing else:

@@ -385,13 +385,20 @@ def make_clock(setting: Setting, now: Callable[[], float], profiled: Callable[[]
 # ---- one setting, measured
 
 
-def measure(setting: Setting, *, started: float | None = None, profiled: Callable[[], Any] | None = None) -> dict:
+def measure(
+    setting: Setting,
+    *,
+    started: float | None = None,
+    profiled: Callable[[], Any] | None = None,
+    inspect: Callable[[Any], dict] | None = None,
+) -> dict:
     """Train a few steps and return how long each took, what the losses were, and how much memory was needed at most.
 
     Args:
         setting: what to run.
         started: time of day at which this process began; gives `start_to_first_step`.
         profiled: makes a profiler for one more step; see `make_clock`.
+        inspect: returns further figures from the trainer, once it has trained.
     """
     import torch
     import transformers
@@ -442,6 +449,7 @@ def measure(setting: Setting, *, started: float | None = None, profiled: Callabl
         "layout": trainer.layout.name if setting.library == "prefopt" else "padded",
         "update_remedy": "none" if masters is None else "float32" if masters.keep else "stochastic",
         "start_to_first_step": None if started is None else clock.first_step - started,
+        **({} if inspect is None else inspect(trainer)),
     }
 
 

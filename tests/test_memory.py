@@ -27,6 +27,7 @@ from prefopt.memory import (
     kept_of_a_layer,
     optimizer_bytes,
     recomputations,
+    with_master_weights,
 )
 from prefopt.recipes import locate
 from tests.tiny import tiny_model
@@ -231,6 +232,24 @@ def test_tokens_of_a_micro_batch_fill_the_card(shape):
     assert choose_tokens(run, [ALL], available=1e9) == 512  # what does not fit is tried with the least
 
 
+def test_an_8b_in_bf16_on_one_card_of_139_gib(shape):
+    """Master copies do not fit, so that updates are rounded stochastically; without either the states are 75 GiB, and
+    eight pairs of UltraFeedback (6,500 tokens) need no recomputation beside them."""
+    card = 139 * GIB
+    run = planned(shape, Launch(), dtype="bfloat16")
+    assert with_master_weights(run, "auto", available=card).master_weights == "stochastic"
+    assert with_master_weights(run, "auto", available=2 * card).master_weights == "float32"
+    assert with_master_weights(run, "float32", available=card).master_weights == "float32"
+    held = {}
+    for remedy in ("float32", "stochastic", "none"):
+        found = parts(shape, Launch(), dtype="bfloat16", master_weights=remedy)
+        held[remedy] = sum(found[name] for name in ("weights", "reference", "gradients", "optimizer"))
+    assert held == {"float32": 18 * N, "stochastic": 14 * N, "none": 10 * N}
+    ways, plain = recomputations(shape.layers), replace(run, master_weights="none", fused=True)
+    assert choose_recomputation(plain, ways, tokens=6500, scored_tokens=5000, available=card) == NONE
+    assert choose_recomputation(run, ways, tokens=6500, scored_tokens=5000, available=card) == ways[-1]
+
+
 def test_four_bit_adapter(shape):
     adapter = LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
     adapted = ModelShape.of(LLAMA, adapter)
@@ -282,3 +301,17 @@ def test_against_what_training_holds(tmp_path):
     held["reference"] = sum(4 * parameter.numel() for parameter in trainer.ref_model.parameters())
     found = parts(ModelShape.count(trainer.model), Launch.of(trainer.accelerator), bf16=False)
     assert {name: found[name] for name in held} == held
+
+
+def test_hybrid_sharding_divides_by_the_processes_of_a_copy(shape):
+    hybrid = Launch.read(locate("fsdp2_hsdp", "accelerate_configs"))
+    assert (hybrid.processes, hybrid.machines, hybrid.shards) == (16, 2, 8)
+    assert parts(shape, hybrid) == parts(shape, Launch.read(locate("fsdp2", "accelerate_configs")))
+
+
+def test_the_second_partition_of_weights_is_counted(shape):
+    launch = Launch.read(locate("deepspeed_zero3_hpz", "accelerate_configs"))
+    assert (launch.zero_stage, launch.mixed_precision, launch.second_copy_over) == (3, "bf16", 8)
+    found = parts(shape, launch)
+    assert found["weights"] == found["reference"] == 2 * N / 16
+    assert found["hpZ's copies"] == 2 * 2 * N / 8

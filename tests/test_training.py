@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefopt import training
 from prefopt.cli import arguments_of, main
 from prefopt.data import RowTokenizer
 from prefopt.files import read_jsonl, write_jsonl
@@ -184,8 +185,43 @@ def test_global_batch(values, processes, expected):
 
 
 def test_a_global_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match="64 cannot be divided evenly over 6 processes"):
+    with pytest.raises(
+        ValueError, match=r"64 cannot be divided evenly over 6 processes \(64 = 6 x 10 \+ 4\).*60 or 66"
+    ):
         batch_sizes({"global_batch_size": 64}, arguments_of("wpo")[0], 6)
+
+
+def test_more_processes_than_pairs_in_a_step():
+    with pytest.raises(
+        ValueError, match=r"4 on 6 processes leaves 4/6 of a pair for each.* 6 = 1 per device"
+    ) as error:
+        batch_sizes({"global_batch_size": 4}, arguments_of("wpo")[0], 6)
+    assert "Use at most 4 processes" in str(error.value)
+
+
+def test_all_ranks_start_from_the_same_checkpoint(monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    monkeypatch.setattr(training, "gather_object", lambda mine: [*mine, ("b", None)])
+    monkeypatch.setattr(training.socket, "gethostname", lambda: "a")
+    training.check_same_start(None)
+    with pytest.raises(
+        ValueError, match=r"on a, would start from checkpoint-8, and another, on b, from the beginning"
+    ):
+        training.check_same_start("out/checkpoint-8")
+
+
+def test_nodes_must_see_the_folder_of_the_first_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    monkeypatch.setattr(training, "SHARED_FOLDER_WAIT", 0.0)
+    monkeypatch.setattr(training, "gather_object", lambda mine: [("a", True), ("b", mine[0][1])])
+    (tmp_path / "recipe.yaml").touch()
+    written = (tmp_path / "recipe.yaml").stat().st_mtime_ns
+    monkeypatch.setattr(training, "broadcast_object_list", lambda _: [written])
+    training.check_shared(tmp_path)
+    for folder in (tmp_path / "other", tmp_path):  # nothing there, or the recipe of an earlier run
+        monkeypatch.setattr(training, "broadcast_object_list", lambda _: [written + 1])
+        with pytest.raises(ValueError, match=r"b does not see what a has written to output_dir .*save_strategy: 'no'"):
+            training.check_shared(folder)
 
 
 @pytest.mark.parametrize("command", ["wpo", "reward-model"])

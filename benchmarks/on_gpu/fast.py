@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import prefopt
 from benchmarks.on_gpu.common import WHOLE_8B_GIB, Card
 from benchmarks.on_gpu.findings import Findings
-from benchmarks.steps import Setting, draw_lengths, figures, make_model, measure
+from benchmarks.steps import Setting, draw_lengths, figures, measure
 from prefopt import memory
 from prefopt.scoring.attention import packed_attention
 from prefopt.scoring.layouts import Group, PackedLayout
+from prefopt.trainers.checkpointing import recomputation_of
+from prefopt.trainers.fitting import run_of
 
 TRL_TRIES = ((4, "all"), (2, "none"), (8, "all"))  # micro-batch, recomputation
 
@@ -36,13 +36,8 @@ def _base(card: Card) -> Setting:
         steps=card.pick(6, 1),
         warmup=card.pick(2, 1),
         fused_layers=card.why_not("liger_kernel") is None,
-        checkpointing=_modes()[0],
+        checkpointing="auto",
     )
-
-
-def _modes() -> list[str]:
-    """Return the checkpointing modes of prefopt that are measured, the best one first."""
-    return ["auto", "all"] if "checkpointing" in {f.name for f in fields(prefopt.WPOConfig)} else ["none", "all"]
 
 
 def _layers(card: Card) -> tuple[int | None, ...]:
@@ -57,11 +52,12 @@ def _step(findings: Findings, card: Card, setting: Setting, **more: Any) -> dict
     layers = f", {setting.layers} layers" if setting.layers else ""
     name = f"{setting.library} {setting.micro_batch} a batch, {setting.lengths}, {setting.checkpointing}"
     got: dict | None = None
+    inspect = _memory if setting.library == "prefopt" else None
     with findings.finding(f"{name}, {setting.precision}{layers}") as values:
         values["setting"] = dataclasses.asdict(setting)
         started = float(os.environ["PREFOPT_STARTED"]) if not _step_done else None
         _step_done.append(True)
-        got = measure(setting, started=started, **more)
+        got = measure(setting, started=started, inspect=inspect, **more)
         values |= got | figures([got])
     card.free()
     return got
@@ -83,7 +79,7 @@ def step_prefopt(findings: Findings, card: Card) -> None:
     for layers in _layers(card):
         _step(findings, card, dataclasses.replace(first, layers=layers, lengths="hh"))
     for layers in _layers(card):
-        _step(findings, card, dataclasses.replace(first, layers=layers, checkpointing=_modes()[1]))
+        _step(findings, card, dataclasses.replace(first, layers=layers, checkpointing="all"))
 
 
 def step_trl(findings: Findings, card: Card) -> None:
@@ -108,37 +104,23 @@ def _trl(card: Card, size: int, mode: str, layers: int | None) -> Setting:
 
 
 def step_recipes(findings: Findings, card: Card) -> None:
-    """Both libraries in the precision of recipes, and prefopt's peak memory against its estimate."""
+    """Both libraries in the precision of recipes."""
     layers = _layers(card)[-1]
-    mode = card.pick("auto" if "auto" in _modes() else "all", _modes()[0])  # float32 moments leave less room
-    ours = dataclasses.replace(_base(card), precision="recipes", layers=layers, checkpointing=mode)
-    got = _step(findings, card, ours)
-    if got is not None:
-        _memory(findings, ours, got)
+    ours = dataclasses.replace(_base(card), precision="recipes", layers=layers)
+    _step(findings, card, ours)
     size, mode = card.pick(TRL_TRIES[0], (4, "none"))
     _step(findings, card, dataclasses.replace(_trl(card, size, mode, layers), precision="recipes"))
 
 
-def _memory(findings: Findings, setting: Setting, got: dict) -> None:
-    """Compare the estimate of `prefopt check` with the peak."""
-    with findings.finding("memory") as values, torch.device("meta"):
-        config = make_model(dataclasses.replace(setting, device="meta")).config
-        shape = memory.ModelShape.of(config)
-        tokens = max(got["step_tokens"]) * setting.micro_batch // setting.pairs
-        estimate = memory.estimate(
-            shape,
-            memory.Launch(mixed_precision="bf16"),
-            dtype=setting.dtype,
-            bf16=True,
-            optimizer="adamw_torch_fused",
-            checkpointing=setting.checkpointing == "all",
-            tokens=tokens,
-            scored_tokens=tokens,
-        )
-        values["estimated_gib"] = {name: size / 2**30 for name, size in estimate.parts.items()}
-        values["estimated_sum_gib"] = estimate.total / 2**30
-        values["peak_gib"] = got["peak_bytes"] / 2**30
-        values["update_remedy"] = got["update_remedy"]
+def _memory(trainer: Any) -> dict[str, Any]:
+    """Estimate what the run needs, as `checkpointing: auto` and `prefopt check` do, to compare with the peak."""
+    way, tokens = recomputation_of(trainer.args), trainer.training_plan().heaviest()
+    estimate = memory.estimate(run_of(trainer), way, tokens=tokens, scored_tokens=tokens)
+    return {
+        "recomputed": str(way),
+        "estimated_gib": {name: size / 2**30 for name, size in estimate.parts.items()},
+        "estimated_sum_gib": estimate.total / 2**30,
+    }
 
 
 # ---- where a step's time goes

@@ -78,7 +78,7 @@ def steps_of(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "lengths": setting["lengths"],
             "library": setting["library"],
             "micro_batch": setting["micro_batch"],
-            "checkpointing": setting["checkpointing"],
+            "checkpointing": found.get("recomputed", setting["checkpointing"]),
             "fused_layers": "yes" if setting["fused_layers"] else "no",
             "precision": setting["precision"],
             "pairs": setting["pairs"],
@@ -187,14 +187,13 @@ def tables(findings: list[dict[str, Any]]) -> str:
             rows = [{"kind": kind, "ms": spent} for kind, spent in kinds]
             columns = (("kind", "kernels", "{}"), ("ms", "ms of one step", "{:.1f}"))
             sections.append(f"**Where a step's time goes**\n\n{table(rows, columns)}")
-        if "estimated_gib" in found:
-            rows = [{"what": name, "gib": size} for name, size in found["estimated_gib"].items()]
-            rows += [
-                {"what": "sum", "gib": found["estimated_sum_gib"]},
-                {"what": "measured peak", "gib": found["peak_gib"]},
-            ]
-            columns = (("what", found["check"], "{}"), ("gib", "GiB", "{:.2f}"))
-            sections.append(f"**Memory against the estimate of `prefopt check`**\n\n{table(rows, columns)}")
+    if estimated := [found for found in findings if "estimated_gib" in found and found["ok"]]:
+        rows = [{"check": f["check"], "sum": f["estimated_sum_gib"], "peak": f["peak_gib"]} for f in estimated]
+        rows = [row | found["estimated_gib"] for row, found in zip(rows, estimated)]
+        parts = [name for name in estimated[0]["estimated_gib"] if any(f["estimated_gib"][name] for f in estimated)]
+        columns = [("check", "run", "{}"), ("peak", "measured peak, GiB", "{:.2f}"), ("sum", "estimate", "{:.2f}")]
+        columns += [(name, name, "{:.2f}") for name in parts]
+        sections.append(f"**Peak memory against the estimate**\n\n{table(rows, tuple(columns))}")
     return "\n\n".join(sections)
 
 

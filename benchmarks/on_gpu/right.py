@@ -10,14 +10,15 @@ import functools
 import importlib.metadata
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
+from transformers import LlamaConfig
 
 import prefopt
 from benchmarks import trajectories
@@ -27,6 +28,7 @@ from benchmarks.steps import make_tokenizer
 from prefopt.scoring.attention import PackedRows, packed_attention
 from prefopt.scoring.layouts import Group, PackedLayout, PaddedLayout
 from prefopt.scoring.logprobs import install_scoring, score_completions, token_logps
+from prefopt.trainers.checkpointing import MODES
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "peft", "liger_kernel", "bitsandbytes")
 
@@ -144,8 +146,10 @@ def _head(findings: Findings, card: Card) -> None:
     """Token log-probs and their gradients from the tiled kernel, against whole logits; and its rate."""
     tokens, width, vocab = card.pick((4096, 4096, 128256), (40, 32, 256))
     with findings.finding("LM head") as values:
-        model = card.small_model(dtype="bfloat16", hidden_size=width, vocab_size=vocab)
-        head = model.lm_head
+        torch.manual_seed(0)
+        head = torch.nn.Linear(width, vocab, bias=False, device=card.device, dtype=torch.bfloat16)
+        # all that the scoring path reads of a model once its hidden states are known
+        model: Any = SimpleNamespace(get_output_embeddings=lambda: head, config=LlamaConfig(vocab_size=vocab))
         hidden = torch.randn(tokens, width, device=card.device, dtype=torch.bfloat16, requires_grad=True)
         targets = torch.randint(0, vocab, (tokens,), device=card.device)
         upstream = torch.randn(tokens, device=card.device)
@@ -261,7 +265,7 @@ def train(card: Card, model: Any, data: Any, folder: str, *, resume: str | None 
         "disable_tqdm": True,
         "bf16": True,
         "use_cpu": card.is_dry,
-        "gradient_checkpointing": False,
+        "checkpointing": "none",
         "batch_layout": "packed",
         "max_length": None,
     }
@@ -345,16 +349,8 @@ def options(findings: Findings, card: Card) -> None:
 
 def checkpointing_modes() -> dict[str, dict[str, Any]]:
     """The ways to recompute that the trainers have, as settings."""
-    modes: dict[str, dict[str, Any]] = {
-        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        "all": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        "selective": {"gradient_checkpointing": True, "selective_checkpointing": True},
-    }
-    if "checkpointing" in {field.name for field in fields(prefopt.WPOConfig)}:
-        named = {mode: {"checkpointing": mode, "gradient_checkpointing": None} for mode in ("auto", "none", "all")}
-        modes = {"reentrant": modes["reentrant"], **named, "selective": {**named["all"], "checkpointing": "selective"}}
-        modes["every_n"] = {**named["all"], "checkpointing": "every_n"}
-    return modes
+    modes: dict[str, dict[str, Any]] = {mode: {"checkpointing": mode} for mode in MODES if mode != "none"}
+    return modes | {"reentrant": {"checkpointing": "all", "gradient_checkpointing_kwargs": {"use_reentrant": True}}}
 
 
 def _qlora(findings: Findings, card: Card, data: Any) -> None:

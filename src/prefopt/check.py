@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from trl import ModelConfig
 
@@ -16,6 +17,7 @@ from prefopt import run
 from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport, check_fits_model
+from prefopt.host_memory import estimate_host
 from prefopt.launch import launch_words, split_launch_settings, world_size
 from prefopt.memory import (
     ASSUMED_CARD,
@@ -29,6 +31,7 @@ from prefopt.memory import (
     choose_tokens,
     estimate,
     optimizer_bytes,
+    with_master_weights,
 )
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
@@ -54,6 +57,7 @@ class Findings:
     batch: str = ""
     reports: list[TokenizationReport] = field(default_factory=list)
     memory: Memory | None = None
+    host: Memory | None = None
     checkpointing: str = ""
     on_cpu: bool = False
     notices: list[str] = field(default_factory=list)
@@ -118,9 +122,11 @@ def read_launch(settings: dict[str, str], found: Findings) -> None:
     if not settings:
         return
     launch_words(settings)  # raises for numbers that are none
-    processes = int(settings["num_processes"]) if "num_processes" in settings else None
+    processes, machines = (
+        int(settings[key]) if key in settings else None for key in ("num_processes", "num_machines")
+    )
     name = settings.get("accelerate_config", "multi_gpu" if processes and processes > 1 else "single_gpu")
-    found.launch = launch = Launch.read(locate(name, "accelerate_configs"), processes)
+    found.launch = launch = Launch.read(locate(name, "accelerate_configs"), processes, machines)
     found.launch_name = name
     if launch.batch_keys:
         found.problems.append(f"{name}: remove {', '.join(launch.batch_keys)}; batch sizes belong into the recipe.")
@@ -191,14 +197,19 @@ def check_model_and_data(
             found.attempt(run.check_saving, name, model_config, config, model_args, tokenizer)
         found.attempt(check_disk, name, model_config, config, model_args, found)
     found.memory = found.attempt(estimate_memory, config, model_args, found)
+    found.host = found.attempt(estimate_host_memory, config, model_args, found)
+    if found.host is not None and found.launch_name:
+        here = psutil.virtual_memory().total
+        if found.host.total > here:
+            found.notices.append(f"A node needs more of its memory than the {here / GIB:.0f} GiB of this machine.")
     if found.memory is not None and torch.cuda.is_available() and not found.launch.use_cpu:
         available = torch.cuda.get_device_properties(0).total_memory
         if found.memory.total > available:
             found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
 
 
-def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
-    """Estimate the memory of one GPU, with what `auto` chooses on it; see `prefopt.memory`."""
+def planned_run(config: Any, model_args: ModelConfig, found: Findings, *, card: int) -> Run:
+    """Describe the run as the estimate needs it, on a card of so many bytes."""
     name = str(model_args.model_name_or_path)
     model_config = run.read_config(name, model_args, config)
     adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
@@ -214,11 +225,18 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
         accumulates=config.gradient_accumulation_steps > 1 or config.tokens_per_micro_batch is not None,
         scores_tokens=COMMANDS[found.method].rows == "pairs" or found.method == "rrhf",
     )
+    return with_master_weights(planned, config.master_weights, available=card)
+
+
+def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
+    """Estimate the memory of one GPU, with what `auto` chooses on it; see `prefopt.memory`."""
     card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_CARD
+    planned = planned_run(config, model_args, found, card=card)
+    ways = ways_of(config, planned)
     tokens, scored = micro_batch_tokens(config, found.reports)
     if (wanted := config.tokens_per_micro_batch) is not None and not (wanted == "auto" and found.on_cpu):
         if wanted == "auto":
-            wanted = choose_tokens(planned, ways_of(config, planned.shape), available=card)
+            wanted = choose_tokens(planned, ways, available=card)
         tokens, scored = wanted, round(wanted * scored / tokens)
         found.batch += f"; as micro-batches of up to {wanted:,} tokens"
     way = recomputation_of(config)
@@ -226,13 +244,27 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
     if config.checkpointing == "auto" and found.on_cpu:
         way, found.checkpointing = Recomputation("none"), NOTHING_ON_CPU
     elif config.checkpointing == "auto":
-        way = choose_recomputation(
-            planned, ways_of(config, planned.shape), tokens=tokens, scored_tokens=scored, available=card
-        )
+        way = choose_recomputation(planned, ways, tokens=tokens, scored_tokens=scored, available=card)
         found.checkpointing = explain(planned, way, tokens=tokens, scored_tokens=scored, card=card)
         if not torch.cuda.is_available():
             found.checkpointing += f" There is no GPU here: reckoned with a card of {card / 1e9:.0f} GB."
     return estimate(planned, way, tokens=tokens, scored_tokens=scored)
+
+
+def estimate_host_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
+    """Estimate the memory of the first node; see `prefopt.host_memory`."""
+    name = str(model_args.model_name_or_path)
+    model_config = run.read_config(name, model_args, config)
+    adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
+    return estimate_host(
+        ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code),
+        found.launch,
+        dtype=model_args.dtype,
+        bf16=config.bf16,
+        optimizer=config.optim.value,
+        keeps_reference=adapter is None and keeps_reference(found.method, config),
+        saves=config.save_strategy != "no",
+    )
 
 
 def check_disk(name: str, model_config: Any, config: Any, model_args: ModelConfig, found: Findings) -> None:
@@ -281,6 +313,9 @@ def report(found: Findings) -> str:
     if found.memory is not None:
         lines += ["", found.checkpointing]
         lines += ["", f"memory of one GPU, estimated ({found.memory.total / GIB:.1f} GiB):", found.memory.table()]
+    if found.host is not None:
+        size = found.host.total / GIB
+        lines += ["", f"memory of the first node beside its GPUs, estimated ({size:.1f} GiB):", found.host.table()]
     if found.notices:
         lines += ["", *(f"note: {notice}" for notice in found.notices)]
     if found.problems:

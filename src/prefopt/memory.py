@@ -8,7 +8,8 @@ With N parameters of which T train, p bytes per weight, W processes, and s = W w
     whole gradients  4 T            FSDP2 with accumulation: micro-batches before the last keep theirs unsharded
     buckets          p T            DDP's copies of the gradients; DeepSpeed: p x min(T, 5e8)
     optimizer        states x 4 T / s (1-byte states for 8-bit optimizers), plus a float32 master copy, 4 T / s, under
-                                    DeepSpeed with bf16 and for 16-bit weights without sharding
+                                    DeepSpeed with bf16 and for 16-bit weights without sharding; there
+                                    `master_weights: stochastic` has no copy, and `none` 16-bit states as well
     reference        p N / s        where a reference model is kept
     gathered         FSDP2: two layers and the embeddings in 16 bits, and the largest unit's gradient, 6 bytes; ZeRO-3:
                                     p x min(N, 1e9), what DeepSpeed keeps gathered; the reference's weights once more
@@ -17,8 +18,9 @@ With N parameters of which T train, p bytes per weight, W processes, and s = W w
     head gradient    4 bytes (6 with 16-bit weights) x vocabulary x width: the kernel adds it up in float32
     optimizer step   what float32 gradients need beyond the last three, which are gone by then
 
-ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well; offloaded parts count
-as nothing. "Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded
+ZeRO-2 shards gradients and optimizer; ZeRO-3 and FSDP2 shard weights and the reference as well, hybrid sharding over
+part of the processes only; hpZ keeps a second copy of 16-bit weights, split over a node; offloaded parts count as
+nothing. "Tokens" are those of one micro-batch. Weights, gradients, optimizer and reference are exact for unsharded
 training in one dtype; kernels, fragmentation and the CUDA context come on top (`USABLE`).
 """
 
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from prefopt.files import read_yaml
+from prefopt.files import read_object, read_yaml
 
 GIB = 2**30
 USABLE = 0.9
@@ -141,11 +143,14 @@ class Launch:
     offload_optimizer: bool = False
     offload_weights: bool = False
     use_cpu: bool = False
+    shards: int | None = None  # processes that one copy of the model is split over, where these are not all
+    second_copy_over: int | None = None  # hpZ: processes that the second copy of the weights is split over
+    reads_once_a_node: bool = False  # FSDP2: the first rank of a node reads weights
     batch_keys: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: Path, processes: int | None = None) -> Launch:
-        """Read an accelerate config file; `processes` overrides its number.
+    def read(cls, path: Path, processes: int | None = None, machines: int | None = None) -> Launch:
+        """Read an accelerate config file; `processes` and `machines` override its numbers.
 
         Raises:
             ValueError: it is no YAML mapping.
@@ -155,16 +160,22 @@ class Launch:
             raise ValueError(f"{path} must hold `key: value` lines, as `accelerate config` writes them.")
         deepspeed, fsdp = values.get("deepspeed_config") or {}, values.get("fsdp_config") or {}
         is_deepspeed = values.get("distributed_type") == "DEEPSPEED"
+        own = _deepspeed_file(path, deepspeed.get("deepspeed_config_file"))
+        zero = own.get("zero_optimization", {})
+        precision = next((name for name in ("bf16", "fp16") if own.get(name, {}).get("enabled")), "no")
         return cls(
             processes=processes or int(values.get("num_processes", 1)),
-            machines=int(values.get("num_machines", 1)),
-            mixed_precision=str(values.get("mixed_precision", "no")),
-            zero_stage=int(deepspeed.get("zero_stage", 0)) if is_deepspeed else 0,
+            machines=machines or int(values.get("num_machines", 1)),
+            mixed_precision=str(values.get("mixed_precision", precision)),
+            zero_stage=int(deepspeed.get("zero_stage", zero.get("stage", 0))) if is_deepspeed else 0,
             fsdp=values.get("distributed_type") == "FSDP",
             offload_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
             offload_weights=deepspeed.get("offload_param_device", "none") != "none"
             or bool(fsdp.get("fsdp_offload_params")),
             use_cpu=bool(values.get("use_cpu")),
+            shards=(values.get("parallelism_config") or {}).get("parallelism_config_dp_shard_size"),
+            second_copy_over=zero.get("zero_hpz_partition_size"),
+            reads_once_a_node=fsdp.get("fsdp_version") == 2 and bool(fsdp.get("fsdp_cpu_ram_efficient_loading")),
             batch_keys=tuple(key for key in deepspeed if "batch" in key or "accumulation" in key),
         )
 
@@ -174,6 +185,7 @@ class Launch:
         state = accelerator.state
         deepspeed, fsdp = state.deepspeed_plugin, getattr(state, "fsdp_plugin", None)
         zero = {} if deepspeed is None else deepspeed.deepspeed_config.get("zero_optimization", {})
+        parallel = accelerator.parallelism_config
         return cls(
             processes=state.num_processes,
             mixed_precision=state.mixed_precision,
@@ -182,6 +194,8 @@ class Launch:
             offload_optimizer=_offloads(zero, "offload_optimizer"),
             offload_weights=_offloads(zero, "offload_param") or bool(fsdp and fsdp.cpu_offload),
             use_cpu=state.device.type == "cpu",
+            shards=None if parallel is None or not parallel.dp_shard_enabled else parallel.dp_shard_size,
+            second_copy_over=zero.get("zero_hpz_partition_size"),
         )
 
 
@@ -272,6 +286,14 @@ def activation_bytes(shape: ModelShape, widths: Widths, way: Recomputation, *, t
 # ---- all parts
 
 
+def _deepspeed_file(path: Path, name: str | None) -> dict[str, Any]:
+    """Read DeepSpeed's own config, which an accelerate config at `path` may name."""
+    if name is None:
+        return {}
+    file = Path(name) if Path(name).exists() else path.parent / Path(name).name
+    return read_object(file, remedy="name DeepSpeed's config by its path")
+
+
 @dataclass
 class Memory:
     """Bytes of one GPU, by what they hold."""
@@ -310,6 +332,8 @@ class Run:
         fused: whether liger's layers are used.
         accumulates: whether a step has several micro-batches.
         scores_tokens: whether tokens are scored by an LM head; False for rewards.
+        master_weights: how updates of 16-bit weights are kept outside DeepSpeed and FSDP: "float32", "stochastic" or
+            "none".
     """
 
     shape: ModelShape
@@ -322,6 +346,12 @@ class Run:
     fused: bool = False
     accumulates: bool = False
     scores_tokens: bool = True
+    master_weights: str = "float32"
+
+    @property
+    def keeps_updates_itself(self) -> bool:
+        """Whether `master_weights` applies: 16-bit weights that neither DeepSpeed nor FSDP keeps copies of."""
+        return self.weight_bytes == 2 and not self.launch.zero_stage and not self.launch.fsdp
 
     @property
     def weight_bytes(self) -> int:
@@ -365,14 +395,19 @@ def _states(run: Run) -> dict[str, float]:
     shape, launch, size = run.shape, run.launch, run.weight_bytes
     trained, deepspeed = shape.trained, launch.zero_stage > 0
     sharded = (launch.zero_stage == 3 or launch.fsdp) and not run.four_bit
-    weights_over = launch.processes if sharded else 1
-    states_over = launch.processes if sharded or launch.zero_stage == 2 else 1
+    shards = min(launch.shards or launch.processes, launch.processes)
+    weights_over = shards if sharded else 1
+    states_over = shards if sharded or launch.zero_stage == 2 else 1
     quantised = shape.linear_parameters if run.four_bit else 0
     weights = FOUR_BIT * quantised + size * (shape.parameters - quantised)
     if trained != shape.parameters:
         weights += size * trained  # the adapter
     copied = size == 4 and run.bf16 and not deepspeed and not launch.fsdp
     copies = 4 if (deepspeed and run.bf16) or (size == 2 and not launch.fsdp) else 0
+    moments = optimizer_bytes(run.optimizer)
+    if run.keeps_updates_itself:
+        copies = 4 if run.master_weights == "float32" else 0
+        moments = moments / 2 if run.master_weights == "none" and "8bit" not in run.optimizer else moments
     on_gpu = 0 if launch.offload_weights else 1
     states_on_gpu = 0 if launch.offload_optimizer or (launch.fsdp and launch.offload_weights) else 1
     return {
@@ -381,10 +416,17 @@ def _states(run: Run) -> dict[str, float]:
         "gradients": states_on_gpu * size * trained / states_over,
         "whole gradients": 4 * trained if launch.fsdp and run.accumulates and launch.processes > 1 else 0,
         "buckets": _bucket_bytes(run),
-        "optimizer": states_on_gpu * (optimizer_bytes(run.optimizer) + copies) * trained / states_over,
+        "optimizer": states_on_gpu * (moments + copies) * trained / states_over,
         "reference": on_gpu * size * shape.parameters / weights_over if run.keeps_reference else 0,
+        "hpZ's copies": _second_copies(run),
         "gathered": _gathered_bytes(run) if sharded else 0,
     }
+
+
+def _second_copies(run: Run) -> float:
+    """Return the bytes of the 16-bit weights that hpZ splits over a node once more."""
+    over = run.launch.second_copy_over
+    return 2 * run.shape.parameters * (2 if run.keeps_reference else 1) / over if over else 0
 
 
 def _bucket_bytes(run: Run) -> float:
@@ -409,12 +451,30 @@ def _step_bytes(run: Run) -> float:
     launch, trained = run.launch, run.shape.trained
     if run.weight_bytes != 2 or launch.offload_optimizer:
         return 0
+    if run.keeps_updates_itself and run.master_weights != "float32":  # one weight after the other, or none
+        return 8 * run.shape.head_parameters if run.master_weights == "stochastic" else 0
     if launch.zero_stage == 3:  # sub-group by sub-group
         return 4 * min(trained / launch.processes, ZERO3_LIVE)
     return 4 * trained / (launch.processes if launch.zero_stage == 2 else 1)
 
 
 # ---- what fits
+
+
+def with_master_weights(run: Run, wanted: str, *, available: float | None) -> Run:
+    """Return a run with its `master_weights` decided: of "auto" float32 copies where they fit, as a trainer decides.
+
+    Args:
+        run: model, launch and precision.
+        wanted: the setting.
+        available: bytes of the card; None where that is unknown, and copies are reckoned with.
+    """
+    if wanted != "auto":
+        return replace(run, master_weights=wanted)
+    copied = replace(run, master_weights="float32")
+    needed = sum(_states(copied).values()) + _step_bytes(copied)
+    fits = available is None or needed <= USABLE * available
+    return copied if fits else replace(run, master_weights="stochastic")
 
 
 def choose_recomputation(

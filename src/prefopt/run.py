@@ -50,7 +50,14 @@ FREE_TO_CHANGE = names_without_effect(RunArguments) | {
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
 }  # fmt: skip
 # settings that the recipes of earlier versions do not hold, with the value that describes what happened then
-ADDED_LATER: dict[str, Any] = {"lora_init": "default", "warmup_type": "linear", "compile_blocks": False}
+ADDED_LATER: dict[str, Any] = {
+    "lora_init": "default",
+    "warmup_type": "linear",
+    "chat_rendering": "joint",
+    "special_tokens": "template",
+    "completion_turns": "all",
+    "compile_blocks": False,
+}
 # key, value (a pattern), module (one of several), how it is installed: packages that are no dependencies of this one
 _QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")
 NEEDS_PACKAGE = (
@@ -123,8 +130,22 @@ def batch_sizes(values: dict[str, Any], config: type, processes: int) -> dict[st
     wanted = values.get("global_batch_size")
     if wanted is None:
         return {}
-    if wanted < 1 or wanted % processes:
-        raise ValueError(f"global_batch_size {wanted} cannot be divided evenly over {processes} processes.")
+    if wanted < 1:
+        raise ValueError(f"global_batch_size must be at least 1, not {wanted}.")
+    if wanted < processes:
+        raise ValueError(
+            f"global_batch_size {wanted} on {processes} processes leaves {wanted}/{processes} of a pair for each, and "
+            f"every process takes at least one a step ({processes} = 1 per device x 1 accumulation step x {processes} "
+            f"processes). Use at most {wanted} processes, or raise global_batch_size to a multiple of {processes}, "
+            "which changes the recipe."
+        )
+    if wanted % processes:
+        below, above = wanted - wanted % processes, wanted + processes - wanted % processes
+        raise ValueError(
+            f"global_batch_size {wanted} cannot be divided evenly over {processes} processes ({wanted} = {processes} "
+            f"x {wanted // processes} + {wanted % processes}): use a number of processes that divides {wanted}, or "
+            f"{below} or {above} pairs."
+        )
     share = wanted // processes
     default = config.per_device_train_batch_size  # type: ignore[attr-defined]
     per_device = min(values.get("per_device_train_batch_size", default), share)

@@ -7,13 +7,16 @@ is written.
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from huggingface_hub import get_token
 from safetensors import SafetensorError
@@ -35,6 +38,7 @@ from prefopt.launch import check_launcher, print_on_main, rank, world_size
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, before_training
+from prefopt.references.filling import SHARED_FOLDER_WAIT
 from prefopt.run import (
     RECIPE_FILE,
     TRAIN_FIGURES,
@@ -90,6 +94,8 @@ def train(method: str, trainer_class: Any, rows: Kind, recipe: Recipe, classes: 
                 write_dropped(output_dir, trainer.data_reports)
             with announced_wait("the first rank to open the run's folder"):
                 trainer.accelerator.wait_for_everyone()
+            if trainer.args.save_strategy != "no":
+                check_shared(output_dir)
             trained = fit(trainer, start)
             if trainer.is_world_process_zero() and not (output_dir / RECIPE_FILE).exists():
                 open_folder(output_dir, resolved, overwrite=False)  # somebody has emptied the folder meanwhile
@@ -123,6 +129,44 @@ def _locked_output(recipe: Recipe) -> Iterator[None]:
                 folder.rmdir()
 
 
+def check_same_start(start: str | None) -> None:
+    """Raise a ValueError on all ranks where they would not continue from the same checkpoint; all call it."""
+    if world_size() == 1:
+        return
+    name = None if start is None else Path(start).name
+    found = gather_object([(socket.gethostname(), name)])
+    if len({seen for _, seen in found}) > 1:
+        (first, wanted), (other, seen) = found[0], next(entry for entry in found if entry[1] != found[0][1])
+        raise ValueError(
+            f"The first rank, on {first}, would start from {wanted or 'the beginning'}, and another, on {other}, from "
+            f"{seen or 'the beginning'}: output_dir must be a folder that all nodes see."
+        )
+
+
+def check_shared(output_dir: Path) -> None:
+    """Raise a ValueError on all ranks where one does not see the folder into which the first has written; all call it.
+
+    Every rank leaves its part of a checkpoint in its folder, and none could be continued from otherwise.
+    """
+    if world_size() == 1:
+        return
+    (written,) = broadcast_object_list([_time_of(output_dir / RECIPE_FILE)])
+    deadline = time.monotonic() + SHARED_FOLDER_WAIT
+    while _time_of(output_dir / RECIPE_FILE) != written and time.monotonic() < deadline:
+        time.sleep(0.2)  # a network file system may be late
+    found = gather_object([(socket.gethostname(), _time_of(output_dir / RECIPE_FILE) == written)])
+    if blind := [host for host, sees in found if not sees]:
+        raise ValueError(
+            f"{blind[0]} does not see what {found[0][0]} has written to output_dir {output_dir}, so that no "
+            "checkpoint could be continued from: name a folder that all nodes see (by its absolute path, unless all "
+            "nodes start in one working folder), or set save_strategy: 'no'."
+        )
+
+
+def _time_of(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 class EndWithLauncher(TrainerCallback):
     """Ends the process at the next step after its launcher has ended, where the kernel has not."""
 
@@ -141,6 +185,7 @@ def _prepare(
     output_dir, start = check_output(recipe, resolved)
     with announced_wait("the other ranks to start"):  # the first config connects them
         args, data_args, model_args, run_args = build_configs(recipe, classes, world_size())
+    check_same_start(start)
     set_seed(args.seed)
     if run_args.method is not None and run_args.method.replace("_", "-") != method:
         print_on_main(f"The recipe is written for {run_args.method}; it is run as {method}.")
@@ -233,7 +278,8 @@ def tokenise_data(
     """
     evaluates = args.do_eval or args.eval_strategy != "no"
     sources = data_args.resolve(evaluates=evaluates, seed=args.seed)
-    tokenize = RowTokenizer(tokenizer, rows, Truncation(args.max_length, args.max_prompt_length, args.truncation_mode))
+    truncation = Truncation(args.max_length, args.max_prompt_length, args.truncation_mode)
+    tokenize = RowTokenizer(tokenizer, rows, truncation, text_mode=args.text_mode)
     train, evaluation = load_tokenized(sources, tokenize, num_proc=args.dataset_num_proc)
     mapped = {"train": train}
     if evaluation is not None and data_args.evaluates:  # rows held out are left out of training all the same

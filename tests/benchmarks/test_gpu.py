@@ -87,7 +87,7 @@ def test_tables_and_figure_come_from_the_findings_alone(tmp_path, capsys):
         "skipped: bitsandbytes is not installed",
         "| H200 | 8b | ultrafeedback | prefopt | 8 |",
         "| optimizer | 9.0 |\n| attention | 5.0 |",
-        "| measured peak | 75.50 |",
+        "| memory | 75.50 | 80.25 | 15.00 |",
     ):
         assert cell in text
     assert "dry run" not in text

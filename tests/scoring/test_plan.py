@@ -183,3 +183,12 @@ def test_packed_rows_are_a_partition_within_capacity(sizes):
     fills = [sum(sizes[index] for index in row) for row in rows]
     assert max(fills) <= 128
     assert len(rows) <= max(1, math.ceil(11 / 9 * math.ceil(sum(sizes) / 128)) + sum(size > 64 for size in sizes))
+
+
+def test_the_heaviest_ranks_tokens_over_the_lightests():
+    lengths = [GroupLengths(size, size // 2, 2, 10) for size in (100, 1000) * 64]
+    one = BatchPlan(lengths, groups_per_micro_batch=1, world_size=2, max_tokens_per_row=1024, shuffle=False)
+    many = BatchPlan(lengths, groups_per_micro_batch=16, world_size=2, max_tokens_per_row=16384, shuffle=False)
+    padded = BatchPlan(lengths, groups_per_micro_batch=1, world_size=2, shuffle=False)
+    assert one.load_ratio() == padded.load_ratio() == 10
+    assert many.load_ratio() == 1

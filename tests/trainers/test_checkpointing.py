@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 
 import prefopt
-from prefopt.memory import ModelShape, Recomputation, Widths, activation_bytes
+from prefopt.memory import Launch, ModelShape, Recomputation, Widths, activation_bytes
 from prefopt.scoring.layouts import Group, PackedLayout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers import fitting
@@ -295,8 +295,18 @@ def test_options_of_a_recipe_go_on_to_work_with_auto(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, gradient_checkpointing=None, gradient_checkpointing_kwargs=options)
     assert trainer.args.checkpointing == "all"
     assert trainer.args.activation_checkpointing_kwargs == options
-    ways = fitting.ways_of(config(tmp_path, gradient_checkpointing_kwargs=options), ModelShape.count(deep_model()))
+    ways = fitting.ways_of(config(tmp_path, gradient_checkpointing_kwargs=options), fitting.run_of(trainer))
     assert "selective" not in {way.mode for way in ways}
+
+
+def test_zero3_does_not_recompute_selectively(tmp_path):
+    """It gathers within a layer, by other operations the second time, which torch's selective recomputation checks."""
+    run = fitting.run_of(make_trainer(tmp_path))
+    sharded = dataclasses.replace(run, launch=Launch(processes=8, zero_stage=3))
+    assert "selective" in {way.mode for way in fitting.ways_of(config(tmp_path), run)}
+    assert "selective" not in {way.mode for way in fitting.ways_of(config(tmp_path), sharded)}
+    with pytest.raises(ValueError, match="does not work under ZeRO-3"):
+        fitting.ways_of(config(tmp_path, checkpointing="selective"), sharded)
 
 
 def test_a_quantised_models_weights_are_counted_unpacked():

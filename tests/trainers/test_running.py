@@ -24,6 +24,7 @@ from prefopt.trainers import precision
 from prefopt.trainers.checkpoints import last_checkpoint
 from prefopt.trainers.metrics import MetricLog
 from prefopt.trainers.precision import round_stochastically
+from tests.tiny import tiny_model
 from tests.trainers.pairs import history, make_trainer, preference_rows, weights_of
 
 ROWS = {
@@ -566,3 +567,16 @@ def test_a_logarithmic_warm_up_is_deepspeeds(tmp_path):
     expected = [1e-3 * math.log(max(step, 1)) / math.log(6) for step in range(6)]
     assert rates["log"][:6] == pytest.approx(expected) and rates["log"][6:] == rates["linear"][6:]
     assert rates["log"][2] > 1.1 * rates["linear"][2]
+
+
+@pytest.mark.parametrize("set_name", ["train_dataset", "eval_dataset"])
+def test_ids_beyond_the_embeddings_are_found_before_anything_runs(tmp_path, set_name):
+    """Also where the trainer is built in Python, and in every set."""
+    rows = preference_rows(4)
+    with pytest.raises(ValueError, match=r"set has the token id \d+, but the model has 16 embeddings"):
+        small = tiny_model(vocab_size=16)
+        if set_name == "eval_dataset":
+            low = {"prompt_ids": [3, 4], "chosen_ids": [5, 2], "rejected_ids": [6, 2]}
+            make_trainer(tmp_path, model=small, rows=Dataset.from_list([low]), trainer_options={set_name: rows})
+        else:
+            make_trainer(tmp_path, model=small, rows=rows)

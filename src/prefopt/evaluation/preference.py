@@ -65,9 +65,9 @@ def preference_accuracy(
         )
     tokenizer = model.tokenizer if isinstance(model, ReferenceModel) else load_tokenizer(model)
     rows, _ = tokenize_pairs(pairs, tokenizer, max_length=max_length, name="evaluation")
-    groups = [Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]
+    groups = [Group.of_pair(row) for row in rows]
     chosen, rejected = _logps(model, groups, tokenizer.pad_token_id, dtype=dtype, max_tokens=max_tokens)
-    counts = np.array([[len(completion) for completion in group.completions] for group in groups], dtype=np.float64)
+    counts = np.array([[len(scored) for scored in group.scored] for group in groups], dtype=np.float64)
     margins, per_token = chosen - rejected, chosen / counts[:, 0] - rejected / counts[:, 1]
     return PreferenceResult(
         accuracy=float((margins > 0).mean()),

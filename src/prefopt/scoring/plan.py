@@ -10,6 +10,7 @@ every rank computes the whole plan and takes its own part.
 from __future__ import annotations
 
 import heapq
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -122,7 +123,8 @@ class BatchPlan(torch.utils.data.Sampler):
 
     def step(self, epoch: int, step: int) -> list[list[MicroBatch]]:
         """Return the micro-batches of one optimizer step, [rank][micro-batch]."""
-        indices = self._step_indices(epoch, step)
+        order = _permutation(len(self.lengths), self.seed, epoch) if self.shuffle else range(len(self.lengths))
+        indices = list(order[step * self.groups_per_step : (step + 1) * self.groups_per_step])
         tokens = sum(self.lengths[index].first_scored for index in indices)
         ranked = sum(self.lengths[index].ranked_pairs for index in indices)
         bins = self._deal(indices)
@@ -140,16 +142,24 @@ class BatchPlan(torch.utils.data.Sampler):
         fills = [sum(self.lengths[index].packed for index in row) for row in micro_batch.rows]
         return len(fills) * max(fills)
 
+    def load_ratio(self, *, steps: int = 16) -> float:
+        """Return how many times the lightest rank's tokens the heaviest one computes in a step.
+
+        Args:
+            steps: of the first epoch; the median of that many is taken.
+        """
+        ratios = []
+        for step in range(min(steps, self.num_steps)):
+            loads = [sum(map(self.tokens, micro_batches)) for micro_batches in self.step(0, step)]
+            ratios.append(max(loads) / max(min(loads), 1))
+        return statistics.median(ratios)
+
     def heaviest(self, *, epochs: int = 1) -> int:
         """Return the most tokens of a micro-batch in up to `SAMPLED_STEPS` steps, evenly spread over the epochs."""
         steps = epochs * self.num_steps
         sampled = range(0, steps, max(1, steps // SAMPLED_STEPS))
         plans = (self.step(*divmod(number, self.num_steps)) for number in sampled)
         return max(self.tokens(micro_batch) for plan in plans for rank in plan for micro_batch in rank)
-
-    def _step_indices(self, epoch: int, step: int) -> list[int]:
-        order = _permutation(len(self.lengths), self.seed, epoch) if self.shuffle else range(len(self.lengths))
-        return list(order[step * self.groups_per_step : (step + 1) * self.groups_per_step])
 
     def _deal(self, indices: list[int]) -> list[list[int]]:
         """Divide a step's groups among all micro-batches; neighbours in the list run at the same time on all ranks."""

@@ -38,6 +38,8 @@ from prefopt import files
 from prefopt._transformers import HookedTrainer
 from prefopt.data.encoding import vocabulary_fingerprint
 from prefopt.data.rows import REFERENCE_COLUMNS
+from prefopt.data.tokenization import check_fits_model
+from prefopt.launch import print_on_main
 from prefopt.memory import optimizer_bytes
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import PackedRows, restore_attention
@@ -62,9 +64,13 @@ from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
 from prefopt.trainers.policy import base_model_of, compile_blocks, use_liger, weights_fingerprint
 from prefopt.trainers.precision import MasterWeights, UpdatesLost, keep_updates
+from prefopt.trainers.sharding import give_addresses
 
 METHOD_STATE_FILE = "method_state.json"
 """File of a checkpoint that holds what `BaseTrainer.method_state` returns."""
+
+LARGEST_LOAD_RATIO = 2.0
+"""Tokens of the heaviest rank over those of the lightest from which on a warning says so."""
 
 _TOTALS = ("num_tokens", "perf/tokens")  # metrics that are added up over the steps of a log, not averaged
 
@@ -132,6 +138,7 @@ class BaseTrainer(HookedTrainer):
         self._updates_lost: UpdatesLost | None = None
         self._tokens_seen = 0.0
         self._origin: dict[str, str] = {}
+        self._warned_of_uneven_ranks = False
         self._packing = ""  # what `describe_run` says about the choice of the layout
         self._clock = time.perf_counter()
         super().__init__(
@@ -144,6 +151,11 @@ class BaseTrainer(HookedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if not self.is_fsdp_enabled and any(parameter.is_meta for parameter in self.model.parameters()):
+            raise ValueError(
+                "The accelerate config asks for FSDP, which accelerate applies on GPUs only, and this run is on a "
+                "CPU: choose another config, such as cpu_ddp_2ranks."
+            )
         keep_float32_under_fsdp2(self.accelerator)
         parallel = self.accelerator.parallelism_config
         if parallel is not None and parallel.non_data_parallel_size > 1:
@@ -151,6 +163,8 @@ class BaseTrainer(HookedTrainer):
                 "Tensor, context and sequence parallelism are not supported: each process takes pairs of its own. Use "
                 "ZeRO-3 or FSDP."
             )
+        for name, dataset in self._named_datasets().items():
+            check_fits_model(dataset, self.model.config, name)  # before a pair is tried
         self.layout = self._choose_layout()
         fitting.settle(self)
         if args.compile_blocks:
@@ -377,11 +391,25 @@ class BaseTrainer(HookedTrainer):
             multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
         )
 
+    def _warn_of_uneven_ranks(self, plan: BatchPlan) -> None:
+        if self._warned_of_uneven_ranks or plan.world_size == 1:
+            return
+        self._warned_of_uneven_ranks = True
+        ratio, pairs = plan.load_ratio(), plan.groups_per_step // plan.world_size
+        if ratio > LARGEST_LOAD_RATIO:
+            print_on_main(
+                f"Warning: in a step one rank computes {ratio:.1f} times the tokens of another, which waits for it: "
+                f"{pairs} example(s) a rank are too few to balance lengths. Use fewer processes, or a larger global "
+                "batch."
+            )
+
     def get_train_dataloader(self) -> DataLoader:
         """Make the loader of this rank's micro-batches; accelerate must not shard it, since the plan does already."""
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
-        return self._loader(self.train_dataset, self.training_plan())
+        plan = self.training_plan()
+        self._warn_of_uneven_ranks(plan)
+        return self._loader(self.train_dataset, plan)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Make the loader of this rank's evaluation batches, in the data set's order."""
@@ -423,6 +451,8 @@ class BaseTrainer(HookedTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`; updates of 16-bit weights are kept as `master_weights` says."""
+        if self.is_fsdp_enabled:
+            give_addresses(self.model, upcast=self.accelerator.mixed_precision != "no")
         optimizer = super().create_optimizer(model)
         if self._updates_lost is not None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return optimizer
@@ -640,7 +670,8 @@ class BaseTrainer(HookedTrainer):
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)  # of ZeRO-3
         saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
         weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
-        copies = 4 if self.is_deepspeed_enabled or self._masters is not None else 0
+        # masters, or the weights once more in accelerate's own file beside model.safetensors
+        copies = 4 if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._masters is not None else 0
         states = (optimizer_bytes(args.optim) + copies) * trained
         self._raise_on_all_ranks(lambda: check_space(args, weights, states, steps=self.state.max_steps))
 

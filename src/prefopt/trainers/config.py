@@ -13,6 +13,14 @@ from trl import DPOConfig as TRLDPOConfig
 from trl import ModelConfig
 
 from prefopt.arguments import SecretsStayOut, check_settings, setting
+from prefopt.data.encoding import (
+    CHAT_RENDERINGS,
+    COMPLETION_TURNS,
+    SPECIAL_TOKENS,
+    TRUNCATION_MODES,
+    TextMode,
+    Truncation,
+)
 from prefopt.scoring.logprobs import ALIGNMENTS
 from prefopt.trainers.checkpointing import MODES, read_aliases, read_options
 from prefopt.trainers.precision import MASTER_WEIGHTS
@@ -99,6 +107,13 @@ class BatchConfig(SecretsStayOut, _Mixin):
     selective_checkpointing: bool = setting(
         False, "With `gradient_checkpointing: true`: `checkpointing: selective`.", decides_result=False
     )
+    ddp_timeout: int = setting(
+        4 * 60 * 60,
+        "Seconds that ranks wait for each other before the run ends: longer than the first rank takes to tokenise the "
+        "data while the others wait.",
+        at_least=1,
+        decides_result=False,
+    )
     resume_changed: bool = setting(
         False,
         "Continue from a checkpoint although data, tokenizer, chat template, policy or reference have changed since.",
@@ -121,6 +136,11 @@ class BatchConfig(SecretsStayOut, _Mixin):
         "Epochs that the learning-rate schedule (warm-up included) is laid out for, where training stops earlier, "
         "after `num_train_epochs`; None: the same.",
     )
+
+    @property
+    def text_mode(self) -> TextMode:
+        """How texts become token ids."""
+        return TextMode()
 
     def check_batching(self) -> None:
         """Raise a ValueError where these settings cannot work."""
@@ -215,9 +235,37 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):  # type: ignore[misc]  # grad
         choices=ALIGNMENTS,
     )
     gamma_beta_ratio: float = setting(0.5, "SimPO's target margin divided by beta (loss_type 'simpo' only).")
+    truncation_mode: str = setting(
+        "keep_start",
+        "What a pair longer than `max_length` keeps: 'keep_start', 'keep_end' (TRL's), 'drop' (nothing: it is left "
+        "out), or 'trl09': completions keep `max_length - max_prompt_length` tokens, as in TRL 0.9.",
+        choices=TRUNCATION_MODES,
+    )
+    chat_rendering: str = setting(
+        "joint",
+        "Where a completion begins: 'joint' (with the answer's text); as published code has it, 'handbook' "
+        "(alignment-handbook, SimPO, WPO: turns rendered apart, header scored) or 'sppo' (header scored).",
+        choices=CHAT_RENDERINGS,
+    )
+    special_tokens: str = setting(
+        "template",
+        "BOS and end token of a pair: the 'template''s, 'trl09' (added where there is none, as in TRL 0.9) or 'sppo' "
+        "(added in any case).",
+        choices=SPECIAL_TOKENS,
+    )
+    completion_turns: str = setting(
+        "all",
+        "Of a completion of several turns, score 'all' of the assistant's turns, or the 'last' one.",
+        choices=COMPLETION_TURNS,
+    )
     ref_logps_dir: str | None = setting(
         None, "Folder of cached reference scores, read and filled when `precompute_ref_log_probs` is on."
     )
+
+    @property
+    def text_mode(self) -> TextMode:
+        """How texts become token ids."""
+        return TextMode(self.chat_rendering, self.special_tokens, self.completion_turns)
 
     def __post_init__(self) -> None:
         before_transformers(self)
@@ -230,6 +278,7 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):  # type: ignore[misc]  # grad
             self.padding_free, self.batch_layout = False, "packed"
         self.check_batching()
         check_unset(self, WITHOUT_COUNTERPART)
+        Truncation(self.max_length, self.max_prompt_length, self.truncation_mode)
         if not 0 < self.beta < math.inf:
             raise ValueError(f"`beta` must be positive, not {self.beta}.")
         if self.ld_alpha is not None:

@@ -22,6 +22,7 @@ from prefopt.memory import (
     choose_tokens,
     estimate,
     recomputations,
+    with_master_weights,
 )
 from prefopt.scoring.logprobs import has_scoring_path
 from prefopt.scoring.plan import fewest_micro_batches
@@ -38,6 +39,8 @@ def settle(trainer: Any) -> None:
         if args.checkpointing == "auto":
             settle_mode(args, Recomputation("none"))
         return
+    if args.checkpointing == "selective" and trainer.is_deepspeed_enabled:
+        ways_of(args, run_of(trainer))
     decides = args.checkpointing == "auto" or args.tokens_per_micro_batch == "auto"
     card = card_bytes(args.device) if decides else None
     lines = [] if args.tokens_per_micro_batch is None else _settle_tokens(trainer, card)
@@ -59,7 +62,7 @@ def run_of(trainer: Any) -> Run:
     """Describe a trainer's run as the estimate needs it."""
     args = trainer.args
     base = base_model_of(trainer.model)
-    return Run(
+    run = Run(
         ModelShape.count(trainer.model),
         Launch.of(trainer.accelerator),
         dtype="float32" if base.dtype == torch.float32 else "bfloat16",
@@ -71,6 +74,7 @@ def run_of(trainer: Any) -> Run:
         accumulates=args.gradient_accumulation_steps > 1 or args.tokens_per_micro_batch is not None,
         scores_tokens=has_scoring_path(base),
     )
+    return with_master_weights(run, args.master_weights, available=card_bytes(args.device))
 
 
 def _settle_tokens(trainer: Any, card: int | None) -> list[str]:
@@ -82,7 +86,7 @@ def _settle_tokens(trainer: Any, card: int | None) -> list[str]:
             args.tokens_per_micro_batch = None
             return ["Micro-batches keep `per_device_train_batch_size` (`tokens_per_micro_batch: auto` on a CPU)."]
         run = run_of(trainer)
-        args.tokens_per_micro_batch = tokens = choose_tokens(run, ways_of(args, run.shape), available=card)
+        args.tokens_per_micro_batch = tokens = choose_tokens(run, ways_of(args, run), available=card)
     epochs = 1 if args.max_steps > 0 else max(1, round(args.num_train_epochs))
     count, heaviest = fewest_micro_batches(trainer.training_plan, tokens, epochs=epochs)
     trainer.divide_step(count)
@@ -103,7 +107,7 @@ def _settle_checkpointing(trainer: Any, card: int | None) -> str:
         return NOTHING_ON_CPU
     run = run_of(trainer)
     tokens = trainer.training_plan().heaviest()
-    way = choose_recomputation(run, ways_of(args, run.shape), tokens=tokens, scored_tokens=tokens, available=card)
+    way = choose_recomputation(run, ways_of(args, run), tokens=tokens, scored_tokens=tokens, available=card)
     settle_mode(args, way)
     return explain(run, way, tokens=tokens, card=card)
 
@@ -121,10 +125,19 @@ def explain(run: Run, way: Recomputation, *, tokens: int, card: float, scored_to
     return line + ")."
 
 
-def ways_of(args: Any, shape: ModelShape) -> list[Recomputation]:
-    """List what a config lets "auto" choose, the cheapest first: its own mode alone, or all that its options allow."""
+def ways_of(args: Any, run: Run) -> list[Recomputation]:
+    """List what a config lets "auto" choose, the cheapest first: its own mode alone, or all that its options allow.
+
+    Raises:
+        ValueError: `checkpointing: selective` under ZeRO-3.
+    """
+    if args.checkpointing == "selective" and run.launch.zero_stage == 3:
+        raise ValueError(
+            "`checkpointing: selective` does not work under ZeRO-3, which gathers weights within a layer by other "
+            "operations when it runs again: use auto, every_n or all."
+        )
     if args.checkpointing != "auto":
         return [recomputation_of(args)]
     # selective recomputation takes none of the options that a recipe may set
     options = {name: value for name, value in (args.gradient_checkpointing_kwargs or {}).items() if value}
-    return recomputations(shape.layers, selective=not options)
+    return recomputations(run.shape.layers, selective=not options and run.launch.zero_stage != 3)

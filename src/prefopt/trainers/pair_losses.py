@@ -53,23 +53,14 @@ class PairScores:
     chosen_mean_aligned_logps: Tensor | None = None
     rejected_mean_aligned_logps: Tensor | None = None
 
-    @property
-    def chosen_logratios(self) -> Tensor:
-        """(B,) log pi / pi_ref of the chosen completions."""
-        return self.chosen_logps - self.ref_chosen_logps
-
-    @property
-    def rejected_logratios(self) -> Tensor:
-        """(B,) log pi / pi_ref of the rejected completions."""
-        return self.rejected_logps - self.ref_rejected_logps
-
     def logratios(self) -> Pair:
-        """Return the log-ratios of both completions."""
-        return self.chosen_logratios, self.rejected_logratios
+        """Return log pi / pi_ref of both completions."""
+        return self.chosen_logps - self.ref_chosen_logps, self.rejected_logps - self.ref_rejected_logps
 
     def mean_logratios(self) -> Pair:
         """Return the log-ratios of both completions per completion token."""
-        return self.chosen_logratios / self.chosen_counts, self.rejected_logratios / self.rejected_counts
+        chosen, rejected = self.logratios()
+        return chosen / self.chosen_counts, rejected / self.rejected_counts
 
     def mean_logps(self) -> Pair:
         """Return the policy's log-probs of both completions per completion token."""

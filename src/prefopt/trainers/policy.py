@@ -25,6 +25,7 @@ from prefopt.memory import decoder_layers
 from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.logprobs import install_scoring
 from prefopt.trainers.checkpointing import make_reentrant
+from prefopt.trainers.sharding import model_without_weights, reads_once_a_node, reads_weights, share_dtypes
 
 REFERENCE_ADAPTER = "ref"
 _RESERVED_NAMES = {
@@ -76,7 +77,11 @@ def load_model(
     init.setdefault("trust_remote_code", args.trust_remote_code)
     if loader is create_model_from_path and is_adapter(model):
         loader = _load_adapter
-    return loader(model, **init)
+    if loader is not create_model_from_path or quantization_config is not None or not reads_once_a_node():
+        return loader(model, **init)
+    loaded: PreTrainedModel = loader(model, **init) if reads_weights() else model_without_weights(model, **init)
+    share_dtypes(loaded)
+    return loaded
 
 
 def is_adapter(name: str) -> bool:
@@ -123,7 +128,7 @@ def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:
     return module_fingerprint(model, base_model_of(model).config, adapter=adapter)
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+def frozen_copy(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     """Copy the model with its present weights, frozen and with the scoring path.
 
     Raises:
@@ -135,7 +140,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
             "folder, or pass `ref_model`."
         )
     reference = copy.deepcopy(model)
-    install_scoring(reference)
+    install_scoring(base_model_of(reference))
     return reference.requires_grad_(False).eval()
 
 

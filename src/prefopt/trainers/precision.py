@@ -127,6 +127,8 @@ class MasterWeights:
         self.pairs.append((weight, copied))
         if weight in optimizer.state:  # of an optimizer that a user has stepped already
             optimizer.state[copied] = optimizer.state.pop(weight)
+        if not self.keep:
+            copied.data = copied.new_empty(0)  # filled when its weight is updated
         return copied
 
     def follow_weights(self) -> None:

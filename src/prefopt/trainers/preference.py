@@ -45,6 +45,7 @@ from prefopt.trainers.reference import (
     reference_fingerprint,
     reference_module,
 )
+from prefopt.trainers.sharding import shard
 
 SIDES = ("chosen", "rejected")
 
@@ -449,6 +450,7 @@ class PreferenceTrainer(BaseTrainer):
             max_prompt_length=args.max_prompt_length,
             truncation_mode=args.truncation_mode,
             on_bad_row=cast(Any, args.on_bad_row),
+            text_mode=args.text_mode,
             num_proc=args.dataset_num_proc,
             name=name,
         )
@@ -484,6 +486,9 @@ class PreferenceTrainer(BaseTrainer):
 
     def _attach_scores_to_all(self, module: PreTrainedModel | PeftModel | None) -> None:
         self._scores_given = self.train_dataset is not None and has_scores(self.train_dataset)
+        if module is not None and self.is_fsdp_enabled:
+            sharded: Any = shard(module, self.accelerator)
+            module = sharded
         if module is not None and not self._scores_given and not self.reference_is_initial:
             self._cached_module = reference_fingerprint(module)
         # scores that came with the data may be those of any model
