@@ -10,6 +10,7 @@
 #   make notebooks         run the notebooks of examples/notebooks (ARGS=--overwrite keeps their new outputs)
 #   make certificate       run what docs/correctness.md claims, and write the page with the deviations that were seen
 #   make nightly           what is too long for CI: 100 kills, an hour of fuzzing, the oldest and the newest versions
+#   make study             when each method pays: six experiments, docs/study.md (ARGS='--quick', '--only wpo')
 #   make bench             our padded path against TRL's DPOTrainer on this machine
 #   make test-oldest       the fast tests on the oldest versions that pyproject.toml allows (an environment of its own)
 #   make test-newest       the fast tests on the newest versions that the index has (an environment of its own)
@@ -31,7 +32,7 @@ RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOK
 SOURCES := src tests scripts benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup style quality test test-oldest test-newest quickstart docs notebooks fuzz faults certificate nightly bench clean
+.PHONY: help setup style quality test test-oldest test-newest quickstart docs notebooks fuzz faults certificate nightly study bench clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -105,6 +106,10 @@ nightly: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly
 	$(MAKE) test-oldest
 	$(MAKE) test-newest
+
+# Goes on where it was stopped.
+study: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.study $(ARGS)
 
 bench: $(READY)
 	$(RUN) $(BIN)/python benchmarks/step_throughput.py --layouts padded $(ARGS)

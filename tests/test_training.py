@@ -45,6 +45,34 @@ def history(folder):
         return {entry["step"]: entry["loss"] for entry in json.load(file)["log_history"] if "loss" in entry}
 
 
+def test_the_report_and_the_card_that_a_run_leaves(tmp_path, model, data, capsys):
+    """The page shows the recipe, the curves, the evaluation and the samples; the model card the figures."""
+    settings = {"dataset_test_split": "test", "sample_completions": 2, "max_steps": 3, "eval_strategy": "steps"}
+    recipe = tiny_recipe(tmp_path, model, data, eval_steps=2, **settings)
+    folder = tmp_path / "out"
+    run(recipe, capsys=capsys)
+    assert f"The report is in {folder / 'report.html'}." in capsys.readouterr().out
+    page, card = (folder / "report.md").read_text(), (folder / "README.md").read_text()
+    assert "**out**: wpo, finished after 3 steps." in page and "| learning_rate | 1e-06 | 0.001 |" in page
+    assert "| train | 12 | 12 | 0 | 0 | messages |" in page and "| eval | 4 | 4 |" in page
+    figures = json.loads((folder / "eval_results.json").read_text())
+    assert f"| loss | {figures['eval_loss']:.4g} |" in page and f"| eval_loss | {figures['eval_loss']:.4g} |" in card
+    assert [row["step"] for row in read_jsonl(folder / "samples.jsonl")] == [0, 0, 2, 2, 3, 3]
+    assert "*policy*, step 0:" in page and "*policy*, step 3:" in page and "*reference*:" in page
+    assert "<svg" in (folder / "report.html").read_text()
+    logged = [line["loss"] for line in read_jsonl(folder / "log.jsonl") if "loss" in line]
+    assert logged == list(history(folder).values())
+    assert "| train | 12 | 12 | 0 | 0 |" in card and "| lr_scheduler_type | linear |" in card
+    assert 'pipeline("text-generation", model=' in card and "huggingface.co/papers" not in card
+
+
+def test_samples_need_held_out_rows_before_anything_is_written(tmp_path, model, tmp_path_factory, capsys):
+    data = write_pairs(tmp_path_factory.mktemp("train-only"), {"train": 8})
+    assert main(["wpo", str(tiny_recipe(tmp_path, model, data, sample_completions=2))]) == 2
+    error = capsys.readouterr().err
+    assert "Completions are sampled for held-out prompts" in error and not (tmp_path / "out").exists()
+
+
 def test_what_is_kept_and_printed(tmp_path, model, data, capsys):
     recipe = tiny_recipe(tmp_path, model, data, do_eval=True, torch_dtype="float32", global_batch_size=4)
     folder = tmp_path / "out"

@@ -39,9 +39,10 @@ from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
 from prefopt.trainers.checkpointing import recomputation_of
 from prefopt.trainers.checkpoints import check_space
+from prefopt.trainers.data_tables import data_warnings
 from prefopt.trainers.fitting import NOTHING_ON_CPU, explain, ways_of
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
-from prefopt.training import tokenise_data
+from prefopt.training import suite_of, tokenise_data
 
 T = TypeVar("T")
 
@@ -106,6 +107,7 @@ def inspect(words: list[str], method: str | None = None) -> Findings:
     if not found.launch_name:
         found.attempt(run.check_devices, recipe)
     found.problems += run.missing_packages(recipe)
+    found.attempt(suite_of, recipe)
     config, data_args, model_args, run_args = build_each(recipe, classes, found)
     if config is not None:
         check_precision(recipe, config, found)
@@ -187,7 +189,7 @@ def check_model_and_data(
         with contextlib.redirect_stdout(sys.stderr):
             datasets, found.reports = found.attempt(tokenise_data, rows, tokenizer, config, data_args) or ({}, [])
             for data in found.reports:
-                found.notices += run.data_warnings(data, config.max_length)
+                found.notices += data_warnings(data, config.max_length)
             for split, dataset in datasets.items():
                 found.attempt(trainer.check_data, dataset, config, split)
                 if not run.is_adapter(name):

@@ -25,7 +25,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.arguments import missing, names_without_effect, setting_changes
-from prefopt.data import TokenizationReport
 from prefopt.data.encoding import with_pad_token
 from prefopt.files import parse_yaml, read_yaml, user_path, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
@@ -34,6 +33,7 @@ from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.trainers.checkpoints import cannot_resume, checkpoint_to_resume, is_whole, last_checkpoint, try_saving
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import load_model
+from prefopt.trainers.samples import SAMPLES_FILE
 
 # --- What we know of settings that transformers and TRL declare; of our own, it stands in the fields' metadata.
 
@@ -70,13 +70,14 @@ NEEDS_PACKAGE = (
     ("use_liger_kernel", "True", "liger_kernel", "pip install 'prefopt[fast]'"),
     ("report_to", "wandb", "wandb", "pip install wandb"),
     ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
+    ("report_to", "trackio", "trackio", "pip install trackio"),
+    ("report_to", "mlflow", "mlflow", "pip install mlflow"),
 )
 # ignored without `use_peft`
 ADAPTER_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "lora_task_type", "lora_init", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
-LARGELY_CUT, LARGELY_DROPPED = 0.2, 0.01  # shares of rows from which on a warning says so
 LM_HEADS = ("lm_head", "embed_out", "output")
 
 # --- Settings
@@ -218,32 +219,18 @@ def missing_packages(recipe: Recipe) -> list[str]:
     return sentences
 
 
-def data_warnings(report: TokenizationReport, max_length: int | None) -> list[str]:
-    """Return a sentence where much of a data set is cut or dropped, which a table of counts says too quietly."""
-    warnings = []
-    if report.rows_cut > LARGELY_CUT * report.rows_kept:
-        share = report.rows_cut / report.rows_kept
-        warnings.append(
-            f"{report.name}: {report.rows_cut} of {report.rows_kept} rows ({share:.0%}) do not fit in max_length "
-            f"{max_length} and are cut: what is scored is not the whole answer, or not after the whole prompt. Raise "
-            "max_length if memory allows."
-        )
-    if report.rows_dropped > LARGELY_DROPPED * report.rows_in:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
-        warnings.append(f"{report.name}: {report.rows_dropped} of {report.rows_in} rows are dropped: {reasons}.")
-    return warnings
-
-
 # --- The run's folder
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "package_versions.json"
 TRAIN_FIGURES, EVAL_FIGURES = "train_results.json", "eval_results.json"  # transformers' names
+RUN_FILE = "run.json"  # what is known when training starts: method, recipe, data, hardware
+LOG_FILE = "log.jsonl"  # every log as it is made; a run that is killed keeps it
 # Beside weights and checkpoints, overwriting removes these: a leftover would describe another model (an adapter's
 # config) or another run (its figures).
 LEFT_BY_RUNS = (
     TRAINER_STATE_NAME, "config.json", "adapter_config.json", "model.safetensors.index.json",
-    TRAIN_FIGURES, EVAL_FIGURES, "all_results.json",
+    TRAIN_FIGURES, EVAL_FIGURES, "all_results.json", LOG_FILE, SAMPLES_FILE, "report.md", "report.html",
 )  # fmt: skip
 # whatever decides what a run computes, as far as it is installed
 PACKAGES = (

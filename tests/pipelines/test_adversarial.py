@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from statistics import fmean
 import pytest
 import yaml
 
+from benchmarks.study import world
 from prefopt.candidates.records import read_records
 from prefopt.cli import main
 from prefopt.files import read_json, read_jsonl, write_jsonl
@@ -24,7 +24,6 @@ from prefopt.recipes import locate, packaged_names
 from prefopt.recipes.recipe import load_settings
 from tests.tiny import tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
 RUN = Path("/runs/a")
 CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none"}
 
@@ -304,22 +303,47 @@ def test_packaged_recipes_make_stages(name, tmp_path):
 # ---- for real
 
 
+GAME = {
+    **CPU,
+    "logging_steps": 20,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+    "seed": 0,
+    "per_device_train_batch_size": 32,
+}
+REWARD = {**GAME, "num_train_epochs": 3, "learning_rate": 1e-3, "per_device_eval_batch_size": 128}
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0}
+
+
 @pytest.fixture
-def game(tmp_path, monkeypatch):
-    """The game of the benchmark, small: its module, and the keys of a recipe for one iteration."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    game = importlib.import_module("word_game")
-    settings = importlib.import_module("adversarial_game").loop_settings(tmp_path, "adversarial", 0, 1)
-    game.write_game(
-        tmp_path / "data", seed=0, reward_prompts=150, policy_prompts=300, test_prompts=200, comparisons=1000
-    )
-    game.make_start_policy(tmp_path / "start", seed=0)
-    return game, {"pipeline": "adversarial", "run_dir": str(tmp_path / "run"), **settings}
+def game(tmp_path) -> dict:
+    """The world of the study, small, as files, and the keys of a recipe for one iteration."""
+    data, start = tmp_path / "data", tmp_path / "start"
+    world.write_game(data, seed=0, reward_prompts=150, policy_prompts=300, test_prompts=200, comparisons=1000)
+    world.make_start_policy(start, seed=0)
+    prompts = ("reward_prompts", "policy_prompts", "test_prompts")
+    files = (*prompts, "comparisons", "test_comparisons", "testing_comparisons")
+    return {
+        "pipeline": "adversarial",
+        "run_dir": str(tmp_path / "run"),
+        "model_name_or_path": str(start),
+        "reward_model_name_or_path": str(start),
+        **{name: str(data / f"{name}.jsonl") for name in files},
+        "num_iterations": 1,
+        "aligner": "dpo",
+        "sampling": {**SAMPLING, "num_samples": 4, "batch_size": 512},
+        "test_sampling": {**SAMPLING, "batch_size": 256},
+        "selection": {"plots": False, "keep": ["length"]},
+        "policy_training": {**GAME, "beta": 0.3, "learning_rate": 3e-4, "num_train_epochs": 2},
+        "testing_reward_training": REWARD,
+        "reward_update": "base",
+        "reward_training": {**REWARD, "adversarial_coeff": 1.0, "num_samples": 4, "human_coeff": 1.0},
+    }
 
 
-def mean_true_reward(game, folder: Path) -> float:
+def mean_true_reward(folder: Path) -> float:
     records = read_records(folder)
-    return fmean(game.true_reward(record["prompt"], record["candidates"][0]["text"]) for record in records)
+    return fmean(world.true_reward(record["prompt"], record["candidates"][0]["text"]) for record in records)
 
 
 def pipeline(recipe: dict, folder: Path) -> str:
@@ -333,13 +357,13 @@ def pipeline(recipe: dict, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_an_iteration_of_the_game_then_another_aligner_in_the_same_run(game, tmp_path):
-    game, recipe = game
+    recipe = game
     run = tmp_path / "run"
     pipeline(recipe, tmp_path)
-    before = mean_true_reward(game, run / "base" / "answers")
+    before = mean_true_reward(run / "base" / "answers")
     accuracy = read_json(run / "iteration-1" / "reward-train" / "eval_results.json")["eval_human_accuracy"]
     rows = read_json(run / "iteration-1" / "reward-rows" / "rows_report.json")
-    after = mean_true_reward(game, run / "iteration-1" / "answers")
+    after = mean_true_reward(run / "iteration-1" / "answers")
     scores = read_json(run / "iteration-1" / "evaluate" / "evaluation.json")["scores"]
     print(f"reward model {accuracy:.3f} on human comparisons; true reward {before:.3f} -> {after:.3f} (DPO)")
     assert accuracy > 0.75  # 0.5 is chance
@@ -354,7 +378,7 @@ def test_an_iteration_of_the_game_then_another_aligner_in_the_same_run(game, tmp
     output = pipeline(aligner, tmp_path)
     done = [line.split()[-1] for line in output.splitlines() if line.startswith("  iteration-1/")]
     print(output[: output.index("===")])
-    tuned = mean_true_reward(game, run / "iteration-1" / "answers")
+    tuned = mean_true_reward(run / "iteration-1" / "answers")
     print(f"true reward {before:.3f} -> {tuned:.3f} (RJS)")
     assert next(line for line in output.splitlines() if line.startswith("$")).startswith("$ prefopt build-rows")
     assert done.count("done") == 5

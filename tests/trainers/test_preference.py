@@ -51,7 +51,13 @@ TRL_METRICS = {
     "rewards/accuracies",
     "rewards/margins",
 }
-OUR_METRICS = {"lengths/chosen", "lengths/rejected", "perf/tokens_per_second", "perf/updates_lost"}
+OUR_METRICS = {
+    "lengths/chosen",
+    "lengths/rejected",
+    "perf/peak_memory_gib",
+    "perf/tokens_per_second",
+    "perf/updates_lost",
+}
 WPO_METRICS = {
     f"wpo/{name}" for name in ("weight_mean", "weight_min", "weight_max", "clamped_fraction", "effective_pairs")
 }

@@ -149,7 +149,8 @@ def test_metric_names_and_values(tmp_path):
     step = trainer.state.log_history[0]
     assert logged_names(step) == {
         "loss", "grad_norm", "learning_rate", "epoch", "step", "accuracy", "margin",
-        "mean_reward", "min_reward", "max_reward", "num_tokens", "perf/tokens_per_second", "perf/updates_lost",
+        "mean_reward", "min_reward", "max_reward", "num_tokens", "perf/peak_memory_gib", "perf/tokens_per_second",
+        "perf/updates_lost",
     }  # fmt: skip
     evaluated = next(entry for entry in trainer.state.log_history if "eval_first_loss" in entry)
     names = {

@@ -520,6 +520,7 @@ class TokenizationReport:
         dropped_rows: of every dropped row its number, `row_id`, reason and detail.
         lengths: tokens of each part.
         form: "strings" or "messages", as the rows came; None for token ids.
+        shown: whether it has been printed.
     """
 
     name: str
@@ -535,6 +536,7 @@ class TokenizationReport:
     dropped_rows: list[dict[str, Any]] = field(default_factory=list)
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
     form: str | None = None
+    shown: bool = field(default=False, compare=False)
 
     @property
     def rows_dropped(self) -> int:

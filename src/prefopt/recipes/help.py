@@ -49,7 +49,7 @@ def keys_help(classes: Sequence[type], *, of_method: bool, everything: bool) -> 
         of_method: whether a method's trainer reads them, which rejects some of transformers' and TRL's settings.
         everything: print the unusual settings of libraries, too.
     """
-    groups: dict[tuple[int, str], list[str]] = {}
+    groups: dict[tuple[float, str], list[str]] = {}
     shown: set[str] = set()
     left_out = 0
     for cls in classes:
@@ -61,7 +61,8 @@ def keys_help(classes: Sequence[type], *, of_method: bool, everything: bool) -> 
             if not owner.__module__.startswith("prefopt.") and field.name not in USUAL and not everything:
                 left_out += 1
                 continue
-            groups.setdefault(_group(owner, cls, first=cls is classes[0]), []).append(_entry(field))
+            group = _group(owner, cls, first=cls is classes[0], of_method=of_method)
+            groups.setdefault(group, []).append(_entry(field))
     parts = [f"{title}:\n" + "\n".join(groups[order, title]) for order, title in sorted(groups)]
     if left_out:
         parts.append(f"{left_out} further settings of transformers and TRL: `--help all`.")
@@ -83,12 +84,19 @@ def declaring_class(cls: type, name: str) -> type:
     return next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
 
 
-def _group(owner: type, cls: type, *, first: bool) -> tuple[int, str]:
+def _group(owner: type, cls: type, *, first: bool, of_method: bool) -> tuple[float, str]:
+    """Return the order and the title of the group that `owner`, a class that `cls` inherits from, declares."""
     if owner is cls and first:
         return 0, f"{cls.__name__}, the command's own keys"
     if not owner.__module__.startswith("prefopt."):
         return (3, f"{cls.__name__}, of TRL") if not first else (4, f"{cls.__name__}, as in TRL and transformers")
-    return (1, f"{cls.__name__}, shared with other methods") if first else (2, cls.__name__)
+    if not first:
+        return 2, cls.__name__
+    if of_method:
+        return 1, f"{cls.__name__}, shared with other methods"
+    about = inspect.cleandoc(owner.__doc__ or "").partition("\n")[0].rstrip(".")
+    is_generated = not about or about.startswith(f"{owner.__name__}(")  # a dataclass without a docstring
+    return 1 + cls.__mro__.index(owner) / 100, f"{cls.__name__}, shared" if is_generated else about
 
 
 def _entry(field: dataclasses.Field[Any]) -> str:

@@ -36,9 +36,11 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from prefopt import files
 from prefopt._transformers import HookedTrainer
+from prefopt._trl import is_log_completions
 from prefopt.data.encoding import vocabulary_fingerprint
 from prefopt.data.rows import REFERENCE_COLUMNS
-from prefopt.data.tokenization import check_fits_model
+from prefopt.data.tokenization import TokenizationReport, check_fits_model
+from prefopt.hardware import peak_memory_gib
 from prefopt.launch import print_on_main
 from prefopt.memory import optimizer_bytes
 from prefopt.references.fingerprints import rows_fingerprint
@@ -60,6 +62,7 @@ from prefopt.trainers.checkpoints import (
     try_saving,
 )
 from prefopt.trainers.collators import PlannedBatches
+from prefopt.trainers.console import print_few_figures
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
 from prefopt.trainers.policy import base_model_of, compile_blocks, use_liger, weights_fingerprint
@@ -105,6 +108,9 @@ class BaseTrainer(HookedTrainer):
     movable = (torch.Tensor, PackedRows)
     metric_minima: tuple[str, ...] = ()
     metric_maxima: tuple[str, ...] = ()
+    # of the data sets that were given as rows, by name: what became of the rows, and the sets as they were given
+    tokenization_reports: dict[str, TokenizationReport]
+    given_datasets: dict[str, Dataset]
     keeps_reference = False  # a reference model beside the policy
 
     def __init__(
@@ -170,7 +176,65 @@ class BaseTrainer(HookedTrainer):
         if args.compile_blocks:
             compile_blocks(base_model_of(self.model))
         self.add_early_callback(_RunCallback(self))
+        print_few_figures(self)
         self.model.add_model_tags(list(self._tag_names))
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback; TRL's `LogCompletionsCallback` gets the prompts that the tokenised rows no longer hold.
+
+        Raises:
+            ValueError: there are none, or it does not know when to log.
+        """
+        if is_log_completions(callback) and "prompt" not in callback.eval_dataset.column_names:
+            callback.eval_dataset = self._prompts_for(callback)
+        super().add_callback(callback)
+
+    def _prompts_for(self, callback: Any) -> Dataset:
+        instead = "prefopt.SampleCompletionsCallback(trainer) needs none of this."
+        if not (callback.freq or self.args.eval_steps):
+            raise ValueError(f"LogCompletionsCallback needs `freq`, or `eval_steps` in the config; {instead}")
+        if isinstance(self.eval_dataset, dict):
+            raise ValueError(f"LogCompletionsCallback reads one evaluation set, and there are several; {instead}")
+        rows = self.raw_rows(EVALUATION) if EVALUATION in self.given_datasets else None
+        if rows is None or "prompt" not in rows.column_names:
+            raise ValueError(
+                "LogCompletionsCallback reads the column `prompt`, and the evaluation rows were given without it; "
+                f"{instead}"
+            )
+        return rows.select(range(len(callback.eval_dataset)))
+
+    def raw_rows(self, name: str = TRAINING) -> Dataset:
+        """Return the rows that are used of a data set as they were given, in the order of the tokenised ones.
+
+        Args:
+            name: "train", "eval", or for one of several evaluation sets "eval/NAME".
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        self._check_name(name, self.given_datasets)
+        report, given = self.tokenization_reports[name], self.given_datasets[name]
+        if len(given) == report.rows_kept:  # nothing was dropped, or the rows were tokenised before
+            return given
+        dropped = {row["row"] for row in report.dropped_rows}
+        return given.select([row for row in range(len(given)) if row not in dropped])
+
+    def dropped_rows(self, name: str = TRAINING) -> list[dict[str, Any]]:
+        """Return of each row that cannot be used its number in the data set, `row_id`, `reason` and `detail`.
+
+        Args:
+            name: as in `raw_rows`.
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        self._check_name(name, self.tokenization_reports)
+        return list(self.tokenization_reports[name].dropped_rows)
+
+    @staticmethod
+    def _check_name(name: str, known: Mapping[str, Any]) -> None:
+        if name not in known:
+            raise ValueError(f"There is no data set {name!r} here; there is {', '.join(map(repr, known)) or 'none'}.")
 
     # ---- what a method defines
 
@@ -550,6 +614,7 @@ class BaseTrainer(HookedTrainer):
             logs |= metrics | {
                 "num_tokens": self._tokens_seen,
                 "perf/tokens_per_second": tokens / (time.perf_counter() - self._clock),
+                "perf/peak_memory_gib": peak_memory_gib(self.args.device),
                 **compiled_so_far(),
             }
             self.restart_clock()

@@ -8,6 +8,7 @@ Letters: B pairs, K references.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -15,17 +16,20 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import DPOConfig as TRLDPOConfig
 
 from prefopt import losses as pure
 from prefopt.data.encoding import with_pad_token
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
+from prefopt.launch import print_on_main
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, describe_wrapping, evaluated
 from prefopt.trainers.collators import CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
+from prefopt.trainers.data_tables import show_report
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import (
     PAIR_LOSSES,
@@ -100,6 +104,21 @@ def effective_pairs(values: dict[str, torch.Tensor]) -> None:
         values["wpo/effective_pairs"] = values.pop("wpo/_sum").square() / values.pop("wpo/_sum_of_squares")
 
 
+def note_default_beta(args: PreferenceConfig) -> None:
+    """Print once that `beta` was left at a default which is not TRL's: a script that comes from there gets another."""
+    default, trls = (config.__dataclass_fields__["beta"].default for config in (type(args), TRLDPOConfig))
+    if args.beta is default and default != trls:  # `is`: the same number given by a user is another object
+        _print_once(
+            f"beta is {default}, the default of {type(args).__name__}; TRL's DPOConfig has {trls}. Set `beta` to "
+            "choose."
+        )
+
+
+@cache
+def _print_once(message: str) -> None:
+    print_on_main(message)
+
+
 class PreferenceTrainer(BaseTrainer):
     """Base of the pair methods; the constructor takes TRL's `DPOTrainer` arguments in TRL's order.
 
@@ -147,8 +166,9 @@ class PreferenceTrainer(BaseTrainer):
             args = self.config_class()
         self._check_arguments(model, ref_model, args, data_collator, processing_class)
         self.check_settings(args)
+        note_default_beta(args)
         set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
-        self.tokenization_reports: dict[str, Any] = {}
+        self.tokenization_reports, self.given_datasets = {}, {}
         if processing_class is None:
             loaded = load_model(model, args, quantization_config)
             tokenizer = with_pad_token(load_tokenizer(loaded, args))
@@ -348,6 +368,8 @@ class PreferenceTrainer(BaseTrainer):
         processing_class: Any,
     ) -> None:
         """Raise a ValueError where an argument is of another kind than a pair trainer needs."""
+        if model is None:
+            raise ValueError("`model` is None: give a hub name, a folder, or a model in memory.")
         if not isinstance(args, cls.config_class):
             needed, given = cls.config_class.__name__, type(args)
             raise ValueError(
@@ -443,6 +465,7 @@ class PreferenceTrainer(BaseTrainer):
                 "Streaming data sets are not supported: the plan of batches needs every length. Use a `Dataset`."
             )
         args, tokenizer = self._args_for_data
+        self.given_datasets[name] = dataset
         dataset, report = tokenize_pairs(
             dataset,
             tokenizer,
@@ -455,6 +478,7 @@ class PreferenceTrainer(BaseTrainer):
             name=name,
         )
         self.tokenization_reports[name] = report
+        show_report(report, args.max_length)
         self.check_columns(dataset, args, name)
         return dataset
 

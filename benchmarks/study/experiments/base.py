@@ -1,0 +1,110 @@
+"""What an experiment is: a design, units of work on seed 0 and on further seeds, claims, a table and a figure."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from benchmarks.study.lab import Lab, Missing
+from benchmarks.study.results import Row
+from benchmarks.study.statistics import Claim
+
+SMALLEST = 0.03
+"""Smallest difference of true reward that would matter, on a scale on which the start has about 0 and the best 1."""
+
+
+class Experiment(ABC):
+    """An experiment. Hyperparameters are chosen on seed 0; claims are about seeds 1 to `seeds`."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    seeds: ClassVar[int]
+    design: ClassVar[str]
+    reading: ClassVar[str]
+    real_scale: ClassVar[str]
+
+    @abstractmethod
+    def choose(self, lab: Lab) -> Any:
+        """Run the units of seed 0 and return the hyperparameters that they decide."""
+
+    @abstractmethod
+    def run_seed(self, lab: Lab, chosen: Any, seed: int) -> None:
+        """Run the units of one further seed."""
+
+    @abstractmethod
+    def claims(self, rows: Sequence[Row], chosen: Any) -> list[Claim]:
+        """Return the claims with what the rows of seeds 1 and up say."""
+
+    @abstractmethod
+    def tables(self, rows: Sequence[Row]) -> list[str]:
+        """Return the lines of the experiment's table: means over seeds, KL and length beside every score."""
+
+    @abstractmethod
+    def draw(self, axes: Any, rows: Sequence[Row]) -> None:
+        """Draw the experiment's figure."""
+
+    @abstractmethod
+    def check(self, rows: Sequence[Row]) -> None:
+        """Assert what two seeds can show, for `--quick`."""
+
+    def planned(self, lab: Lab) -> int:
+        """How many seeds beside seed 0 this lab runs."""
+        return self.seeds if lab.seeds is None else min(self.seeds, lab.seeds)
+
+    def run(self, lab: Lab) -> Any:
+        """Run everything that is not recorded yet; return what seed 0 decided, or None where a reader lacks that."""
+        try:
+            chosen = self.choose(lab)
+        except Missing:
+            return None
+        for seed in range(1, self.planned(lab) + 1):
+            try:
+                self.run_seed(lab, chosen, seed)
+            except Missing:
+                continue
+        return chosen
+
+    def unit(self, lab: Lab, stage: str, seed: int, work: Callable[[], Row], **settings: Any) -> Row:
+        """Run or read one unit of this experiment."""
+        return lab.unit({"experiment": self.name, "stage": stage, "seed": seed, **settings}, work)
+
+
+def measured(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that claims are about: seeds 1 and up."""
+    return [row for row in rows if row["settings"]["stage"] == "measure"]
+
+
+def by_seed(rows: Sequence[Row], metric: str | Callable[[Row], float], **variant: Any) -> dict[int, float]:
+    """Collect seed -> metric of the measured rows with these settings."""
+    get = (lambda row: row["outcome"][metric]) if isinstance(metric, str) else metric
+    return {
+        row["settings"]["seed"]: get(row)
+        for row in measured(rows)
+        if all(row["settings"].get(name) == value for name, value in variant.items())
+    }
+
+
+def grouped(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Group the measured rows by the values of these settings, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in measured(rows):
+        groups[tuple(row["settings"].get(name) for name in names)].append(row)
+    return dict(groups)
+
+
+def mean(rows: Sequence[Row], metric: str) -> float:
+    """Average a metric over rows."""
+    return sum(row["outcome"][metric] for row in rows) / len(rows)
+
+
+def best(rows: Sequence[Row], metric: str = "reward", *, within: float = SMALLEST) -> Row:
+    """Choose on seed 0: of the rows within `within` of the largest metric, the one that moves the policy least.
+
+    One seed cannot order settings that are closer than that, and taking the very best of it favours those that moved
+    far and were lucky. Without a KL (preference models) the first of them is taken.
+    """
+    top = max(row["outcome"][metric] for row in rows)
+    close = [row for row in rows if row["outcome"][metric] >= top - within]
+    return min(close, key=lambda row: row["outcome"].get("kl", 0.0))
