@@ -113,6 +113,8 @@ def test_a_command_is_understood(page, line):
 
 def read(name: str, *words: str, whole: bool) -> None:
     """Read a command's words as the command line does, short of needing the files that they name."""
+    if COMMANDS[name].positional:
+        words = tuple(itertools.dropwhile(lambda word: not word.startswith("-"), words))
     if words and (not words[0].startswith("-")) and words[0] not in packaged_names("training_configs"):
         assert words[0].endswith(".yaml"), words[0]
         words = words if (ROOT / words[0]).is_file() else words[1:]
