@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import prefopt
-from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of, with_current_names
+from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of, with_current_names, with_positional
 from prefopt.launch import LAUNCH_KEYS, launch_words, split_launch_settings
 from prefopt.pipelines.run import read_pipeline
 from prefopt.recipes.legacy import LEGACY_KEYS
@@ -113,8 +113,7 @@ def test_a_command_is_understood(page, line):
 
 def read(name: str, *words: str, whole: bool) -> None:
     """Read a command's words as the command line does, short of needing the files that they name."""
-    if COMMANDS[name].positional:
-        words = tuple(itertools.dropwhile(lambda word: not word.startswith("-"), words))
+    words = tuple(with_positional(COMMANDS[name], [*words]))
     if words and (not words[0].startswith("-")) and words[0] not in packaged_names("training_configs"):
         assert words[0].endswith(".yaml"), words[0]
         words = words if (ROOT / words[0]).is_file() else words[1:]
