@@ -79,7 +79,7 @@ def write_page(lab: Lab, path: Path) -> None:
 def summary_row(experiment: Experiment, claim: Claim) -> list[object]:
     """Return a claim's row of the summary."""
     found = claim.difference
-    shown = "" if found is None else str(found)
+    shown = "" if found is None else str(found).replace("no interval", "in every seed")
     seeds = 0 if found is None else found.seeds
     return [experiment.title, claim.text, claim.effect, claim.verdict, shown, f"{seeds} of {claim.planned}"]
 
