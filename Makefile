@@ -6,6 +6,9 @@
 #   make quality           what CI checks: lint, format, types, imports;  make style fixes the first two
 #   make fuzz              random inputs to everything that reads what others wrote, for two minutes
 #   make faults            kill every command at random times and compare the ends (ARGS='--kills 100 --seed 1')
+#   make docs              the site, in docs/_build/html: warnings are errors, and every link must lead somewhere
+#   make notebooks         run the notebooks of examples/notebooks (ARGS=--overwrite keeps their new outputs)
+#   make certificate       run what docs/correctness.md claims, and write the page with the deviations that were seen
 #   make nightly           what is too long for CI: 100 kills, an hour of fuzzing, the oldest and the newest versions
 #   make study             when each method pays: six experiments, docs/study.md (ARGS='--quick', '--only wpo')
 #   make bench             our padded path against TRL's DPOTrainer on this machine
@@ -18,6 +21,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/prefopt-ready
+DOCS_READY := $(VENV)/prefopt-docs-ready
 
 # A machine without an NVIDIA driver gets the CPU build of torch, a tenth of the size.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
@@ -28,7 +32,7 @@ RUN := env HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOK
 SOURCES := src tests scripts benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup style quality test test-oldest test-newest quickstart fuzz faults nightly study bench clean
+.PHONY: help setup style quality test test-oldest test-newest quickstart docs notebooks fuzz faults certificate nightly study bench clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -72,6 +76,20 @@ test-oldest test-newest: $(READY)
 quickstart: $(READY)
 	$(RUN) $(BIN)/python examples/quickstart/quickstart.py
 
+# The site's and the notebooks' own packages, so that `make test` needs none of them.
+$(DOCS_READY): $(READY)
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS_READY)
+	rm -rf docs/_build
+	$(RUN) $(BIN)/python -m sphinx -b html -q --fail-on-warning --keep-going docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
+
+NOTEBOOKS ?= $(wildcard examples/notebooks/*.ipynb)
+notebooks: $(DOCS_READY)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --durations=0 $(ARGS) $(NOTEBOOKS)
+
 fuzz: $(READY)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
 
@@ -79,9 +97,13 @@ faults: $(READY)
 	$(RUN) $(BIN)/python -m tests.faults $(ARGS)
 
 # What is longer than CI may be: by hand, once a release.
+certificate: $(READY)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python docs/certificate.py
+
 nightly: $(READY)
 	$(MAKE) faults ARGS='--kills 100 --seed 1'
 	$(MAKE) fuzz ARGS='--minutes 60'
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly
 	$(MAKE) test-oldest
 	$(MAKE) test-newest
 
@@ -94,5 +116,5 @@ bench: $(READY)
 
 # Removes what the targets leave behind; keeps .venv.
 clean:
-	rm -rf build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist outputs docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf

@@ -150,12 +150,28 @@ def test_an_adapter_is_estimated_with_the_model_under_it(tmp_path, model, data, 
     config.save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "adapter")
     estimates = []
-    monkeypatch.setattr("prefopt.check.estimate", lambda shape, *_, **kw: estimates.append((shape, kw)) or Memory())
+    monkeypatch.setattr("prefopt.check.estimate", lambda run, *_, **kw: estimates.append(run) or Memory())
     status, printed = check(capsys, tiny_recipe(tmp_path, tmp_path / "adapter", data))
     assert status == 0, printed
-    ((shape, settings),) = estimates
-    assert shape.trained == 2 * (32 * 8 + 8 * 32)  # two layers' q_proj, 32 to 32
-    assert shape.parameters > 10_000 and settings["keeps_reference"] is False
+    (run,) = estimates
+    assert run.shape.trained == 2 * (32 * 8 + 8 * 32)  # two layers' q_proj, 32 to 32
+    assert run.shape.parameters > 10_000 and run.keeps_reference is False
+
+
+def test_what_auto_chooses_is_shown(tmp_path, model, data, capsys):
+    """Without a GPU here, for a card of 80 GB; on a CPU nothing is recomputed, and micro-batches keep their pairs."""
+    auto = {"gradient_checkpointing": None, "tokens_per_micro_batch": "auto"}
+    _, printed = check(capsys, tiny_recipe(tmp_path, model, data, use_cpu=None, bf16=True, **auto))
+    assert "Checkpointing: none (auto: about " in printed
+    assert "There is no GPU here: reckoned with a card of 80 GB." in printed
+    assert "as micro-batches of up to 16,384 tokens" in printed
+    _, printed = check(capsys, tiny_recipe(tmp_path, model, data, **auto))
+    assert "Checkpointing: none (auto: nothing is recomputed on a CPU)." in printed
+    assert "as micro-batches" not in printed
+    every = {"checkpointing": "every_n", "gradient_checkpointing": None, "tokens_per_micro_batch": 3000}
+    _, printed = check(capsys, tiny_recipe(tmp_path, model, data, **every))
+    assert "Checkpointing: every_n (n = 2)." in printed
+    assert "as micro-batches of up to 3,000 tokens" in printed
 
 
 def test_launcher_settings_that_cannot_work(tmp_path, model, data, capsys):

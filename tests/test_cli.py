@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from prefopt import DPOConfig, RewardConfig, __version__, cli
+from prefopt.files import read_jsonl
 from prefopt.recipes import packaged_names
 from prefopt.recipes.help import WITHOUT_EFFECT
 from tests.tiny_runs import tiny_recipe, write_model, write_pairs
@@ -137,6 +138,15 @@ def test_mistakes_are_found_before_launching(tmp_path, model, data, monkeypatch,
     assert "beta: expected a number" in capsys.readouterr().err
 
 
+def test_after_a_launch_that_a_mistake_ended_all_of_them_are_listed(tmp_path, model, data, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "launch", lambda *_: 2)
+    recipe = tiny_recipe(tmp_path, model, data, label_smoothing=7, lora_r=8, batch_layout="woven")
+    assert cli.main(["wpo", str(recipe), "--num_processes=2", "--accelerate_config=cpu_ddp_2ranks"]) == 2
+    printed = capsys.readouterr().err
+    assert "problems of this run:" in printed and "lora_r needs use_peft: true" in printed
+    assert "batch_layout" in printed
+
+
 def test_another_process_waits_before_it_speaks(monkeypatch, capsys):
     waited = []
     monkeypatch.setenv("RANK", "1")
@@ -170,7 +180,7 @@ def losses(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu_ddp_2ranks", "cpu_zero3_2ranks"])
 def test_two_processes_by_our_own_launcher(tmp_path, model, data, config):
-    recipe = tiny_recipe(tmp_path, model, data, global_batch_size=8, max_steps=3, do_eval=True)
+    recipe = tiny_recipe(tmp_path, model, data, global_batch_size=8, max_steps=3, do_eval=True, sample_completions=2)
     alone = command("-m", "prefopt", "wpo", str(recipe), "--output_dir", str(tmp_path / "alone"))
     assert alone.returncode == 0, alone.stderr
     words = ["-m", "prefopt", "wpo", str(recipe), "--num_processes", "2", "--accelerate_config", config]
@@ -178,6 +188,10 @@ def test_two_processes_by_our_own_launcher(tmp_path, model, data, config):
     assert both.returncode == 0, both.stderr
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
     assert both.stdout.count("16 rows read") == 1  # one process prints
+    samples = [read_jsonl(folder / "samples.jsonl") for folder in (tmp_path / "alone", tmp_path / "out")]
+    assert [row["step"] for row in samples[1]] == [0, 0, 3, 3]
+    assert samples[0] == samples[1], "all ranks complete the prompts together"
+    assert "2 x CPU" in (tmp_path / "out" / "README.md").read_text()
     assert f"The model is in {tmp_path / 'out'}" in both.stdout
 
 

@@ -41,6 +41,25 @@ def source_of(function) -> str:
 # ---- transformers' Trainer
 
 
+def test_the_trainer_patches_the_policy_with_ligers_layers():
+    must(
+        parameters_of(_transformers.apply_liger_kernel) == ["model", "kernel_config"]
+        and "apply_liger_kernel(self.model, self.args.liger_kernel_config)" in source_of(Trainer.train),
+        transformers,
+        "`Trainer.train` does not apply liger's layers as `apply_liger_kernel(model, config)`",
+        "`use_liger_kernel`: policy and reference would have different layers",
+    )
+
+
+def test_the_trainer_reads_checkpointing_from_its_config_when_it_trains():
+    must(
+        "args.activation_checkpointing" in source_of(Trainer.train),
+        transformers,
+        "`Trainer.train` does not read `activation_checkpointing` and its options",
+        "`checkpointing`: nothing, or everything, would be recomputed",
+    )
+
+
 def test_the_flow_callback_comes_first(tmp_path):
     trainer = make_trainer(tmp_path)
     callbacks = trainer.callback_handler.callbacks
@@ -268,3 +287,52 @@ def test_helpers_of_trl_do_what_we_call_them_for(tmp_path):
         must(
             weight.shape == (2,), trl, "`maybe_gather_lm_head_ctx` changes weights of one process", "the scoring path"
         )
+
+
+# ---- what is printed and logged
+
+
+def test_logs_are_printed_by_callbacks_with_on_log(tmp_path):
+    trainer = make_trainer(tmp_path)
+    kinds = [kind for _, kind in _transformers.progress_callbacks(trainer)]
+    must(kinds == ["terminal"], transformers, "no callback of a known class prints logs", "the line of a step")
+    names = ["self", "args", "state", "control", "logs", "kwargs"]
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        must(
+            parameters_of(callback.on_log) == names,
+            transformers,
+            f"`{callback.__name__}.on_log` has other parameters",
+            "`prefopt.trainers.console`",
+        )
+    must(
+        "self.training_bar.write(" in source_of(transformers.ProgressCallback.on_log),
+        transformers,
+        "`ProgressCallback` has no `training_bar` that writes above the bar",
+        "`prefopt.trainers.console`",
+    )
+
+
+def test_the_tensorboard_callback_keeps_its_writer():
+    source = source_of(transformers.integrations.TensorBoardCallback)
+    must(
+        "self.tb_writer = self._SummaryWriter(" in source,
+        transformers,
+        "`TensorBoardCallback.tb_writer` is not its writer",
+        "samples in TensorBoard",
+    )
+
+
+def test_trls_callback_of_completions_reads_what_we_give_it():
+    source = source_of(trl.LogCompletionsCallback)
+    must(
+        'self.eval_dataset["prompt"]' in source and "self.freq or state.eval_steps" in source,
+        trl,
+        "`LogCompletionsCallback` reads its prompts from elsewhere than `eval_dataset`, or its frequency",
+        "`BaseTrainer.add_callback`, which gives it prompts",
+    )
+    must(
+        trl.LogCompletionsCallback.__module__ == "trl.trainer.callbacks",
+        trl,
+        "`LogCompletionsCallback` lives in another module",
+        "`_trl.is_log_completions`",
+    )

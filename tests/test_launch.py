@@ -66,6 +66,8 @@ def test_words_for_the_launcher():
     [
         ({"num_processes": "many"}, "--num_processes must be a whole number, found 'many'"),
         ({"num_processes": "0"}, "--num_processes must be at least 1"),
+        ({"num_machines": "0"}, "--num_machines must be at least 1"),
+        ({"num_processes": "9", "num_machines": "2"}, "9 cannot be divided over --num_machines 2"),
         ({"accelerate_config": "deepspeed_zero4"}, r"did you mean deepspeed_zero"),
     ],
 )

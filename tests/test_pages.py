@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import LlamaConfig
+from transformers.trainer_utils import SchedulerType
 
+from prefopt.data import TokenizationReport
 from prefopt.pages import escape, picture, printable, table
 from prefopt.trainers.model_card import write_model_card
 
@@ -45,12 +48,17 @@ def test_table():
     assert table(("a", "b"), [("x", 1), ("", 2)]) == ["| a | b |", "| --- | --- |", "| x | 1 |", "| | 2 |"]
 
 
+HOSTILE = "<u>![z](https://evil/z.png)"
+
+
 @dataclass
 class Settings:
     output_dir: str
     loss_type: str = "<b>![x](https://evil/x.png)</b>"
     hub_model_id: str | None = None
+    lr_scheduler_type: SchedulerType = SchedulerType.COSINE
     world_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # it cannot change
 
 
 def test_a_model_card_shows_names_and_values_literally(tmp_path):
@@ -58,6 +66,9 @@ def test_a_model_card_shows_names_and_values_literally(tmp_path):
     trainer = SimpleNamespace(
         args=Settings(str(tmp_path)),
         model=SimpleNamespace(config=config),
+        state=SimpleNamespace(log_history=[{"step": 3, "loss": 0.5}, {"step": 3, f"eval_{HOSTILE}": 1.0}]),
+        tokenization_reports={HOSTILE: TokenizationReport(HOSTILE, 4, 3, {"empty": 1})},
+        processing_class=SimpleNamespace(chat_template=None),
         _name="DPO",
         _paper={},
         _tag_names=("prefopt",),
@@ -65,4 +76,6 @@ def test_a_model_card_shows_names_and_values_literally(tmp_path):
     write_model_card(trainer, model_name="<script>x</script>", dataset_name=None, tags=None, folder=tmp_path)
     body = (tmp_path / "README.md").read_text().split("---", 2)[2]
     assert "<script>" not in body and "<b>" not in body and "<i>" not in body and "![" not in body
+    assert "<u>" not in body and "| loss | 0.5 |" in body and "| 4 | 3 | 1 | 0 |" in body
+    assert "| lr_scheduler_type | cosine |" in body and "1 x CPU, " in body
     assert "# &lt;script&gt;x&lt;/script&gt;" in body and "evil" in body

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefopt import training
 from prefopt.cli import arguments_of, main
 from prefopt.data import RowTokenizer
 from prefopt.files import read_jsonl, write_jsonl
@@ -42,6 +43,34 @@ def run(recipe, *words, command="wpo", capsys=None):
 def history(folder):
     with open(f"{folder}/trainer_state.json") as file:
         return {entry["step"]: entry["loss"] for entry in json.load(file)["log_history"] if "loss" in entry}
+
+
+def test_the_report_and_the_card_that_a_run_leaves(tmp_path, model, data, capsys):
+    """The page shows the recipe, the curves, the evaluation and the samples; the model card the figures."""
+    settings = {"dataset_test_split": "test", "sample_completions": 2, "max_steps": 3, "eval_strategy": "steps"}
+    recipe = tiny_recipe(tmp_path, model, data, eval_steps=2, **settings)
+    folder = tmp_path / "out"
+    run(recipe, capsys=capsys)
+    assert f"The report is in {folder / 'report.html'}." in capsys.readouterr().out
+    page, card = (folder / "report.md").read_text(), (folder / "README.md").read_text()
+    assert "**out**: wpo, finished after 3 steps." in page and "| learning_rate | 1e-06 | 0.001 |" in page
+    assert "| train | 12 | 12 | 0 | 0 | messages |" in page and "| eval | 4 | 4 |" in page
+    figures = json.loads((folder / "eval_results.json").read_text())
+    assert f"| loss | {figures['eval_loss']:.4g} |" in page and f"| eval_loss | {figures['eval_loss']:.4g} |" in card
+    assert [row["step"] for row in read_jsonl(folder / "samples.jsonl")] == [0, 0, 2, 2, 3, 3]
+    assert "*policy*, step 0:" in page and "*policy*, step 3:" in page and "*reference*:" in page
+    assert "<svg" in (folder / "report.html").read_text()
+    logged = [line["loss"] for line in read_jsonl(folder / "log.jsonl") if "loss" in line]
+    assert logged == list(history(folder).values())
+    assert "| train | 12 | 12 | 0 | 0 |" in card and "| lr_scheduler_type | linear |" in card
+    assert 'pipeline("text-generation", model=' in card and "huggingface.co/papers" not in card
+
+
+def test_samples_need_held_out_rows_before_anything_is_written(tmp_path, model, tmp_path_factory, capsys):
+    data = write_pairs(tmp_path_factory.mktemp("train-only"), {"train": 8})
+    assert main(["wpo", str(tiny_recipe(tmp_path, model, data, sample_completions=2))]) == 2
+    error = capsys.readouterr().err
+    assert "Completions are sampled for held-out prompts" in error and not (tmp_path / "out").exists()
 
 
 def test_what_is_kept_and_printed(tmp_path, model, data, capsys):
@@ -184,8 +213,43 @@ def test_global_batch(values, processes, expected):
 
 
 def test_a_global_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match="64 cannot be divided evenly over 6 processes"):
+    with pytest.raises(
+        ValueError, match=r"64 cannot be divided evenly over 6 processes \(64 = 6 x 10 \+ 4\).*60 or 66"
+    ):
         batch_sizes({"global_batch_size": 64}, arguments_of("wpo")[0], 6)
+
+
+def test_more_processes_than_pairs_in_a_step():
+    with pytest.raises(
+        ValueError, match=r"4 on 6 processes leaves 4/6 of a pair for each.* 6 = 1 per device"
+    ) as error:
+        batch_sizes({"global_batch_size": 4}, arguments_of("wpo")[0], 6)
+    assert "Use at most 4 processes" in str(error.value)
+
+
+def test_all_ranks_start_from_the_same_checkpoint(monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    monkeypatch.setattr(training, "gather_object", lambda mine: [*mine, ("b", None)])
+    monkeypatch.setattr(training.socket, "gethostname", lambda: "a")
+    training.check_same_start(None)
+    with pytest.raises(
+        ValueError, match=r"on a, would start from checkpoint-8, and another, on b, from the beginning"
+    ):
+        training.check_same_start("out/checkpoint-8")
+
+
+def test_nodes_must_see_the_folder_of_the_first_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    monkeypatch.setattr(training, "SHARED_FOLDER_WAIT", 0.0)
+    monkeypatch.setattr(training, "gather_object", lambda mine: [("a", True), ("b", mine[0][1])])
+    (tmp_path / "recipe.yaml").touch()
+    written = (tmp_path / "recipe.yaml").stat().st_mtime_ns
+    monkeypatch.setattr(training, "broadcast_object_list", lambda _: [written])
+    training.check_shared(tmp_path)
+    for folder in (tmp_path / "other", tmp_path):  # nothing there, or the recipe of an earlier run
+        monkeypatch.setattr(training, "broadcast_object_list", lambda _: [written + 1])
+        with pytest.raises(ValueError, match=r"b does not see what a has written to output_dir .*save_strategy: 'no'"):
+            training.check_shared(folder)
 
 
 @pytest.mark.parametrize("command", ["wpo", "reward-model"])

@@ -59,7 +59,8 @@ def test_contents(wheel):
     for folder in ("training_configs", "accelerate_configs"):
         ours = {
             f"prefopt/{folder}/{path.relative_to(ROOT / folder).as_posix()}"
-            for path in (ROOT / folder).rglob("*.yaml")
+            for path in (ROOT / folder).rglob("*.*")
+            if path.suffix in (".yaml", ".json")
         }
         assert ours
         assert ours <= names

@@ -17,6 +17,7 @@ _PUBLIC = {
         "RewardTrainer",
     ),
     "prefopt.trainers.rrhf": ("RRHFConfig", "RRHFTrainer"),
+    "prefopt.trainers.samples": ("SampleCompletionsCallback",),
     "prefopt.trainers.sppo": ("SPPOConfig", "SPPOTrainer"),
     "prefopt.trainers.wpo": ("WPOConfig", "WPOTrainer"),
 }

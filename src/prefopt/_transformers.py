@@ -15,12 +15,36 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+# what Trainer does to the policy for `use_liger_kernel`, for the reference; transformers documents the setting only
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt.waiting import announced_wait
 
+__all__ = [
+    "CONFIG_BOOKKEEPING",
+    "HookedTrainer",
+    "apply_liger_kernel",
+    "attention_of",
+    "class_members",
+    "drop_weight_conversions",
+    "initialise",
+    "model_from_config",
+    "progress_callbacks",
+    "set_attention",
+    "share_tied_weights",
+    "tensorboard_writer",
+]
+
 CONFIG_BOOKKEEPING = ("_attn_implementation", "_name_or_path")
 """Keys of a config in memory about how and from where it was loaded; nothing that a model computes depends on them."""
+
+
+NOTEBOOK_CALLBACK = "NotebookProgressCallback"
+"""The class of transformers.utils.notebook that shows a run in a notebook."""
 
 
 class HookedTrainer(Trainer):
@@ -115,6 +139,26 @@ class HookedTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+
+def progress_callbacks(trainer: Trainer) -> list[tuple[Any, str]]:
+    """Return the callbacks with which Trainer prints logs, each with "terminal" or "notebook".
+
+    The list of callbacks has no public reader; and the notebook's class can be imported only where IPython is.
+    """
+    kinds = {PrinterCallback: "terminal", ProgressCallback: "terminal"}
+    callbacks = trainer.callback_handler.callbacks
+    named = [(callback, kinds.get(type(callback))) for callback in callbacks]
+    notebook = [(callback, "notebook") for callback in callbacks if type(callback).__name__ == NOTEBOOK_CALLBACK]
+    return [(callback, kind) for callback, kind in named if kind is not None] + notebook
+
+
+def tensorboard_writer(trainer: Trainer) -> Any:
+    """Return the SummaryWriter of the run's TensorBoard callback; None without one, or before training."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            return callback.tb_writer
+    return None
 
 
 def attention_of(config: PretrainedConfig) -> str:

@@ -4,6 +4,9 @@ Each has the reason why it is taken from there. `tests/test_fences.py` checks ev
 TRL and says what changed.
 """
 
+import sys
+from typing import Any
+
 # log-probs, entropy and mean logits tile by tile, forward and backward: (N, V) logits are never in memory as a whole
 from trl.kernels import ChunkedLogProbFunction
 
@@ -20,6 +23,13 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
+
+def is_log_completions(callback: Any) -> bool:
+    """Return whether a callback is TRL's `LogCompletionsCallback`, without importing its module."""
+    module = sys.modules.get("trl.trainer.callbacks")
+    return module is not None and isinstance(callback, module.LogCompletionsCallback)
+
+
 LOGPROB_CHUNK_SIZE = 32768
 """Vocabulary columns of one tile of the log-prob kernel (TRL's own default)."""
 
@@ -33,6 +43,7 @@ __all__ = [
     "create_model_from_path",
     "disable_dropout_in_model",
     "get_config_model_id",
+    "is_log_completions",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",
     "prepare_fsdp",

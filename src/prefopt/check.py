@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from trl import ModelConfig
 
@@ -16,15 +17,32 @@ from prefopt import run
 from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport, check_fits_model
+from prefopt.host_memory import estimate_host
 from prefopt.launch import launch_words, split_launch_settings, world_size
-from prefopt.memory import GIB, Launch, Memory, ModelShape, estimate, optimizer_bytes
+from prefopt.memory import (
+    ASSUMED_CARD,
+    GIB,
+    Launch,
+    Memory,
+    ModelShape,
+    Recomputation,
+    Run,
+    choose_recomputation,
+    choose_tokens,
+    estimate,
+    optimizer_bytes,
+    with_master_weights,
+)
 from prefopt.pages import printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
 from prefopt.recipes.recipe import Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
+from prefopt.trainers.checkpointing import recomputation_of
 from prefopt.trainers.checkpoints import check_space
+from prefopt.trainers.data_tables import data_warnings
+from prefopt.trainers.fitting import NOTHING_ON_CPU, explain, ways_of
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
-from prefopt.training import tokenise_data
+from prefopt.training import suite_of, tokenise_data
 
 T = TypeVar("T")
 
@@ -40,6 +58,9 @@ class Findings:
     batch: str = ""
     reports: list[TokenizationReport] = field(default_factory=list)
     memory: Memory | None = None
+    host: Memory | None = None
+    checkpointing: str = ""
+    on_cpu: bool = False
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -80,11 +101,13 @@ def inspect(words: list[str], method: str | None = None) -> Findings:
     found.notices += recipe.notices
     found.resolved = run.resolved_recipe(recipe, classes)
     found.attempt(read_launch, launch_settings, found)
+    found.on_cpu = found.launch.use_cpu or bool(recipe.values.get("use_cpu"))
     found.attempt(run.check_adapter_keys, recipe)
     found.attempt(run.check_output, recipe, found.resolved)
     if not found.launch_name:
         found.attempt(run.check_devices, recipe)
     found.problems += run.missing_packages(recipe)
+    found.attempt(suite_of, recipe)
     config, data_args, model_args, run_args = build_each(recipe, classes, found)
     if config is not None:
         check_precision(recipe, config, found)
@@ -101,9 +124,11 @@ def read_launch(settings: dict[str, str], found: Findings) -> None:
     if not settings:
         return
     launch_words(settings)  # raises for numbers that are none
-    processes = int(settings["num_processes"]) if "num_processes" in settings else None
+    processes, machines = (
+        int(settings[key]) if key in settings else None for key in ("num_processes", "num_machines")
+    )
     name = settings.get("accelerate_config", "multi_gpu" if processes and processes > 1 else "single_gpu")
-    found.launch = launch = Launch.read(locate(name, "accelerate_configs"), processes)
+    found.launch = launch = Launch.read(locate(name, "accelerate_configs"), processes, machines)
     found.launch_name = name
     if launch.batch_keys:
         found.problems.append(f"{name}: remove {', '.join(launch.batch_keys)}; batch sizes belong into the recipe.")
@@ -164,7 +189,7 @@ def check_model_and_data(
         with contextlib.redirect_stdout(sys.stderr):
             datasets, found.reports = found.attempt(tokenise_data, rows, tokenizer, config, data_args) or ({}, [])
             for data in found.reports:
-                found.notices += run.data_warnings(data, config.max_length)
+                found.notices += data_warnings(data, config.max_length)
             for split, dataset in datasets.items():
                 found.attempt(trainer.check_data, dataset, config, split)
                 if not run.is_adapter(name):
@@ -174,19 +199,23 @@ def check_model_and_data(
             found.attempt(run.check_saving, name, model_config, config, model_args, tokenizer)
         found.attempt(check_disk, name, model_config, config, model_args, found)
     found.memory = found.attempt(estimate_memory, config, model_args, found)
+    found.host = found.attempt(estimate_host_memory, config, model_args, found)
+    if found.host is not None and found.launch_name:
+        here = psutil.virtual_memory().total
+        if found.host.total > here:
+            found.notices.append(f"A node needs more of its memory than the {here / GIB:.0f} GiB of this machine.")
     if found.memory is not None and torch.cuda.is_available() and not found.launch.use_cpu:
         available = torch.cuda.get_device_properties(0).total_memory
         if found.memory.total > available:
             found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
 
 
-def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
-    """Estimate the memory of one GPU; see `prefopt.memory`."""
+def planned_run(config: Any, model_args: ModelConfig, found: Findings, *, card: int) -> Run:
+    """Describe the run as the estimate needs it, on a card of so many bytes."""
     name = str(model_args.model_name_or_path)
     model_config = run.read_config(name, model_args, config)
     adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
-    tokens, scored = micro_batch_tokens(config, found.reports)
-    return estimate(
+    planned = Run(
         ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code),
         found.launch,
         dtype=model_args.dtype,
@@ -194,9 +223,49 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
         optimizer=config.optim.value,
         four_bit=model_args.load_in_4bit,
         keeps_reference=adapter is None and keeps_reference(found.method, config),
-        checkpointing=config.gradient_checkpointing,
-        tokens=tokens,
-        scored_tokens=scored,
+        fused=config.use_liger_kernel,
+        accumulates=config.gradient_accumulation_steps > 1 or config.tokens_per_micro_batch is not None,
+        scores_tokens=COMMANDS[found.method].rows == "pairs" or found.method == "rrhf",
+    )
+    return with_master_weights(planned, config.master_weights, available=card)
+
+
+def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
+    """Estimate the memory of one GPU, with what `auto` chooses on it; see `prefopt.memory`."""
+    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_CARD
+    planned = planned_run(config, model_args, found, card=card)
+    ways = ways_of(config, planned)
+    tokens, scored = micro_batch_tokens(config, found.reports)
+    if (wanted := config.tokens_per_micro_batch) is not None and not (wanted == "auto" and found.on_cpu):
+        if wanted == "auto":
+            wanted = choose_tokens(planned, ways, available=card)
+        tokens, scored = wanted, round(wanted * scored / tokens)
+        found.batch += f"; as micro-batches of up to {wanted:,} tokens"
+    way = recomputation_of(config)
+    found.checkpointing = f"Checkpointing: {way}."
+    if config.checkpointing == "auto" and found.on_cpu:
+        way, found.checkpointing = Recomputation("none"), NOTHING_ON_CPU
+    elif config.checkpointing == "auto":
+        way = choose_recomputation(planned, ways, tokens=tokens, scored_tokens=scored, available=card)
+        found.checkpointing = explain(planned, way, tokens=tokens, scored_tokens=scored, card=card)
+        if not torch.cuda.is_available():
+            found.checkpointing += f" There is no GPU here: reckoned with a card of {card / 1e9:.0f} GB."
+    return estimate(planned, way, tokens=tokens, scored_tokens=scored)
+
+
+def estimate_host_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
+    """Estimate the memory of the first node; see `prefopt.host_memory`."""
+    name = str(model_args.model_name_or_path)
+    model_config = run.read_config(name, model_args, config)
+    adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
+    return estimate_host(
+        ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code),
+        found.launch,
+        dtype=model_args.dtype,
+        bf16=config.bf16,
+        optimizer=config.optim.value,
+        keeps_reference=adapter is None and keeps_reference(found.method, config),
+        saves=config.save_strategy != "no",
     )
 
 
@@ -244,7 +313,11 @@ def report(found: Findings) -> str:
     for data in found.reports:
         lines += ["", data.table()]
     if found.memory is not None:
+        lines += ["", found.checkpointing]
         lines += ["", f"memory of one GPU, estimated ({found.memory.total / GIB:.1f} GiB):", found.memory.table()]
+    if found.host is not None:
+        size = found.host.total / GIB
+        lines += ["", f"memory of the first node beside its GPUs, estimated ({size:.1f} GiB):", found.host.table()]
     if found.notices:
         lines += ["", *(f"note: {notice}" for notice in found.notices)]
     if found.problems:

@@ -50,6 +50,7 @@ class Command:
     rows: Literal["", "pairs", "comparisons"] = ""  # what a method trains on; tools have none
     launched: bool = False  # a tool that may run on several processes, as every method may
     aliases: str = ""  # the module's table of older names of its keys
+    positional: str = ""  # the key of the words before the first option, which are no recipe here
 
     @property
     def is_method(self) -> bool:
@@ -89,8 +90,10 @@ COMMANDS: dict[str, Command] = {
                        ("ConvertArguments",)),
     "split": Command("split prompts into disjoint sets", "prefopt.candidates.split", ("SplitArguments",)),
     "score-references": Command("fill the cache of reference scores", "prefopt.score_references", launched=True),
-    "evaluate": Command("evaluate a model", "prefopt.evaluation.evaluate", ("EvaluateArguments",), launched=True),
-    "report": Command("write a report about runs", "prefopt.evaluation.report", ("ReportArguments",)),
+    "evaluate": Command("evaluate models: pairs, generations, benchmarks, suites of them",
+                        "prefopt.evaluation.suite", ("SuiteArguments",), launched=True),
+    "report": Command("show runs on one page: curves, data, evaluation, samples", "prefopt.reports.command",
+                      ("ReportArguments",), positional="run_dir"),
     "sweep": Command("run a recipe over a grid of settings", "prefopt.pipelines.sweep", ("SweepArguments",)),
     "pipeline": Command("run a resumable loop of stages", "prefopt.pipelines.run"),
     "sft": Command("supervised fine-tuning with TRL's trainer", "prefopt.trainers.sft",
@@ -124,7 +127,7 @@ def main(words: list[str] | None = None) -> int:
             raise
         _print_error(error)
         if BEFORE_TRAINING in getattr(error, "__notes__", ()) and not is_launched():
-            _print_further_problems(words, error)
+            _print_further_problems(words, first=error)
         return USER_MISTAKE
 
 
@@ -173,6 +176,14 @@ def method_of(settings: list[Setting]) -> str:
     return name
 
 
+def with_positional(command: Command, words: list[str]) -> list[str]:
+    """Put the words before the first option under the key that they belong to, where the command reads no recipe."""
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    if not command.positional or not count:
+        return words
+    return [f"--{command.positional}", *words[:count], *words[count:]]
+
+
 def with_current_names(name: str, settings: list[Setting]) -> list[Setting]:
     """Replace older names of a command's keys, which its module lists, by the current ones."""
     command = COMMANDS[name]
@@ -207,7 +218,7 @@ def _run_command(name: str, words: list[str]) -> int:
     command = COMMANDS[name]
     if not command.arguments:
         return int(function_of(name)(words) or 0)
-    recipe_name, settings = load_settings(words)
+    recipe_name, settings = load_settings(with_positional(command, words))
     launch_settings, settings = split_launch_settings(settings)
     if launch_settings and not (command.launched or command.is_method):
         raise ValueError(f"`prefopt {name}` runs in one process: remove {', '.join(sorted(launch_settings))}.")
@@ -215,7 +226,10 @@ def _run_command(name: str, words: list[str]) -> int:
     with before_training():
         recipe = parse_settings(recipe_name, with_current_names(name, settings), classes)
     if launch_settings:
-        return launch(launch_settings, [name, *without_launch_words(words)])
+        status = launch(launch_settings, [name, *without_launch_words(words)])
+        if status == USER_MISTAKE:  # the processes print the first mistake that they meet
+            _print_further_problems([name, *words])
+        return status
     for notice in recipe.notices:
         print_on_main(notice)
     if command.rows:
@@ -239,8 +253,13 @@ def _print_error(error: Exception) -> None:
     print(f"prefopt: error: {printable(masked(message))}", file=sys.stderr, flush=True)
 
 
-def _print_further_problems(words: list[str], first: Exception) -> None:
-    """Print what else would have stopped a training run, so that all of it can be corrected at once."""
+def _print_further_problems(words: list[str], first: Exception | None = None) -> None:
+    """Print what else would have stopped a training run, so that all of it can be corrected at once.
+
+    Args:
+        words: the command line.
+        first: what has been printed; None where processes of a launcher have printed it: then one problem is that one.
+    """
     name, rest = words[0], words[1:]
     if not COMMANDS[name].is_method:
         return
@@ -249,8 +268,10 @@ def _print_further_problems(words: list[str], first: Exception) -> None:
     # the mistake itself has been printed: whatever goes wrong while looking for more must not hide it
     with suppress(Exception), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         problems = inspect(rest, name).problems
-    for problem in problems:
-        if problem != _one_line(first):
+    if first is None and len(problems) > 1:
+        print(f"prefopt: all {len(problems)} problems of this run:", file=sys.stderr)
+    for problem in problems if first is not None or len(problems) > 1 else []:
+        if first is None or problem != _one_line(first):
             print(f"prefopt: error: {printable(masked(problem))}", file=sys.stderr, flush=True)
 
 
@@ -274,7 +295,8 @@ def _overview() -> str:
 
 def _help(name: str, *, everything: bool) -> str:
     command = COMMANDS[name]
-    lines = [f"usage: prefopt {name} [RECIPE] [--key value | --key=value ...]", "", command.summary, ""]
+    first = "DIR [DIR ...]" if command.positional else "[RECIPE]"
+    lines = [f"usage: prefopt {name} {first} [--key value | --key=value ...]", "", command.summary, ""]
     if not command.arguments:
         return "\n".join([*lines, str(importlib.import_module(command.module).__doc__)])
     return "\n".join([*lines, keys_help(arguments_of(name), of_method=command.is_method, everything=everything)])

@@ -9,9 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from prefopt.arguments import masked
+from prefopt.files import read_yaml
 from prefopt.pages import printable
 from prefopt.recipes import locate
 from prefopt.recipes.source import Setting
@@ -131,17 +133,45 @@ def launch_words(settings: dict[str, str]) -> list[str]:
     """Return the words for `accelerate launch`: the config file found by name, then every other key as a flag.
 
     Raises:
-        ValueError: a number that is not one, or an unknown accelerate config.
+        ValueError: a number that is not one, processes that nodes or a config cannot share out, or an unknown
+            accelerate config.
     """
     settings = dict(settings)
     for key in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
         if key in settings and not settings[key].isdigit():
             raise ValueError(f"--{key} must be a whole number, found {settings[key]!r}.")
-    if settings.get("num_processes") == "0":
-        raise ValueError("--num_processes must be at least 1.")
+    for key in ("num_processes", "num_machines"):
+        if settings.get(key) == "0":
+            raise ValueError(f"--{key} must be at least 1.")
+    if int(settings.get("num_processes", "0")) % int(settings.get("num_machines", "1")):
+        raise ValueError(
+            f"--num_processes counts the processes of all nodes: {settings['num_processes']} cannot be divided over "
+            f"--num_machines {settings['num_machines']}."
+        )
     several = int(settings.get("num_processes", "1")) > 1
     config = locate(settings.pop("accelerate_config", "multi_gpu" if several else "single_gpu"), "accelerate_configs")
-    return ["--config_file", str(config), *(word for key, value in settings.items() for word in (f"--{key}", value))]
+    given = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    return ["--config_file", str(config), *given, *_words_of_config(config, settings.get("num_processes"))]
+
+
+def _words_of_config(config: Path, processes: str | None) -> list[str]:
+    """Return flags for what a config file cannot hold: where a file beside it is, and how many copies of a model."""
+    values, _ = read_yaml(config)
+    if not isinstance(values, dict):
+        return []  # accelerate says what is wrong with it
+    words: list[str] = []
+    file = (values.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if file is not None and not Path(file).exists() and (beside := config.parent / Path(file).name).exists():
+        words += ["--deepspeed_config_file", str(beside)]
+    shards = (values.get("parallelism_config") or {}).get("parallelism_config_dp_shard_size")
+    if shards is not None and processes is not None:
+        if int(processes) % shards:
+            raise ValueError(
+                f"--num_processes {processes}: {config.name} splits a model over {shards} processes "
+                "(parallelism_config_dp_shard_size), so their number must be a multiple of that."
+            )
+        words += ["--parallelism_config_dp_replicate_size", str(int(processes) // shards)]
+    return words
 
 
 def launch(settings: dict[str, str], command: list[str]) -> int:

@@ -25,7 +25,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.arguments import missing, names_without_effect, setting_changes
-from prefopt.data import TokenizationReport
 from prefopt.data.encoding import with_pad_token
 from prefopt.files import parse_yaml, read_yaml, user_path, write_json, write_text
 from prefopt.launch import is_launched, print_on_main, world_size
@@ -34,12 +33,15 @@ from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.trainers.checkpoints import cannot_resume, checkpoint_to_resume, is_whole, last_checkpoint, try_saving
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import load_model
+from prefopt.trainers.samples import SAMPLES_FILE
 
 # --- What we know of settings that transformers and TRL declare; of our own, it stands in the fields' metadata.
 
 # may differ between a run and its continuation: where it writes, what it reports, how long it goes on
 FREE_TO_CHANGE = names_without_effect(RunArguments) | {
     "output_dir", "resume_from_checkpoint", "resume_changed", "num_train_epochs", "max_steps", "master_weights",
+    "checkpointing", "gradient_checkpointing", "gradient_checkpointing_kwargs", "selective_checkpointing",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "tokens_per_micro_batch",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
     "report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
     "logging_strategy", "logging_steps", "logging_first_step",
@@ -48,7 +50,14 @@ FREE_TO_CHANGE = names_without_effect(RunArguments) | {
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
 }  # fmt: skip
 # settings that the recipes of earlier versions do not hold, with the value that describes what happened then
-ADDED_LATER: dict[str, Any] = {"lora_init": "default", "warmup_type": "linear"}
+ADDED_LATER: dict[str, Any] = {
+    "lora_init": "default",
+    "warmup_type": "linear",
+    "chat_rendering": "joint",
+    "special_tokens": "template",
+    "completion_turns": "all",
+    "compile_blocks": False,
+}
 # key, value (a pattern), module (one of several), how it is installed: packages that are no dependencies of this one
 _QUANTIZATION = ("bitsandbytes", "pip install 'prefopt[quantization]'")
 NEEDS_PACKAGE = (
@@ -61,13 +70,14 @@ NEEDS_PACKAGE = (
     ("use_liger_kernel", "True", "liger_kernel", "pip install 'prefopt[fast]'"),
     ("report_to", "wandb", "wandb", "pip install wandb"),
     ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
+    ("report_to", "trackio", "trackio", "pip install trackio"),
+    ("report_to", "mlflow", "mlflow", "pip install mlflow"),
 )
 # ignored without `use_peft`
 ADAPTER_KEYS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "lora_task_type", "lora_init", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
-LARGELY_CUT, LARGELY_DROPPED = 0.2, 0.01  # shares of rows from which on a warning says so
 LM_HEADS = ("lm_head", "embed_out", "output")
 
 # --- Settings
@@ -76,6 +86,8 @@ LM_HEADS = ("lm_head", "embed_out", "output")
 def resolved_recipe(recipe: Recipe, classes: Sequence[type]) -> str:
     """Write the recipe with all defaults as YAML, without values that follow from the number of processes."""
     derived = {"gradient_accumulation_steps"} if "global_batch_size" in recipe.values else set()
+    if recipe.values.get("gradient_checkpointing") is not None:
+        derived.add("checkpointing")
     return resolved_yaml(recipe, classes, without_defaults=frozenset(derived | {"local_rank"}))
 
 
@@ -119,8 +131,22 @@ def batch_sizes(values: dict[str, Any], config: type, processes: int) -> dict[st
     wanted = values.get("global_batch_size")
     if wanted is None:
         return {}
-    if wanted < 1 or wanted % processes:
-        raise ValueError(f"global_batch_size {wanted} cannot be divided evenly over {processes} processes.")
+    if wanted < 1:
+        raise ValueError(f"global_batch_size must be at least 1, not {wanted}.")
+    if wanted < processes:
+        raise ValueError(
+            f"global_batch_size {wanted} on {processes} processes leaves {wanted}/{processes} of a pair for each, and "
+            f"every process takes at least one a step ({processes} = 1 per device x 1 accumulation step x {processes} "
+            f"processes). Use at most {wanted} processes, or raise global_batch_size to a multiple of {processes}, "
+            "which changes the recipe."
+        )
+    if wanted % processes:
+        below, above = wanted - wanted % processes, wanted + processes - wanted % processes
+        raise ValueError(
+            f"global_batch_size {wanted} cannot be divided evenly over {processes} processes ({wanted} = {processes} "
+            f"x {wanted // processes} + {wanted % processes}): use a number of processes that divides {wanted}, or "
+            f"{below} or {above} pairs."
+        )
     share = wanted // processes
     default = config.per_device_train_batch_size  # type: ignore[attr-defined]
     per_device = min(values.get("per_device_train_batch_size", default), share)
@@ -193,32 +219,18 @@ def missing_packages(recipe: Recipe) -> list[str]:
     return sentences
 
 
-def data_warnings(report: TokenizationReport, max_length: int | None) -> list[str]:
-    """Return a sentence where much of a data set is cut or dropped, which a table of counts says too quietly."""
-    warnings = []
-    if report.rows_cut > LARGELY_CUT * report.rows_kept:
-        share = report.rows_cut / report.rows_kept
-        warnings.append(
-            f"{report.name}: {report.rows_cut} of {report.rows_kept} rows ({share:.0%}) do not fit in max_length "
-            f"{max_length} and are cut: what is scored is not the whole answer, or not after the whole prompt. Raise "
-            "max_length if memory allows."
-        )
-    if report.rows_dropped > LARGELY_DROPPED * report.rows_in:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
-        warnings.append(f"{report.name}: {report.rows_dropped} of {report.rows_in} rows are dropped: {reasons}.")
-    return warnings
-
-
 # --- The run's folder
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "package_versions.json"
 TRAIN_FIGURES, EVAL_FIGURES = "train_results.json", "eval_results.json"  # transformers' names
+RUN_FILE = "run.json"  # what is known when training starts: method, recipe, data, hardware
+LOG_FILE = "log.jsonl"  # every log as it is made; a run that is killed keeps it
 # Beside weights and checkpoints, overwriting removes these: a leftover would describe another model (an adapter's
 # config) or another run (its figures).
 LEFT_BY_RUNS = (
     TRAINER_STATE_NAME, "config.json", "adapter_config.json", "model.safetensors.index.json",
-    TRAIN_FIGURES, EVAL_FIGURES, "all_results.json",
+    TRAIN_FIGURES, EVAL_FIGURES, "all_results.json", LOG_FILE, SAMPLES_FILE, "report.md", "report.html",
 )  # fmt: skip
 # whatever decides what a run computes, as far as it is installed
 PACKAGES = (

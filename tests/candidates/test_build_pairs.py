@@ -205,9 +205,15 @@ def test_arguments_are_checked():
         ({"policy": "best"}, "policy must be one of"),
         ({"candidates": ""}, "candidates is missing"),
         ({"keep": ["short"]}, "keep takes empty, duplicate, length"),
-        ({"policy": "wpo_v2", "temperature": 2.0}, "temperature is only read with policy best_worst or sppo or gpo"),
+        (
+            {"policy": "wpo_v2", "temperature": 2.0},
+            "temperature is only read with policy best_worst or sppo or sppo_mean_logit or gpo",
+        ),
         ({"seed": 1}, "seed is only read with policy best_random"),
-        ({"policy": "sppo_paper", "include_self": False}, "include_self is only read with policy sppo or gpo"),
+        (
+            {"policy": "sppo_paper", "include_self": False},
+            "include_self is only read with policy sppo or sppo_mean_logit or gpo",
+        ),
         ({"policy": "sppo", "temperature": 0.0}, "above 0"),
         ({"min_gap": -1.0}, "at least 0"),
         ({"hub_dataset_id": "me/pairs"}, "belong together"),

@@ -203,6 +203,22 @@ def test_preset_doubles_the_logits_of_a_consistent_table():
     assert confined.chosen_win_prob == pytest.approx(0.9) and confined.rejected_win_prob == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_mean_logit_reproduces_the_fork_for_general_preference_models(count):
+    """The fork of SPPO picks by mean logit and takes sigmoid(c_ij - c_ji) of each pair, the self term among them."""
+    for seed in range(20):
+        half = np.triu(np.random.default_rng((count, seed)).normal(scale=3, size=(count, count)), 1)
+        table = half - half.T
+        doubled = 1 / (1 + np.exp(table.T - table))
+        scores = (table - table.T).mean(axis=-1)
+        win, lose = int(scores.argmax()), int(scores.argmin())
+        pair = only(select_pairs(["x"] * count, table, policy="sppo_mean_logit", temperature=0.5))
+        assert (pair.chosen, pair.rejected) == (win, lose)
+        assert pair.chosen_over_rejected_prob == pytest.approx(doubled[win, lose], abs=1e-12)
+        assert pair.chosen_win_prob == pytest.approx(doubled.sum(axis=1)[win] / count, abs=1e-12)
+        assert pair.rejected_win_prob == pytest.approx(doubled.sum(axis=1)[lose] / count, abs=1e-12)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_ties_give_no_pair(policy):
     assert select_pairs(["a", "bb", "c"], [1.0, 1.0, 1.0], policy=policy) == []

@@ -83,10 +83,10 @@ def test_half_written_shards_are_made_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"settings": {"temperature": 1.0}}, r"temperature: 0\.7 there, 1\.0 now"),
-        ({"settings": {"temperature": 0.7, "model_revision": "b"}}, r"model_revision: None there, 'b' now"),
-        ({"seed": 4}, "seed: 3 there, 4 now"),
-        ({"shard_size": 3}, "this run has 3 shards|shard_size: 2 there, 3 now"),
+        ({"settings": {"temperature": 1.0}}, r"temperature was 0\.7 and is 1\.0"),
+        ({"settings": {"temperature": 0.7, "model_revision": "b"}}, r"model_revision was None and is 'b'"),
+        ({"seed": 4}, "seed was 3 and is 4"),
+        ({"shard_size": 3}, "this run has 3 shards|shard_size was 2 and is 3"),
         ({"items": [*ITEMS[:1], {"prompt_id": "q", "prompt": "other"}, *ITEMS[2:]]}, "row 'p1' there, 'q' now"),
         ({"items": [{**ITEMS[0], "prompt": "changed"}, *ITEMS[1:]]}, "same ids, other content"),
         ({"items": ITEMS[:6]}, "this run has 3 shards"),

@@ -279,6 +279,27 @@ def test_c1_rows_may_not_set_the_parameters_of_the_function(settings):
     assert normalise_pair({**GOOD, "chat_template_kwargs": {"enable_thinking": False}})["chat_template_kwargs"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"words": "x" * 60_000, "budget": 32_768, "share": 0.5, "deep": [{"a": [1]}]}, True),
+        ({"words": "x" * 70_000}, False),
+        ({"words": ["x" * 30_000] * 3}, False),
+        ({"w" * 70_000: 1}, False),
+        ({"many": list(range(20_000))}, False),
+        ({"times": 10**12}, False),
+        ({"times": -(10**400)}, False),
+        ({"times": float("inf")}, False),
+        ({"times": float("nan")}, False),
+        (json.loads('{"a":' * 40 + "1" + "}" * 40), False),
+    ],
+)
+def test_c1_the_values_of_a_rows_settings_are_limited(settings, kept):
+    reason, detail = fault_of({**GOOD, "chat_template_kwargs": settings})
+    assert reason == (None if kept else "template setting that is too large")
+    assert kept or len(detail) < 120
+
+
 def test_c1_a_template_that_fails_or_does_not_end_costs_one_row(monkeypatch):
     monkeypatch.setattr("prefopt.data.encoding.RENDER_SECONDS", 0.5)
     tokenizer = tiny_tokenizer("llama3")
@@ -418,10 +439,10 @@ def test_a1_a_dialogue_as_text_that_ends_with_a_human_turn():
     assert normalise_pair({**row, "prompt": "Quote one."})  # no dialogue
 
 
-def test_a1_turns_of_others_inside_an_answer_are_noted():
+def test_a1_turns_of_others_inside_an_answer_are_not_scored():
     row = {**GOOD, "chosen": [A, turn("user", "Sure?"), turn("assistant", "Yes.")]}
     _, report = tokenize_pairs(Dataset.from_list([GOOD, row]), CHAT, max_length=None)
-    assert report.other_turns == 1 and "turns of others between their answers" in report.table()
+    assert report.skipped_turns == 1 and "only the assistant's are scored" in report.table()
     assert "turns of others" not in tokenize_pairs(Dataset.from_list([GOOD]), CHAT, max_length=None)[1].table()
 
 

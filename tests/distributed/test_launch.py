@@ -44,11 +44,18 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def launch(
-    workspace: Path, name: str, *, config: str | None = None, layout: str = "padded", **settings
+    workspace: Path,
+    name: str,
+    *,
+    config: str | Path | None = None,
+    layout: str = "padded",
+    ranks: int = 2,
+    runner: Path | None = None,
+    **settings,
 ) -> tuple[Path, str]:
-    """Run scripts/run_wpo.py with a global batch of 8, on one process or under an accelerate config; (output folder,
-    output)."""
-    ranks = 2 if config else 1
+    """Run scripts/run_wpo.py (by `runner`) with a global batch of 8, on one process or under an accelerate config;
+    (output folder, output)."""
+    ranks = ranks if config else 1
     recipe = {
         "model_name_or_path": str(workspace / "model"),
         "dataset_name": str(workspace / "data"),
@@ -75,11 +82,10 @@ def launch(
     }
     path = workspace / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    start = (
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-        if config
-        else [sys.executable]
-    )
+    start = [sys.executable]
+    if config:
+        file = CONFIGS / f"{config}.yaml" if isinstance(config, str) else config
+        start += ["-m", "accelerate.commands.launch", "--config_file", str(file)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -87,7 +93,7 @@ def launch(
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [*start, str(ROOT / "scripts" / "run_wpo.py"), str(path)]
+    command = [*start, *([str(runner)] if runner else []), str(ROOT / "scripts" / "run_wpo.py"), str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return workspace / name, done.stdout
@@ -180,3 +186,15 @@ def test_an_adapter_under_zero3_with_checkpointing(workspace):
     assert "gradient checkpointing is re-entrant" in printed
     # LoRA's first matrices are drawn on each rank from the recipe's seed
     assert trajectory(output) == pytest.approx(trajectory(one), abs=1e-4)
+
+
+@pytest.mark.parametrize(("config", "mode"), [("cpu_ddp_2ranks", "every_n"), ("cpu_zero3_2ranks", "every_n")])
+def test_micro_batches_of_tokens_and_recomputation_on_two_ranks(workspace, single, config, mode):
+    """The same steps of 8 pairs in another division, with layers that run twice (and gather twice under ZeRO-3)."""
+    settings = {"tokens_per_micro_batch": 150, "checkpointing": mode, "gradient_checkpointing": None}
+    output, printed = launch(workspace, f"tokens-{config}", config=config, layout="packed", **settings)
+    assert "Each optimizer step of 8 examples runs as 3 micro-batch(es) on each of 2 process(es)" in printed
+    assert trajectory(output) == pytest.approx(trajectory(single), abs=1e-4)
+    for name in ("grad_norm", "rewards/margins", "wpo/effective_pairs"):
+        assert trajectory(output, name) == pytest.approx(trajectory(single, name), rel=1e-3, abs=1e-4), name
+    check_complete(output, single)

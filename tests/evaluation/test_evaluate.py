@@ -16,13 +16,13 @@ from datasets import Dataset
 from prefopt import cli
 from prefopt.candidates.records import make_candidate, make_record, write_records
 from prefopt.data import tokenize_pairs
-from prefopt.evaluation import report
 from prefopt.evaluation.alpaca_eval import export, model_config, model_outputs
 from prefopt.evaluation.evaluate import EvaluateArguments, run, stop_reason
 from prefopt.evaluation.preference import preference_accuracy
 from prefopt.evaluation.win_rate import interval, join_answers, length_statistics, win_rate
 from prefopt.files import read_json, write_json, write_jsonl
 from prefopt.references.filling import ReferenceModel
+from prefopt.reports import command as report
 from prefopt.scoring.layouts import Group
 from tests.candidates.launching import free_port
 from tests.scoring.helpers import plain_logps
@@ -374,7 +374,7 @@ def test_the_report_names_the_best_iteration_and_grows(tmp_path):
         write_iteration(tmp_path, number, rate, stop="the rule" if number == 10 else None)
         report.run(
             report.ReportArguments(
-                run_dir=str(tmp_path), iterations=number, output_dir=str(tmp_path / f"iteration-{number}" / "report")
+                run_dir=[str(tmp_path)], iterations=number, output_dir=str(tmp_path / f"iteration-{number}" / "report")
             )
         )
     text = (tmp_path / "report.md").read_text()
@@ -386,15 +386,17 @@ def test_the_report_names_the_best_iteration_and_grows(tmp_path):
     assert "| 2 | 0.800 [0.750, 0.850] | 0.550 [0.500, 0.850] | 0.700 | 12.0 tokens | 1.20 | – |" in text
     assert "| loss_normalized | 0.1 | 0.05 |" in text and "What \\| is this?" in text and "x" * 500 not in text
     assert (
-        "](iteration-10/report/progress.png)" in text
-        and (tmp_path / "iteration-10" / "report" / "progress.png").stat().st_size > 10_000
+        "](iteration-10/report/progress.svg)" in text
+        and (tmp_path / "iteration-10" / "report" / "progress.svg").read_text().count('<path class="line"') == 6
     )
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<figure>") == 3 and ">Length drift</text>" in html and "<strong>iteration 2</strong>" in html
     assert "Iteration 2" not in (tmp_path / "iteration-1" / "report" / "report.md").read_text()
 
 
 def test_a_run_without_evaluations(tmp_path, capsys):
     assert cli.main(["report", f"--run_dir={tmp_path}"]) == 2
-    assert "has no iteration with an evaluation" in capsys.readouterr().err
+    assert "holds no training run" in capsys.readouterr().err
 
 
 # ---- AlpacaEval
@@ -455,7 +457,7 @@ def test_reports_show_data_literally(tmp_path, capsys):
     found["samples"] = [{"prompt": HOSTILE, "answers": {HOSTILE: {"text": HOSTILE, "score": None}}}]
     write_json(place, found)
     write_json(tmp_path / "iteration-1" / "reward-train" / "eval_results.json", {f"eval_{HOSTILE}_loss": 1.0})
-    report.run(report.ReportArguments(run_dir=str(tmp_path), plots=False))
+    report.run(report.ReportArguments(run_dir=[str(tmp_path)], plots=False))
     text = (tmp_path / "report.md").read_text() + capsys.readouterr().out
     assert "<img" not in text and "![" not in text and "https://evil" not in text
     assert "\x1b" not in text and "\u202e" not in text

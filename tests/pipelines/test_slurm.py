@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from prefopt.cli import arguments_of
+from prefopt.launch import launch_words, split_launch_settings
 from prefopt.pipelines.commands import Commands
 from prefopt.pipelines.run import read_pipeline
 from prefopt.pipelines.self_play import stages_of
-from prefopt.recipes.recipe import load_settings
+from prefopt.recipes.recipe import load_settings, parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "examples" / "slurm"
@@ -74,3 +76,31 @@ def test_the_job_runs_the_pipeline_with_the_launchers(cluster):
     )
     assert not any("num_processes" in word or "accelerate_config" in word for word in (*train[1:], *rank[3:]))
     assert stages["iteration-2/generate"].command[:2] == ("prefopt", "generate")
+
+
+def test_the_training_job_starts_one_command_on_every_node(cluster):
+    words = ["wpo", "llama3/wpo", "--output_dir", "/disk/with space"]
+    job = ["bash", SLURM / "train.slurm", *words]
+    done = subprocess.run(job, env=cluster, capture_output=True, text=True, check=True)
+    for rank, line in enumerate(done.stdout.splitlines()):
+        called = shlex.split(line)
+        assert called[:5] == ["prefopt", *words]
+        name, settings = load_settings(called[2:])
+        launcher, settings = split_launch_settings(settings)
+        assert launcher == {
+            "accelerate_config": "deepspeed_zero3_multinode",
+            "num_machines": "2",
+            "num_processes": "16",
+            "machine_rank": str(rank),
+            "main_process_ip": "node-a",
+            "main_process_port": "29500",
+        }
+        assert Path(launch_words(launcher)[1]).is_file()
+        values = parse_settings(name, settings, arguments_of("wpo")).values
+        assert (values["output_dir"], values["resume_from_checkpoint"]) == ("/disk/with space", "true")
+    assert rank == 1
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.iterdir()), ids=lambda path: path.name)
+def test_every_script_is_valid_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)

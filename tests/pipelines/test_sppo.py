@@ -66,7 +66,10 @@ def test_every_recipe_makes_a_plan(name):
     if "gpm" in name:
         assert keys(stages["iteration-1/rank"])["ranker"] == "general-preference"
         assert selection["temperature"] == 0.5  # T_ij - T_ji, twice the logit
-        expected["sppo"] = "sppo"
+        expected["sppo"] = "sppo_mean_logit"
+        assert keys(stages["iteration-1/rank"])["released_format"] == "fork"
+        assert keys(stages["iteration-1/rank"])["policy_template"] == loop.model_name_or_path
+        assert selection["keep"] == ["empty", "duplicate", "length"]
     else:
         assert keys(stages["iteration-1/rank"])["policy_template"] == loop.model_name_or_path
     loss = train.settings["loss_type"][0]

@@ -61,7 +61,7 @@ def test_three_iterations_raise_the_rules_win_rate(tmp_path):
     assert found[2]["preference"]["accuracy"] > 0.7
     report = (run_dir / "report.md").read_text()
     assert "Best so far: **iteration 3**" in report and "## Iteration 2" in report
-    assert (run_dir / "iteration-3" / "report" / "progress.png").exists()
+    assert (run_dir / "iteration-3" / "report" / "progress.svg").exists()
     again = subprocess.run([*command, "--dry_run"], cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert again.stdout.count("  done\n") == 24, again.stdout
     changed = subprocess.run(

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands import launch as accelerate_launch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from trl import ModelConfig
 
 from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of
-from prefopt.launch import split_launch_settings
+from prefopt.files import read_json
+from prefopt.launch import launch_words, split_launch_settings
 from prefopt.memory import Launch
 from prefopt.recipes import build, locate, packaged_names
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
@@ -167,14 +171,21 @@ def test_accelerate_config(name):
     assert launch.batch_keys == ()
     values = yaml.safe_load(path.read_text())
     if launch.zero_stage == 3:
-        assert values["deepspeed_config"]["zero3_save_16bit_model"] is True
+        own = values["deepspeed_config"].get("deepspeed_config_file")
+        if own is None:
+            assert values["deepspeed_config"]["zero3_save_16bit_model"] is True
+        else:
+            zero = read_json(ROOT / own)["zero_optimization"]
+            assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+            assert not zero["zero_quantized_weights"] and not zero["zero_quantized_gradients"]
     assert (launch.mixed_precision == "no") == (launch.use_cpu or name.endswith("fp32"))
 
 
 def test_the_named_configs_are_there():
     assert {
         "single_gpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2",
-        "deepspeed_zero3_multinode", "deepspeed_zero3_fp32", "cpu_zero3_2ranks", "cpu_zero2_2ranks", "cpu_ddp_2ranks",
+        "deepspeed_zero3_multinode", "deepspeed_zero3_hpz", "fsdp2_hsdp", "deepspeed_zero3_fp32", "cpu_zero3_2ranks",
+        "cpu_zero2_2ranks", "cpu_ddp_2ranks",
     } <= set(ACCELERATE)  # fmt: skip
     assert {"mistral", "llama3_instruct", "llama3/wpo", "gemma2/wpo_hb_qlora", "mistral/wpo_hb"} <= set(RECIPES)
 
@@ -209,3 +220,36 @@ def test_every_script_is_a_command():
     for path in (ROOT / "scripts").glob("*.py"):
         named = path.stem.removeprefix("run_").replace("_", "-")
         assert f'script("{named}")' in path.read_text()
+
+
+def environment_of(name, *words):
+    """What accelerate's launcher hands to the processes of a config that it has read and checked."""
+    given = dict(zip(words[::2], words[1::2]))
+    flags = launch_words({"accelerate_config": name, **given})
+    args = accelerate_launch.launch_command_parser().parse_args([*flags, "script.py"])
+    args, *_ = accelerate_launch._validate_launch_command(args)
+    return prepare_multi_gpu_env(args) if args.use_fsdp else prepare_deepspeed_cmd_env(args)[1]
+
+
+def test_hybrid_sharding_splits_a_model_over_a_node_and_copies_it_over_nodes():
+    found = environment_of("fsdp2_hsdp", "num_machines", "4", "num_processes", "32")
+    assert found["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+    assert (found["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"], found["PARALLELISM_CONFIG_DP_SHARD_SIZE"]) == ("4", "8")
+    assert environment_of("fsdp2_hsdp")["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "2"
+    with pytest.raises(ValueError, match="splits a model over 8 processes"):
+        launch_words({"accelerate_config": "fsdp2_hsdp", "num_processes": "12"})
+
+
+def test_the_second_partition_of_weights_reaches_deepspeed_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = environment_of("deepspeed_zero3_hpz", "main_process_ip", "127.0.0.1")
+    assert read_json(found["ACCELERATE_DEEPSPEED_CONFIG_FILE"])["zero_optimization"]["zero_hpz_partition_size"] == 8
+    monkeypatch.chdir(ROOT)
+    words = launch_words({"accelerate_config": "deepspeed_zero3_hpz"})
+    assert "--deepspeed_config_file" not in words  # the config's own path is right there
+    for name, value in found.items():
+        if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_")):
+            monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()  # raises where the file and the accelerate config contradict each other
+    assert plugin.zero_stage == 3 and plugin.zero3_init_flag
+    assert plugin.deepspeed_config["zero_optimization"]["zero_quantized_gradients"] is False

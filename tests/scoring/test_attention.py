@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from prefopt.scoring.attention import (
     CannotPackError,
     PackedAttention,
     PackedRows,
+    Sequences,
     packed_attention,
     restore_attention,
     use_packed_attention,
@@ -177,19 +180,147 @@ def test_boundaries_move_and_copy_with_the_batch():
     assert rows.ndim == len(rows.shape) == 4
 
 
+# ---- the CUDA backend, on a machine without a card
+
+
 def test_the_operators_of_the_cuda_backend_are_those_that_it_was_written_for():
     """torch does not document these two; where this fails, compare `_CudaFlash` with torch.nn.attention.varlen."""
-    forward = [a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments]
-    backward = [a.name for a in torch.ops.aten._flash_attention_backward.default._schema.arguments]
+    forward, backward = (
+        getattr(torch.ops.aten, f"_flash_attention_{direction}").default._schema
+        for direction in ("forward", "backward")
+    )
+    offsets = ["Optional[Tensor]", "Optional[Tensor]"], ["Tensor", "Tensor"]
     shared = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
-    assert forward[:11] == ["query", "key", "value", *shared, "return_debug_mask", "scale"]
-    results = [r.name for r in torch.ops.aten._flash_attention_forward.default._schema.returns]
-    assert results[:2] == ["output", "softmax_logsumexp"]
+    numbers = ["int", "int", "float", "bool"]
+    assert [a.name for a in forward.arguments][:11] == ["query", "key", "value", *shared, "return_debug_mask", "scale"]
+    assert [str(a.type) for a in forward.arguments][:11] == [
+        *["Tensor"] * 3, *offsets[0], *numbers, "bool", "Optional[float]"
+    ]  # fmt: skip
+    assert next(a.name for a in forward.arguments if a.kwarg_only) == "scale"
+    assert all(a.has_default_value() for a in forward.arguments[10:])
+    assert [r.name for r in forward.returns][:2] == ["output", "softmax_logsumexp"]
     tensors = ["grad_out", "query", "key", "value", "out", "logsumexp"]
-    assert backward[:15] == [*tensors, *shared, "rng_state", "unused", "scale"]
+    assert [a.name for a in backward.arguments][:15] == [*tensors, *shared, "rng_state", "unused", "scale"]
+    assert [str(a.type) for a in backward.arguments][:15] == [
+        *["Tensor"] * 6, *offsets[1], *numbers, "Tensor", "Tensor", "Optional[float]"
+    ]  # fmt: skip
+    assert all(a.has_default_value() for a in backward.arguments[14:])
     import torch.nn.attention.varlen as varlen
 
-    assert "(num_heads, total_q)" in inspect.getsource(varlen)  # the layout of the log-sum-exp
+    source = inspect.getsource(varlen)
+    assert "(num_heads, total_q)" in source  # the layout of the log-sum-exp
+    # how torch itself calls the backward operator: the state of a dropout that is off, and an empty tensor
+    assert "rng_state_ = torch.zeros(\n        (2,), dtype=torch.uint64" in source
+    assert "unused = torch.empty(0, device=query.device)" in source
+
+
+def _check_sequences(tensor, offsets, longest):
+    """What the kernels demand of a tensor and its boundaries."""
+    assert tensor.dim() == 3 and tensor.stride(-1) == 1
+    assert offsets.dtype == torch.int32 and offsets.is_contiguous() and offsets.device == tensor.device
+    lengths = offsets.diff()
+    assert offsets[0] == 0 and offsets[-1] == len(tensor) and (lengths > 0).all() and lengths.max() == longest
+
+
+def _parts(query, key, value, query_offsets, key_offsets, causal, scale):
+    """Queries, keys, values and scores (H, q, k) of each sequence, in float64."""
+    repeats = query.shape[1] // key.shape[1]
+    for (a, b), (c, d) in zip(*(list(pairwise(offsets.tolist())) for offsets in (query_offsets, key_offsets))):
+        q = query[a:b].double().transpose(0, 1)
+        k, v = (each[c:d].double().transpose(0, 1).repeat_interleave(repeats, 0) for each in (key, value))
+        scores = q @ k.transpose(1, 2) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(b - a, d - c).triu(1).bool(), float("-inf"))
+        yield (slice(a, b), slice(c, d)), q, k, v, scores
+
+
+def _emulated_forward(query, key, value, cq, ck, max_q, max_k, dropout, causal, debug, *, scale=None, **windows):
+    assert dropout == 0.0 and debug is False and all(each is None for each in windows.values())
+    for tensor, offsets, longest in ((query, cq, max_q), (key, ck, max_k), (value, ck, max_k)):
+        _check_sequences(tensor, offsets, longest)
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+    for (rows, _), _, _, v, scores in _parts(query, key, value, cq, ck, causal, scale):
+        out[rows] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
+        lse[:, rows] = scores.logsumexp(-1).float()
+    state = torch.zeros(2, dtype=torch.uint64)
+    return out, lse, state, torch.zeros((), dtype=torch.uint64), query.new_empty(0)
+
+
+def _emulated_backward(grad, query, key, value, out, lse, cq, ck, max_q, max_k, dropout, causal, rng, unused, *,
+                       scale=None, **windows):  # fmt: skip
+    assert rng.dtype == torch.uint64 and rng.shape == (2,) and unused.numel() == 0
+    for tensor, offsets, longest in ((query, cq, max_q), (grad, cq, max_q), (out, cq, max_q), (key, ck, max_k)):
+        _check_sequences(tensor, offsets, longest)
+    assert lse.shape == (query.shape[1], len(query)) and lse.dtype == torch.float32 and lse.is_contiguous()
+    grads = [torch.zeros(each.shape, dtype=torch.float64) for each in (query, key, value)]
+    groups = query.shape[1] // key.shape[1]
+    for (rows, keys), q, k, v, scores in _parts(query, key, value, cq, ck, causal, scale):
+        upstream, outs = (each[rows].double().transpose(0, 1) for each in (grad, out))
+        probs = (scores - lse[:, rows, None].double()).exp()
+        slopes = probs * (upstream @ v.transpose(1, 2) - (upstream * outs).sum(-1, keepdim=True)) * scale
+        grads[0][rows] += (slopes @ k).transpose(0, 1)
+        grads[1][keys] += (slopes.transpose(1, 2) @ q).unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+        grads[2][keys] += (probs.transpose(1, 2) @ upstream).unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+    return tuple(each.to(like.dtype) for each, like in zip(grads, (query, key, value)))
+
+
+@pytest.fixture
+def cuda_backend(monkeypatch):
+    """The CUDA backend on CPU tensors: torch's dispatcher checks the calls, an emulation of the kernels answers."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", _emulated_forward, "CPU")
+    library.impl("_flash_attention_backward", _emulated_backward, "CPU")
+    monkeypatch.setattr(attention, "_CpuFlash", attention._CudaFlash)
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("cuda_backend")
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_the_cuda_backend_calls_its_kernels_rightly(key_heads, share):
+    rows = packed_rows(seed=11, completions=3, share=share)
+    assert_same(rows, heads(rows, key=key_heads, dtype=torch.float32), scale=0.4, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cuda_backend")
+def test_the_cuda_backend_with_sinks():
+    rows = packed_rows(seed=12)
+    sinks = torch.linspace(-2, 2, 4, requires_grad=True)
+    assert_same(rows, heads(rows, key=2, dtype=torch.float32), scale=0.4, sinks=sinks, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "width", "kernel"), [
+    (torch.bfloat16, 64, True),
+    (torch.float16, 256, True),
+    (torch.float32, 64, False),  # flash kernels take 16 bits
+    (torch.bfloat16, 36, False),  # and widths that are multiples of 8
+])  # fmt: skip
+def test_which_tensors_on_a_card_go_to_the_flash_kernels(dtype, width, kernel):
+    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(10, 4, width))
+    sequences = packed_rows(seed=13).segments
+    call = attention._call(tensor, tensor, sequences, causal=True, scale=0.3, softcap=None)
+    assert type(call) is (attention._CudaFlash if kernel else attention._Plain)
+    capped = attention._call(tensor, tensor, sequences, causal=True, scale=0.3, softcap=2.0)
+    assert type(capped) is attention._Plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shapes_of_the_cuda_backend_are_those_that_torch_declares(dtype):
+    """On tensors without data torch runs its own declaration of both operators."""
+    rows = packed_rows(seed=13)
+    sequences = Sequences(
+        rows.segments.queries,
+        rows.segments.keys,
+        *(torch.empty(len(rows.segments.queries), dtype=torch.int32, device="meta"),) * 2,
+    )
+    call = attention._CudaFlash(sequences, True, 0.3)
+    tokens = rows.rows * rows.length
+    query, key, value = (torch.empty(tokens, count, 64, dtype=dtype, device="meta") for count in (8, 2, 2))
+    out, lse = call.forward(query, key, value)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (query.shape, dtype, (8, tokens), torch.float32)
+    grads = call.backward(torch.empty_like(out), query, key, value, out, lse)
+    assert [(grad.shape, grad.dtype) for grad in grads] == [(x.shape, dtype) for x in (query, key, value)]
 
 
 # ---- in models

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.scoring.plan import BatchPlan, GroupLengths, pack_rows
+from prefopt.scoring.plan import BatchPlan, GroupLengths, fewest_micro_batches, pack_rows
 
 
 def lognormal_lengths(count: int, *, prompt: int, chosen: int, rejected: int, cap: int = 2048, seed: int = 0):
@@ -127,6 +127,47 @@ def test_drop_last_leaves_out_the_smaller_step():
     assert len(build(**settings_, drop_last=True)) == 2
 
 
+@settings(max_examples=40, deadline=None)
+@given(plans, st.integers(1, 12))
+def test_a_step_keeps_its_groups_however_many_micro_batches_it_has(given_plan, micro_batches):
+    """The groups of a step do not depend on its division, which need not be even; all ranks run alike."""
+    pairs = build(**given_plan)
+    tokens = build(**given_plan | {"micro_batches": micro_batches}, groups_per_step=pairs.groups_per_step)
+    assert tokens.num_steps == pairs.num_steps
+    for step in range(pairs.num_steps):
+        members = [
+            sorted(i for rank in plan.step(plan.epoch, step) for m in rank if not m.is_filler for i in m.indices)
+            for plan in (pairs, tokens)
+        ]
+        assert members[0] == members[1]
+        assert {len(rank) for rank in tokens.step(tokens.epoch, step)} == {micro_batches}
+        sizes = {m.step_groups for rank in tokens.step(tokens.epoch, step) for m in rank}
+        assert sizes == {len(members[0])}
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("capacity", [16384, None], ids=["packed", "padded"])
+def test_micro_batches_of_tokens_are_as_few_as_hold_no_more(world, capacity):
+    """UltraFeedback's lengths, 128 pairs a step: no micro-batch of two epochs is larger; one fewer would be."""
+    lengths = lognormal_lengths(1280, prompt=190, chosen=327, rejected=302)
+
+    def plan(micro_batches):
+        return BatchPlan(
+            lengths, groups_per_step=128, micro_batches=micro_batches, world_size=world, max_tokens_per_row=capacity
+        )
+
+    count, heaviest = fewest_micro_batches(plan, 8192, epochs=2)
+    chosen = plan(count)
+    sizes = [
+        chosen.tokens(m) for epoch in (0, 1) for step in range(10) for rank in chosen.step(epoch, step) for m in rank
+    ]
+    assert max(sizes) == heaviest <= 8192
+    assert count == 1 or plan(count - 1).heaviest(epochs=2) > 8192
+    if capacity:
+        assert statistics.mean(sizes) > 0.7 * 8192 or world == 8  # 16 pairs a rank make two micro-batches
+    assert fewest_micro_batches(plan, 10, epochs=1)[0] == 128 // world  # a pair each
+
+
 def test_a_group_that_fits_in_no_row_is_refused():
     with pytest.raises(ValueError, match=r"A pair has 900 tokens.*max_tokens_per_row.*at least 900"):
         BatchPlan([GroupLengths(900, 600, 2, 300)], groups_per_micro_batch=1, max_tokens_per_row=512)
@@ -142,3 +183,12 @@ def test_packed_rows_are_a_partition_within_capacity(sizes):
     fills = [sum(sizes[index] for index in row) for row in rows]
     assert max(fills) <= 128
     assert len(rows) <= max(1, math.ceil(11 / 9 * math.ceil(sum(sizes) / 128)) + sum(size > 64 for size in sizes))
+
+
+def test_the_heaviest_ranks_tokens_over_the_lightests():
+    lengths = [GroupLengths(size, size // 2, 2, 10) for size in (100, 1000) * 64]
+    one = BatchPlan(lengths, groups_per_micro_batch=1, world_size=2, max_tokens_per_row=1024, shuffle=False)
+    many = BatchPlan(lengths, groups_per_micro_batch=16, world_size=2, max_tokens_per_row=16384, shuffle=False)
+    padded = BatchPlan(lengths, groups_per_micro_batch=1, world_size=2, shuffle=False)
+    assert one.load_ratio() == padded.load_ratio() == 10
+    assert many.load_ratio() == 1

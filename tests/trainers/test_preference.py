@@ -51,7 +51,13 @@ TRL_METRICS = {
     "rewards/accuracies",
     "rewards/margins",
 }
-OUR_METRICS = {"lengths/chosen", "lengths/rejected", "perf/tokens_per_second", "perf/updates_lost"}
+OUR_METRICS = {
+    "lengths/chosen",
+    "lengths/rejected",
+    "perf/peak_memory_gib",
+    "perf/tokens_per_second",
+    "perf/updates_lost",
+}
 WPO_METRICS = {
     f"wpo/{name}" for name in ("weight_mean", "weight_min", "weight_max", "clamped_fraction", "effective_pairs")
 }
@@ -432,11 +438,11 @@ def test_a_trained_adapter_trains_against_a_frozen_copy_of_itself(tmp_path):
 
 
 def test_the_policy_is_its_reference_without_dropout_and_goes_on_with_its_checkpointing(tmp_path, monkeypatch):
-    from prefopt.trainers import base
+    from prefopt.trainers import checkpointing
 
     used = []
-    contexts = base.selective_contexts
-    monkeypatch.setattr(base, "selective_contexts", lambda: used.append(1) or contexts())
+    contexts = checkpointing.selective_contexts
+    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
     trainer = make_trainer(
         tmp_path,
         model=tiny_model(attention_dropout=0.5),
@@ -601,6 +607,25 @@ def test_losses_without_a_reference_keep_none(tmp_path):
     means = [(c / n, r / m) for c, r, (n, m) in zip(chosen.tolist(), rejected.tolist(), lengths)]
     expected = sum(math.log1p(math.exp(-(2.0 * (c - r) - 1.0))) for c, r in means) / len(means)
     assert history(trainer)[0] == pytest.approx(expected, rel=1e-5)
+    # SimPO's reward is beta times the mean log-prob, and so are its authors' logged rewards and accuracies
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/chosen"] == pytest.approx(2.0 * sum(c for c, _ in means) / len(means), rel=1e-5)
+    assert logged["rewards/rejected"] == pytest.approx(2.0 * sum(r for _, r in means) / len(means), rel=1e-5)
+    assert logged["rewards/accuracies"] == pytest.approx(sum(c > r for c, r in means) / len(means))
+
+
+def test_ipo_on_sums_is_the_equation_without_lengths(tmp_path):
+    """The SPPO repository's `ipo`: (h - 1 / (2 beta))^2 of summed log-ratios, which are 0 before the first step."""
+    trainer = make_trainer(
+        tmp_path, "DPO", loss_type="ipo_sum", beta=0.5, max_steps=1, trainer_options={"ref_model": tiny_model(seed=4)}
+    )
+    trainer.train()
+    rows = trainer.train_dataset
+    order = trainer.get_train_dataloader().batch_sampler.step(0, 0)[0][0].indices
+    ids = [rows[i]["row_id"] for i in order]
+    policy, reference = (plain_pair_logps(tiny_model(**seed), rows, ids) for seed in ({}, {"seed": 4}))
+    margins = (policy[0] - policy[1]) - (reference[0] - reference[1])
+    assert history(trainer)[0] == pytest.approx(((margins - 1.0) ** 2).mean().item(), rel=1e-4)
 
 
 # ---- stopping, saving, resuming
@@ -659,11 +684,11 @@ def test_an_empty_tensor_in_a_saved_model_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpointing_changes_nothing(tmp_path, selective, monkeypatch):
-    from prefopt.trainers import base
+    from prefopt.trainers import checkpointing
 
     used = []
-    contexts = base.selective_contexts
-    monkeypatch.setattr(base, "selective_contexts", lambda: used.append(1) or contexts())
+    contexts = checkpointing.selective_contexts
+    monkeypatch.setattr(checkpointing, "selective_contexts", lambda: used.append(1) or contexts())
     plain = make_trainer(tmp_path, max_steps=2)
     checkpointed = make_trainer(
         tmp_path,

@@ -112,7 +112,7 @@ def test_a_last_step_with_fewer_rows_than_micro_batches_uses_each_row_once(tmp_p
     expected, count = ranking_by_hand(trainer.model, rows)
     sizes = [8, 1]
     plan = trainer.get_train_dataloader().batch_sampler
-    counts = [sum(plan.lengths[i].ranked_pairs for i in plan._step_indices(0, step)) for step in (0, 1)]
+    counts = [plan.step(0, step)[0][0].step_ranked_pairs for step in (0, 1)]
     assert len(logged) == len(sizes) and sum(counts) == count
     total = sum(entry["loss"] * number for entry, number in zip(logged, counts)) / count
     assert total == pytest.approx(expected, abs=2e-5)
@@ -149,7 +149,8 @@ def test_metric_names_and_values(tmp_path):
     step = trainer.state.log_history[0]
     assert logged_names(step) == {
         "loss", "grad_norm", "learning_rate", "epoch", "step", "accuracy", "margin",
-        "mean_reward", "min_reward", "max_reward", "num_tokens", "perf/tokens_per_second", "perf/updates_lost",
+        "mean_reward", "min_reward", "max_reward", "num_tokens", "perf/peak_memory_gib", "perf/tokens_per_second",
+        "perf/updates_lost",
     }  # fmt: skip
     evaluated = next(entry for entry in trainer.state.log_history if "eval_first_loss" in entry)
     names = {

@@ -20,9 +20,11 @@ from transformers import Trainer
 import prefopt
 from benchmarks.trajectories import COMMON, comparison_rows, make_model, make_tokenizer, pair_rows, scored
 from prefopt._transformers import HookedTrainer
+from prefopt.trainers import precision
 from prefopt.trainers.checkpoints import last_checkpoint
 from prefopt.trainers.metrics import MetricLog
 from prefopt.trainers.precision import round_stochastically
+from tests.tiny import tiny_model
 from tests.trainers.pairs import history, make_trainer, preference_rows, weights_of
 
 ROWS = {
@@ -232,6 +234,41 @@ def test_stochastic_rounding_is_exact_in_the_mean_and_the_same_for_one_seed():
     assert rounded[0].double().mean().item() == pytest.approx(values[0].item(), abs=1e-4)
     edge = torch.tensor([math.inf, -math.inf, 0.0, -1.0])
     assert torch.equal(round_stochastically(edge, torch.Generator()), edge)
+
+
+def test_stochastic_rounding_holds_one_copy_at_a_time_and_updates_as_the_optimizer_does(monkeypatch):
+    """All copies at once would need the memory of master copies, which is what there is no room for."""
+    sizes = (100, 300, 200)
+    halves = [torch.nn.Parameter(torch.randn(size).bfloat16()) for size in sizes]
+    whole = torch.nn.Parameter(torch.randn(50))
+    exact = [torch.nn.Parameter(weight.detach().float().clone()) for weight in (*halves, whole)]
+    groups = [{"params": halves[:2]}, {"params": [halves[2], whole], "lr": 1e-2}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    masters = precision.MasterWeights(optimizer, keep=False, seed=3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    reference = torch.optim.AdamW([{"params": exact[:2]}, {"params": exact[2:], "lr": 1e-2}], lr=1e-3, fused=True)
+    held, hooks = [], []
+    optimizer.register_step_pre_hook(lambda *_: hooks.append("before"))
+    optimizer.register_step_post_hook(lambda *_: hooks.append("after"))
+
+    def recorded(values, generator):
+        held.append(sum(copied.numel() for _, copied in masters.pairs))
+        return round_stochastically(values, generator)
+
+    monkeypatch.setattr(precision, "round_stochastically", recorded)
+    for weight, other in zip((*halves, whole), exact):
+        weight.grad = torch.randn(weight.shape).to(weight.dtype)
+        other.grad = weight.grad.float()
+    optimizer.step()
+    scheduler.step()
+    reference.step()
+    assert held == list(sizes) and hooks == ["before", "after"]
+    assert sum(copied.numel() for _, copied in masters.pairs) == 0
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2] and len(optimizer.param_groups) == 2
+    generator = torch.Generator().manual_seed(3 + 1)
+    for weight, other in zip(halves, exact):
+        assert torch.equal(weight, round_stochastically(other, generator).bfloat16())
+    assert torch.equal(whole, exact[3])
 
 
 def test_copies_that_do_not_fit_give_way_to_stochastic_rounding(tmp_path, monkeypatch, capsys):
@@ -530,3 +567,16 @@ def test_a_logarithmic_warm_up_is_deepspeeds(tmp_path):
     expected = [1e-3 * math.log(max(step, 1)) / math.log(6) for step in range(6)]
     assert rates["log"][:6] == pytest.approx(expected) and rates["log"][6:] == rates["linear"][6:]
     assert rates["log"][2] > 1.1 * rates["linear"][2]
+
+
+@pytest.mark.parametrize("set_name", ["train_dataset", "eval_dataset"])
+def test_ids_beyond_the_embeddings_are_found_before_anything_runs(tmp_path, set_name):
+    """Also where the trainer is built in Python, and in every set."""
+    rows = preference_rows(4)
+    with pytest.raises(ValueError, match=r"set has the token id \d+, but the model has 16 embeddings"):
+        small = tiny_model(vocab_size=16)
+        if set_name == "eval_dataset":
+            low = {"prompt_ids": [3, 4], "chosen_ids": [5, 2], "rejected_ids": [6, 2]}
+            make_trainer(tmp_path, model=small, rows=Dataset.from_list([low]), trainer_options={set_name: rows})
+        else:
+            make_trainer(tmp_path, model=small, rows=rows)

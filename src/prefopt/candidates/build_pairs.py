@@ -65,16 +65,18 @@ class BuildPairsArguments(HubArguments):
         "pairwise",
         "Win probabilities from the table of pairwise logits, or from each candidate's mean logit.",
         choices=("pairwise", "aggregate"),
-        only_for={"policy": ("best_worst", "sppo")},
+        only_for={"policy": ("best_worst", "sppo", "sppo_mean_logit")},
     )
     temperature: float = setting(
         1.0,
         "Divides the logits of the win probabilities.",
         above=0,
-        only_for={"policy": ("best_worst", "sppo", "gpo")},
+        only_for={"policy": ("best_worst", "sppo", "sppo_mean_logit", "gpo")},
     )
     include_self: bool = setting(
-        True, "Count a candidate's tie with itself in its mean win probability.", only_for={"policy": ("sppo", "gpo")}
+        True,
+        "Count a candidate's tie with itself in its mean win probability.",
+        only_for={"policy": ("sppo", "sppo_mean_logit", "gpo")},
     )
     min_gap: float = setting(
         0.0, "Least difference between chosen and rejected in what the policy ranks by.", at_least=0

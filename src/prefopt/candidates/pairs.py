@@ -192,6 +192,7 @@ POLICIES: dict[str, Policy] = {
     "max_min": Policy(_extremes, "score", _SCORES),
     "sppo": Policy(_extremes, "win_prob", _WIN_PROBS),
     "sppo_paper": Policy(_extremes, "score", _WIN_PROBS),
+    "sppo_mean_logit": Policy(_extremes, "score", _WIN_PROBS),
     "gpo": Policy(_extremes, "score", _SCORES),
 }
 
@@ -237,9 +238,10 @@ def select_pairs(
     - `wpo_v2`: highest score, among several the shortest; lowest score, among several the one whose length (in
       characters) differs least from the chosen's.
     - `all_pairs`: every pair of different scores.
-    - `sppo`: highest and lowest mean win probability; `sppo_paper`: the published variant, which ranks by s =
-      `aggregate_scores` of a table (or by given scores) and takes P_ij = sigmoid(s_i - s_j), the self term among the
-      R terms of the mean.
+    - `sppo`: highest and lowest mean win probability; `sppo_mean_logit`: the same probabilities, but highest and
+      lowest score (for a table: of mean logit), as in GPM's fork of SPPO; `sppo_paper`: the published variant, which
+      ranks by s = `aggregate_scores` of a table (or by given scores) and takes P_ij = sigmoid(s_i - s_j), the self
+      term among the R terms of the mean.
     - `gpo`: highest and lowest mean of score differences D_ij / temperature, which become chosen_score and
       rejected_score.
 

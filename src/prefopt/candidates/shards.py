@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from prefopt import __version__
+from prefopt.arguments import setting_changes
 from prefopt.files import (
     content_hash,
     file_hash,
@@ -286,15 +287,6 @@ class ShardPlan:
             "settings": self.settings,
             "notes": self.notes,
         }
-
-
-def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """List the settings that differ, each as `name: old there, new now`."""
-    return [
-        f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
 
 
 @dataclass

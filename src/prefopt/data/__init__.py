@@ -1,6 +1,6 @@
 """Rows, sources and token ids: everything between a recipe's data keys and the batches."""
 
-from prefopt.data.encoding import Truncation, prepare_tokenizer, tokenizer_fingerprint
+from prefopt.data.encoding import TextMode, Truncation, prepare_tokenizer, tokenizer_fingerprint
 from prefopt.data.holdout import hold_out
 from prefopt.data.loading import DataArguments, load_datasets, load_tokenized, normalise_rows
 from prefopt.data.messages import BadRow
@@ -22,6 +22,7 @@ __all__ = [
     "DataSource",
     "LengthSummary",
     "RowTokenizer",
+    "TextMode",
     "TokenizationReport",
     "Truncation",
     "check_fits_model",

@@ -7,21 +7,30 @@ everywhere.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeAlias
 
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prefopt.data.messages import ASSISTANT, BadRow, Fault, TextOrMessages
+from prefopt.data.messages import ASSISTANT, BadRow, Fault, Message, TextOrMessages
 from prefopt.files import content_hash
 
 # the forms in which texts come: strings are encoded as they are, messages under the chat template
 STRINGS, MESSAGES = "strings", "messages"
+# see `TextMode`
+CHAT_RENDERINGS, SPECIAL_TOKENS = ("joint", "handbook", "sppo"), ("template", "trl09", "sppo")
+COMPLETION_TURNS = ("all", "last")
+# a template that marks what the assistant writes
+_MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Ranges: TypeAlias = "tuple[tuple[int, int], ...]"
+TRUNCATION_MODES = ("keep_start", "keep_end", "drop", "trl09")
 _PROBE = "How many, 3 or 4?\n  Grüße an Zoë: 'yes' — 你好 🙂 <b>", " 7, I think.\n"
 # rendering stops after so long: rows are data, and a template can loop over what they hold
 RENDER_SECONDS = 10.0
@@ -45,6 +54,38 @@ class TextGroup:
 
 
 @dataclass(frozen=True)
+class TextMode:
+    """How texts and messages become ids: as TRL does today by default, or as the code behind published figures did.
+
+    Attributes:
+        chat_rendering: what of a conversation is rendered. "joint": the prompt with the generation prompt, and prompt
+            + completion as one conversation, so that a completion begins with the answer's text. "handbook"
+            (alignment-handbook, SimPO, WPO): the prompt without generation prompt and behind an empty system turn
+            where the template takes one, and each completion alone, so that its header is scored. "sppo": as "joint"
+            without generation prompt, so that the header is scored.
+        special_tokens: "template": those of the template, and for strings those of the tokenizer. "trl09" (TRL 0.9): a
+            BOS before the prompt and an end token after each completion where there is none. "sppo": both in any case,
+            so that there may be two.
+        completion_turns: of a completion of several turns, "all" scores every assistant turn, "last" the last one;
+            turns of others are read and not scored. With the two settings above as published code has them, every
+            token is scored, as there.
+    """
+
+    chat_rendering: str = "joint"
+    special_tokens: str = "template"
+    completion_turns: str = "all"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("chat_rendering", CHAT_RENDERINGS),
+            ("special_tokens", SPECIAL_TOKENS),
+            ("completion_turns", COMPLETION_TURNS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
 class EncodedGroup:
     """The token ids of a prompt and its completions.
 
@@ -53,12 +94,17 @@ class EncodedGroup:
         completion_ids: of each completion.
         prompt_is_prefix: False where the prompt alone had other last tokens than in context.
         cut: the parts that truncation shortened: 0 is the prompt, r + 1 completion r.
+        skipped: of each completion the ranges [begin, end) of its ids that are read and not scored; () where every id
+            of every completion is scored.
+        other_turns: whether turns of others are scored with the answers between which they stand.
     """
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     prompt_is_prefix: bool = True
     cut: tuple[int, ...] = ()
+    skipped: tuple[Ranges, ...] = ()
+    other_turns: bool = False
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -152,42 +198,51 @@ def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def encode_groups(
-    groups: Sequence[TextGroup | EncodedGroup | BadRow], tokenizer: PreTrainedTokenizerBase, *, strict: bool = False
+    groups: Sequence[TextGroup | EncodedGroup | BadRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    strict: bool = False,
+    mode: TextMode | None = None,
 ) -> list[EncodedGroup | BadRow]:
     """Encode the prompt and each completion of every group, uncut; a group that has a fault becomes that fault.
 
     Messages: the prompt is rendered with the generation prompt, prompt + completion as one conversation; special
     tokens are the template's. Strings: prompt and prompt + completion are encoded as one text behind the tokenizer's
-    leading tokens, and one end token is added. The completion starts where the sequences part. Groups that are
-    encoded already, and faults, are returned unchanged.
+    leading tokens, and one end token is added. The completion starts where the sequences part. `TextMode` has other
+    ways. Groups that are encoded already, and faults, are returned unchanged.
 
     Args:
         groups: prompts with their completions.
         tokenizer: gives ids, chat template, BOS and end token.
         strict: messages that hold text of the template, and answers that the template does not show whole, are faults.
+        mode: how; None for the default, with every token of a completion scored.
     """
     encoded: list[Any] = list(groups)
-    for is_messages in (False, True):
+    for kind, encode in ((str, _encode_strings), (list, _encode_conversations)):
         texts = {
             place: group
             for place, group in enumerate(groups)
-            if isinstance(group, TextGroup) and isinstance(group.prompt, list) == is_messages
+            if isinstance(group, TextGroup) and isinstance(group.prompt, kind)
         }
-        if is_messages and texts:
-            results = _encode_conversations(list(texts.values()), tokenizer, strict)
-        else:
-            results = _encode_strings(list(texts.values()), tokenizer) if texts else []
+        results = encode(list(texts.values()), tokenizer, strict, mode) if texts else []
         for place, result in zip(texts, results):
             encoded[place] = result
     return encoded
 
 
-def _encode_strings(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase) -> list[EncodedGroup | BadRow]:
+def _encode_strings(
+    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool, mode: TextMode | None
+) -> list[EncodedGroup | BadRow]:
     eos = tokenizer.eos_token_id
     if eos is None and any(group.completions for group in groups):
         raise ValueError(f"The tokenizer of {_name(tokenizer)} has no end token; set `tokenizer.eos_token`.")
     texts: list[Any] = [text for group in groups for text in (group.prompt, *group.wholes)]
     ids = iter(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+    if mode is not None and mode.special_tokens != "template":
+        return [
+            _split(next(ids)[1], [next(ids)[1] for _ in group.completions], tokenizer, mode.special_tokens)
+            for group in groups
+        ]
     leading = _leading_special_ids(tokenizer)
     # a text that was templated before it came here ends with the end of a turn, and perhaps a line break
     ends = tuple({str(tokenizer.eos_token), *(TemplateMarks.of(tokenizer).ends if tokenizer.chat_template else ())})
@@ -212,26 +267,76 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_conversations(
-    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool
+    groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase, strict: bool, mode: TextMode | None
 ) -> list[EncodedGroup | BadRow]:
     check_chat_template(tokenizer)
+    rendering, special = (mode.chat_rendering, mode.special_tokens) if mode is not None else ("joint", "template")
     marks = TemplateMarks.of(tokenizer) if strict else None
-    prompts = _render([(group, group.prompt) for group in groups], tokenizer, add_generation_prompt=True)
-    pairs = [(group, whole) for group in groups for whole in group.wholes]
-    wholes = iter(_render(pairs, tokenizer, add_generation_prompt=False))
     rendered: list[list[str] | BadRow] = []
-    for group, prompt in zip(groups, prompts):
-        parts: list[Any] = [prompt, *(next(wholes) for _ in group.completions)]
+    render = _render_jointly if rendering == "joint" else partial(_render_as_published, rendering)
+    for group, parts in zip(groups, render(groups, tokenizer)):
         fault = next((part for part in parts if isinstance(part, BadRow)), None)
         if fault is None and marks is not None:
             fault = marks.fault(group) or _lost_text(group, parts[1:])
         rendered.append(fault or parts)
     texts = [text for parts in rendered if not isinstance(parts, BadRow) for text in parts]
     ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-    return [
-        parts if isinstance(parts, BadRow) else _split(next(ids), [next(ids) for _ in parts[1:]], tokenizer)
+    encoded = [
+        parts if isinstance(parts, BadRow) else _split(next(ids), [next(ids) for _ in parts[1:]], tokenizer, special)
         for parts in rendered
     ]
+    if any(len(turns) > 1 for group in groups for turns in group.completions):
+        finds = mode is not None and (rendering, special) == ("joint", "template")
+        encoded = [with_turns(*each, tokenizer, mode if finds else None) for each in zip(groups, encoded)]
+    return encoded
+
+
+def _render_jointly(groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
+    """Render each group's prompt with the generation prompt and, for each completion, prompt + completion.
+
+    Returns:
+        For each group the texts, prompt first; what a template raises stands as a `BadRow` in a text's place.
+    """
+    prompts = _render([(group, group.prompt) for group in groups], tokenizer, add_generation_prompt=True)
+    pairs = [(group, whole) for group in groups for whole in group.wholes]
+    wholes = iter(_render(pairs, tokenizer, add_generation_prompt=False))
+    return [[prompt, *(next(wholes) for _ in group.completions)] for group, prompt in zip(groups, prompts)]
+
+
+def _render_as_published(
+    rendering: str, groups: Sequence[TextGroup], tokenizer: PreTrainedTokenizerBase
+) -> list[list[Any]]:
+    """Return the texts of `_render_jointly` as published code makes them; see `TextMode.chat_rendering`."""
+    prompts: list[tuple[TextGroup, Any]] = [(group, group.prompt) for group in groups]
+    turns: list[tuple[TextGroup, Any]] = [(group, whole) for group in groups for whole in group.wholes]
+    if rendering == "handbook":
+        system = _empty_system_turn(tokenizer)
+        prompts = [(g, messages if messages[0]["role"] == "system" else system + messages) for g, messages in prompts]
+        turns = [(group, completion) for group in groups for completion in group.completions]
+    heads = _render(prompts, tokenizer, add_generation_prompt=False)
+    texts = iter(_render(turns, tokenizer, add_generation_prompt=False))
+    rendered: list[list[Any]] = []
+    for group, head in zip(groups, heads):
+        parts = [head, *(next(texts) for _ in group.completions)]
+        if not any(isinstance(part, BadRow) for part in parts):
+            bos, start = str(tokenizer.bos_token), len(str(head))
+            own = [str(text).removeprefix(bos) if rendering == "handbook" else str(text)[start:] for text in parts[1:]]
+            parts = [head, *(f"{head}{text}" for text in own)]
+        rendered.append(parts)
+    return rendered
+
+
+def _empty_system_turn(tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+    """Return the empty system turn that the alignment handbook puts first, or nothing where the template has none."""
+    turn = [{"role": "system", "content": ""}]
+    template = str(tokenizer.chat_template)
+    if "system" not in template and "<|im_start|>" not in template:
+        return []
+    try:
+        tokenizer.apply_chat_template([*turn, {"role": "user", "content": "?"}], tokenize=False)
+    except Exception:  # a template may speak of system turns only to raise at them
+        return []
+    return turn
 
 
 def _lost_text(group: TextGroup, wholes: Sequence[str]) -> BadRow | None:
@@ -339,13 +444,110 @@ class TemplateMarks:
         return None
 
 
-def _split(prompt: list[int], wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> EncodedGroup | BadRow:
+def _split(
+    prompt: list[int], wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase, special_tokens: str = "template"
+) -> EncodedGroup | BadRow:
     """Split each whole sequence at the beginning that the prompt and all of them share."""
-    prompt, wholes = _one_bos(prompt, tokenizer), [_one_bos(whole, tokenizer) for whole in wholes]
+    if special_tokens == "template":
+        prompt, wholes = _one_bos(prompt, tokenizer), [_one_bos(whole, tokenizer) for whole in wholes]
     length = min((common_prefix_length(prompt, whole) for whole in wholes), default=len(prompt))
-    if length == 0:
+    split = EncodedGroup(prompt[:length], [whole[length:] for whole in wholes], length == len(prompt))
+    if special_tokens != "template":
+        split = _with_special_tokens(split, tokenizer, always=special_tokens == "sppo")
+    if not split.prompt_ids:
         return BadRow(Fault.EMPTY_PROMPT, "no token of the prompt is left before the completion")
-    return EncodedGroup(prompt[:length], [whole[length:] for whole in wholes], prompt_is_prefix=length == len(prompt))
+    return split
+
+
+def _with_special_tokens(group: EncodedGroup, tokenizer: PreTrainedTokenizerBase, *, always: bool) -> EncodedGroup:
+    """Put a BOS first and an end token last, `always` or where there is none."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prompt, completions = group.prompt_ids, group.completion_ids
+    if bos is not None and (always or prompt[:1] != [bos]):
+        prompt = [bos, *prompt]
+    if eos is not None:
+        completions = [[*ids, eos] if always or ids[-1:] != [eos] else ids for ids in completions]
+    return replace(group, prompt_ids=prompt, completion_ids=completions)
+
+
+def with_turns(
+    group: TextGroup, encoded: EncodedGroup | BadRow, tokenizer: PreTrainedTokenizerBase, mode: TextMode | None
+) -> EncodedGroup | BadRow:
+    """Mark in completions of several turns what is not scored; without a mode, and of single turns, all is."""
+    if isinstance(encoded, BadRow) or all(len(completion) == 1 for completion in group.completions):
+        return encoded
+    roles = {turn["role"] for completion in group.completions for turn in completion}  # type: ignore[index]
+    whole_turns = replace(encoded, other_turns=roles != {ASSISTANT})
+    if mode is None:
+        return whole_turns
+    skipped: list[Ranges] = []
+    for completion, ids in zip(group.completions, encoded.completion_ids):
+        scored: list[tuple[int, int]] | None = [(0, len(ids))]
+        if len(completion) > 1:
+            whole = [*encoded.prompt_ids, *ids]
+            scored = _marked_turns(group, completion, whole, tokenizer) or _turns_apart(
+                group, completion, whole, tokenizer
+            )
+        if scored is None:
+            return whole_turns
+        start = len(encoded.prompt_ids) if len(completion) > 1 else 0
+        kept = [
+            (begin - start, end - start) for begin, end in (scored if mode.completion_turns == "all" else scored[-1:])
+        ]
+        edges = [0, *(edge for each in kept for edge in each), len(ids)]
+        skipped.append(tuple((begin, end) for begin, end in zip(edges[::2], edges[1::2]) if begin < end))
+    return replace(encoded, skipped=tuple(skipped) if any(skipped) else ())
+
+
+def _marked_turns(
+    group: TextGroup, completion: Any, whole: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]] | None:
+    """Return the ranges that a template with `{% generation %}` marks in a completion, or None where it has none."""
+    if not _MARKS_ASSISTANT.search(str(tokenizer.chat_template)):
+        return None
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            group.prompt + completion, tools=group.tools, **options, **(group.chat_template_kwargs or {})
+        )
+    except Exception:  # a slow tokenizer has no offsets; the ids of the turns are compared then
+        return None
+    mask = list(found["assistant_masks"])
+    offset = len(mask) - len(whole)  # a doubled BOS was dropped
+    if offset < 0 or list(found["input_ids"])[offset:] != whole:
+        return None
+    mask = [0, *mask[offset:], 0]
+    edges = [place for place in range(1, len(mask)) if mask[place] != mask[place - 1]]
+    ranges = [(begin - 1, end - 1) for begin, end in zip(edges[::2], edges[1::2])]
+    answers = sum(turn["role"] == ASSISTANT for turn in group.prompt)  # type: ignore[index]
+    in_completion = sum(turn["role"] == ASSISTANT for turn in completion)
+    return ranges[answers:] if len(ranges) == answers + in_completion else None
+
+
+def _turns_apart(
+    group: TextGroup, completion: Any, whole: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]] | None:
+    """Return where the assistant's turns stand, by rendering the dialogue up to each; None where that is no prefix.
+
+    Args:
+        group: the prompt, tools and settings.
+        completion: its turns.
+        whole: ids of prompt and completion.
+        tokenizer: gives the template.
+    """
+    answers = [place for place, turn in enumerate(completion) if turn["role"] == ASSISTANT]
+    before = [(group, group.prompt + completion[:place]) for place in answers]
+    until = [(group, group.prompt + completion[: place + 1]) for place in answers]
+    texts = [
+        *_render(before, tokenizer, add_generation_prompt=True),
+        *_render([*until, (group, group.prompt + completion)], tokenizer, add_generation_prompt=False),
+    ]
+    if any(isinstance(text, BadRow) or not str(texts[-1]).startswith(str(text)) for text in texts):
+        return None
+    ids = tokenizer(texts[:-1], add_special_tokens=False, verbose=False)["input_ids"]
+    places = [common_prefix_length(_one_bos(each, tokenizer), whole) for each in ids]
+    ranges = list(zip(places[: len(answers)], places[len(answers) :]))
+    return ranges if all(begin < end for begin, end in ranges) else None
 
 
 def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -367,11 +569,14 @@ class Truncation:
     tokens leaves no room; "keep_end" cuts the prompt's beginning until the longest completion fits, and a completion
     that is too long by itself keeps its last `max_length - 1` tokens behind one prompt token. A prompt that loses its
     beginning keeps its BOS, which counts. "drop" cuts nothing: a row that does not fit cannot be used.
+    "trl09" is TRL 0.9's `DPOTrainer`: a prompt that loses its beginning loses its BOS with it, and completions that
+    still do not fit keep their first `max_length - max_prompt_length` tokens, however short the prompt is.
 
     Args:
         max_length: tokens of prompt and completion together; None cuts nothing.
         max_prompt_length: tokens of a cut prompt.
-        mode: "keep_start", "keep_end" (both read only without `max_prompt_length`) or "drop".
+        mode: "keep_start", "keep_end" (both read only without `max_prompt_length`), "drop", or "trl09" (which needs
+            both lengths).
     """
 
     max_length: int | None = None
@@ -379,8 +584,12 @@ class Truncation:
     mode: str = "keep_start"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("keep_start", "keep_end", "drop"):
-            raise ValueError(f'truncation_mode must be "keep_start", "keep_end" or "drop", not {self.mode!r}.')
+        if self.mode not in TRUNCATION_MODES:
+            raise ValueError(f"truncation_mode must be one of {', '.join(TRUNCATION_MODES)}, not {self.mode!r}.")
+        if self.mode == "trl09" and None in (self.max_length, self.max_prompt_length):
+            raise ValueError(
+                'truncation_mode "trl09" needs max_length and max_prompt_length; there they were 512 and 128.'
+            )
         if self.mode == "drop" and self.max_prompt_length is not None:
             raise ValueError(
                 'max_prompt_length says how to cut a prompt, and truncation_mode "drop" cuts none: set one of them.'
@@ -420,8 +629,12 @@ class Truncation:
             kept = keep_last(prompt, self.max_length - min(longest, room), bos_token_id)
             return kept, [list(completion) for completion in completions]
         limit = len(prompt) if self.max_prompt_length is None else self.max_prompt_length
-        kept = keep_last(prompt, limit, bos_token_id)
-        room = max(self.max_length - len(kept), 0)
+        if self.mode == "trl09":
+            kept = list(prompt[-limit:])
+            room = self.max_length - limit if len(kept) + longest > self.max_length else longest
+        else:
+            kept = keep_last(prompt, limit, bos_token_id)
+            room = max(self.max_length - len(kept), 0)
         return kept, [list(completion[:room]) for completion in completions]
 
 
@@ -459,7 +672,27 @@ def fit(encoded: EncodedGroup, truncation: Truncation, bos_token_id: int | None)
         )
     lengths = zip([encoded.prompt_ids, *encoded.completion_ids], [prompt, *completions])
     cut = tuple(place for place, (whole, kept) in enumerate(lengths) if len(kept) < len(whole))
-    return EncodedGroup(prompt, completions, encoded.prompt_is_prefix, cut)
+    fitted = replace(encoded, prompt_ids=prompt, completion_ids=completions, cut=cut)
+    return fitted if not encoded.skipped else _cut_ranges(encoded, fitted, truncation)
+
+
+def _cut_ranges(encoded: EncodedGroup, fitted: EncodedGroup, truncation: Truncation) -> EncodedGroup:
+    """Move the ranges of what is not scored with the ids that were kept.
+
+    Raises:
+        BadRow: nothing of a completion is left to score.
+    """
+    from_end = truncation.mode == "keep_end" and truncation.max_prompt_length is None
+    moved: list[Ranges] = []
+    for ranges, whole, kept in zip(encoded.skipped, encoded.completion_ids, fitted.completion_ids):
+        first = len(whole) - len(kept) if from_end else 0
+        bounds = [(max(begin - first, 0), min(end - first, len(kept))) for begin, end in ranges]
+        moved.append(tuple((begin, end) for begin, end in bounds if begin < end))
+        if sum(end - begin for begin, end in moved[-1]) >= len(kept):
+            raise BadRow(
+                Fault.NO_ROOM, f"of a completion's answers none is left within {truncation.max_length} tokens"
+            )
+    return replace(fitted, skipped=tuple(moved) if any(moved) else ())
 
 
 def _all_same(completions: Sequence[Sequence[int]]) -> bool:

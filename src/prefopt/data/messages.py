@@ -23,6 +23,8 @@ MESSAGES_AS_TEXT = re.compile(
 )
 # parameters of the tokenizer's function, which are none of the template
 RESERVED_SETTINGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+# what a row gives its template: rows are data, and a template may repeat a text or count up to a number
+MOST_SETTING_BYTES, MOST_SETTING_DEPTH, LARGEST_SETTING = 65_536, 16, 10_000_000
 # a string prompt this long at the beginning of all completions is no accident
 REPEATED_CHARACTERS = 20
 
@@ -52,6 +54,7 @@ class Fault(StrEnum):
     NO_ANSWER = "completion does not end with an assistant turn"
     REPEATS_PROMPT = "completion repeats the prompt"
     FORBIDDEN_SETTING = "template setting that a row may not make"
+    LARGE_SETTING = "template setting that is too large"
     TEXT_LOST = "text lost in the chat template"
     TEMPLATED = "templated already"
     NOT_JSON = "conversation that is a string"
@@ -174,8 +177,8 @@ def clean_template_kwargs(value: Any) -> dict[str, Any] | None:
     """Read the `chat_template_kwargs` of a row (a mapping or JSON) without None entries; None where there are none.
 
     Raises:
-        BadRow: it is no mapping, or it sets what is not the template's: rows are data, and may not replace the
-            template, pad, or return something else.
+        BadRow: it is no mapping, it sets what is not the template's (rows are data, and may not replace the template,
+            pad, or return something else), or a value is too large.
     """
     if isinstance(value, str):
         value = _from_json(value, "chat_template_kwargs")
@@ -186,13 +189,34 @@ def clean_template_kwargs(value: Any) -> dict[str, Any] | None:
     refused = sorted(name for name in value if name in RESERVED_SETTINGS or str(name).endswith("_token"))
     if refused:
         raise BadRow(Fault.FORBIDDEN_SETTING, f"`chat_template_kwargs` of a row may not set {', '.join(refused)}")
+    _check_setting_size(value)
     return without_none(value) or None
+
+
+def _check_setting_size(value: dict[str, Any]) -> None:
+    """Raise a BadRow for template settings that are long, deep, or hold a number that a template could count up to."""
+    level: list[Any] = [value]
+    size = 0
+    for _ in range(MOST_SETTING_DEPTH + 1):
+        if not level:
+            return
+        size += sum(len(item) if isinstance(item, str) else 8 for item in level)
+        if size > MOST_SETTING_BYTES:
+            raise BadRow(Fault.LARGE_SETTING, f"`chat_template_kwargs` holds more than {MOST_SETTING_BYTES} bytes")
+        for item in level:
+            if isinstance(item, (int, float)) and not -LARGEST_SETTING <= item <= LARGEST_SETTING:
+                raise BadRow(
+                    Fault.LARGE_SETTING, f"`chat_template_kwargs` holds {item!r:.40}, beyond {LARGEST_SETTING}"
+                )
+        inner = [[*item.keys(), *item.values()] if isinstance(item, dict) else item for item in level]
+        level = [each for item in inner if isinstance(item, (list, tuple)) for each in item]
+    raise BadRow(Fault.LARGE_SETTING, f"`chat_template_kwargs` is nested more than {MOST_SETTING_DEPTH} deep")
 
 
 def _from_json(text: str, field: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # too many digits, too deep
         raise BadRow(Fault.WRONG_TYPE, f"`{field}` is not JSON ({error})") from error
 
 

@@ -32,6 +32,9 @@ Row: TypeAlias = dict[str, Any]
 PromptAndResponses: TypeAlias = tuple[TextOrMessages, list[TextOrMessages]]
 
 IDS = List(Value("int32"))
+# ranges [begin, end) of a completion's ids that are read and not scored; only sets that have any have the columns
+RANGES = List(List(Value("int32")))
+SKIPPED_COLUMNS = ("chosen_skipped", "rejected_skipped")
 # numbers that losses and caches read; the references' are a number, or one number for each reference
 METHOD_COLUMNS = (
     "chosen_win_prob",
@@ -185,6 +188,7 @@ def kept_features(features: Mapping[str, Any], kind: Kind, contents: Mapping[str
     if kind == "pairs":
         kept |= {name: Value("float64") for name in METHOD_COLUMNS if name in names}
         kept |= {name: features[name] for name in REFERENCE_COLUMNS if name in names}
+        kept |= dict.fromkeys(SKIPPED_COLUMNS, RANGES) if names.issuperset(SKIPPED_COLUMNS) else {}
     elif kind == "comparisons":
         kept |= {"scores": List(Value("float64")), "is_adversarial": Value("bool")}
         kept |= {"margin": Value("float64")} if "margin" in names else {}
@@ -263,7 +267,10 @@ def normalise_pair(row: Mapping[str, Any]) -> Row:
     check_answers(prompt, [chosen, rejected])
     context = context_of(row)
     texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return {"row_id": row_id(prompt, [chosen, rejected], context), **texts, **context, **method_values(row)}
+    # scores of whole completions, which earlier versions kept under the row's name, are no scores of its answers alone
+    several = isinstance(prompt, list) and any(len(each) > 1 for each in (chosen, rejected))
+    marked = {**context, "scored": "answers"} if several else context
+    return {"row_id": row_id(prompt, [chosen, rejected], marked), **texts, **context, **method_values(row)}
 
 
 def normalise_prompt(row: Mapping[str, Any]) -> Row:
@@ -339,22 +346,18 @@ def normalise_ids(row: Mapping[str, Any], kind: Kind) -> Row:
         scores = {"scores": check_scores(row["scores"], len(completions))}
         values = {**scores, **comparison_values(row)}
     else:
-        scores, values = {}, method_values(row)
+        scores, values = {}, method_values(row) | {name: row[name] for name in SKIPPED_COLUMNS if row.get(name)}
     return {"row_id": row.get("row_id") or row_id(prompt, completions, scores), **values}
 
 
+def skipped_ranges(row: Mapping[str, Any], kind: Kind) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return of each completion of a tokenised pair the ranges that are not scored; () where there are none."""
+    if kind != "pairs" or not any(row.get(name) for name in SKIPPED_COLUMNS):
+        return ()
+    return tuple(tuple((begin, end) for begin, end in row.get(name) or ()) for name in SKIPPED_COLUMNS)
+
+
 _READERS = {"pairs": normalise_pair, "comparisons": normalise_comparison, "prompts": normalise_prompt}
-
-
-def has_other_turns(row: Mapping[str, Any], kind: Kind) -> bool:
-    """Return whether a completion of a normalised row holds turns of others than the assistant."""
-    values = [row.get(name) for name in COMPLETION_COLUMNS[kind]]
-    completions = values[0] if kind == "comparisons" else values
-    return any(
-        turn["role"] != ASSISTANT
-        for completion in completions or []
-        for turn in (completion if isinstance(completion, list) else [])
-    )
 
 
 def raise_recorded_fault(row: Mapping[str, Any]) -> None:
@@ -365,8 +368,9 @@ def raise_recorded_fault(row: Mapping[str, Any]) -> None:
 
 def context_of(row: Mapping[str, Any]) -> Row:
     """Return the cleaned `tools` and `chat_template_kwargs` of a row, each only where it has one."""
-    tools, settings = clean_tools(row.get("tools")), clean_template_kwargs(row.get("chat_template_kwargs"))
-    return {name: value for name, value in zip(CONTEXT_COLUMNS, (tools, settings)) if value is not None}
+    readers = zip(CONTEXT_COLUMNS, (clean_tools, clean_template_kwargs))
+    found = {name: read(row[name]) for name, read in readers if row.get(name) is not None}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def row_id(prompt: TextOrMessages, responses: list[TextOrMessages], context: Mapping[str, Any]) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from prefopt.data.encoding import (
     STRINGS,
     EncodedGroup,
     TextGroup,
+    TextMode,
     Truncation,
     encode_groups,
     fit,
@@ -34,21 +36,24 @@ from prefopt.data.messages import BadRow, Fault, OnBadRow, as_messages, check_on
 from prefopt.data.rows import (
     COMPLETION_COLUMNS,
     CONTEXT_COLUMNS,
+    RANGES,
+    SKIPPED_COLUMNS,
     Kind,
     Row,
     check_columns,
     check_unused_text,
-    has_other_turns,
     id_column,
     id_features,
     is_tokenised,
     normalise,
+    skipped_ranges,
     text_features,
 )
 from prefopt.files import content_hash
+from prefopt.waiting import announced_wait
 
 # part of the cache key: raise it whenever the same input would give other ids
-VERSION = 3
+VERSION = 4
 OUTCOME = "_outcome"
 # settings of models that compute positions from a formula, and go beyond those that they were trained on
 OTHER_POSITIONS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_pct", "alibi")
@@ -63,6 +68,7 @@ def tokenize_pairs(
     truncation_mode: str = "keep_start",
     on_bad_row: OnBadRow = "drop",
     strict_prefix: bool = False,
+    text_mode: TextMode | None = None,
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset, TokenizationReport]:
@@ -73,23 +79,25 @@ def tokenize_pairs(
         tokenizer: gives ids, chat template, BOS and end token.
         max_length: tokens of prompt and completion together; None cuts nothing.
         max_prompt_length: tokens of a prompt that has to be cut; None follows `truncation_mode`.
-        truncation_mode: "keep_start" or "keep_end"; see `Truncation`.
+        truncation_mode: "keep_start", "keep_end", "drop" or "trl09"; see `Truncation`.
         on_bad_row: "drop" counts and leaves out a row that cannot be used, "raise" stops at the first.
         strict_prefix: treat a row whose prompt is not a token prefix of prompt + completion as one that cannot be
             used.
+        text_mode: how texts become ids; None: as TRL does today.
         num_proc: processes.
         name: what the report calls this set.
 
     Returns:
         A data set with `row_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_bytes`, `rejected_bytes` (UTF-8
-        bytes of the scored text without special tokens) and the method columns that it had; and the report. A set
-        that was made here with the same settings is returned unchanged, with its report.
+        bytes of the scored text without special tokens) and the method columns that it had; and the report. Where a
+        completion has turns that are not scored, also `chosen_skipped` and `rejected_skipped`, ranges [begin, end) of
+        its ids. A set that was made here with the same settings is returned unchanged, with its report.
 
     Raises:
         ValueError: wrong columns, images, a streamed set, no chat template for messages, no usable row, wrong lengths.
     """
     truncation = Truncation(max_length, max_prompt_length, truncation_mode)
-    tokenize = RowTokenizer(tokenizer, "pairs", truncation, strict_prefix)
+    tokenize = RowTokenizer(tokenizer, "pairs", truncation, strict_prefix, text_mode=text_mode or TextMode())
     return tokenize(dataset, on_bad_row=on_bad_row, num_proc=num_proc, name=name)
 
 
@@ -153,7 +161,8 @@ class Outcome:
         is_prefix: whether the prompt alone is a token prefix of prompt + completion.
         cut: the parts that were cut ("prompt", "chosen", "rejected", "responses").
         prompt: names of its prompt, for hold-outs.
-        other_turns: whether turns of others stand between the turns of its answers.
+        other_turns: whether turns of others are scored with its answers.
+        skipped: of each completion the ranges of ids that are not scored; see `EncodedGroup.skipped`.
     """
 
     fault: str | None
@@ -163,6 +172,7 @@ class Outcome:
     cut: list[str]
     prompt: PromptName
     other_turns: bool = False
+    skipped: list[list[list[int]]] | None = None
 
 
 # what the tokenised sets of this process were made with, and what was reported then, by fingerprint; whatever changes
@@ -180,6 +190,7 @@ class RowTokenizer:
         truncation: how a row is made to fit.
         strict_prefix: a row whose prompt is not a token prefix of prompt + completion cannot be used.
         template_strings: read a string prompt as one user turn of a conversation.
+        text_mode: how texts become ids.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -187,11 +198,14 @@ class RowTokenizer:
     truncation: Truncation
     strict_prefix: bool = False
     template_strings: bool = False
+    text_mode: TextMode = field(default_factory=TextMode)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that decides which ids a row gets; a tokenizer that has been used gives the same."""
-        settings = (self.kind, asdict(self.truncation), self.strict_prefix, self.template_strings)
+        settings = [self.kind, asdict(self.truncation), self.strict_prefix, self.template_strings]
+        if self.text_mode != TextMode():
+            settings.append(asdict(self.text_mode))
         return content_hash(tokenizer_fingerprint(self.tokenizer), settings, VERSION)
 
     @property
@@ -251,7 +265,8 @@ class RowTokenizer:
         """
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
         clean, read = zip(*(self.read(row, schema) for row in rows))
-        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer, strict=True)]
+        mode = self.text_mode if self.kind == "pairs" else None
+        groups = [self._fit(group) for group in encode_groups(read, self.tokenizer, strict=True, mode=mode)]
         ids = id_columns(groups, self.kind, self.tokenizer)
         # prompts keep the columns of their rows as they were
         kept = [{**row, "row_id": c["row_id"]} for row, c in zip(rows, clean)] if self.kind == "prompts" else clean
@@ -270,7 +285,7 @@ class RowTokenizer:
         if self.kind == "comparisons":
             (completions,) = completions
         if tokenised:
-            return clean, EncodedGroup(prompt, completions)
+            return clean, EncodedGroup(prompt, completions, skipped=skipped_ranges(clean, self.kind))
         prompt = as_messages(prompt) if self.template_strings else prompt
         return clean, TextGroup(prompt, completions, *(clean.get(name) for name in CONTEXT_COLUMNS))
 
@@ -291,9 +306,8 @@ class RowTokenizer:
         if isinstance(group, BadRow):
             return Outcome(group.reason, group.detail, is_messages, True, [], name)
         cut = dict.fromkeys(self.parts[min(place, len(self.parts) - 1)] for place in group.cut)
-        return Outcome(
-            None, None, is_messages, group.prompt_is_prefix, list(cut), name, has_other_turns(clean, self.kind)
-        )
+        skipped = [[list(each) for each in ranges] for ranges in group.skipped] or None
+        return Outcome(None, None, is_messages, group.prompt_is_prefix, list(cut), name, group.other_turns, skipped)
 
     def settle(
         self, mapped: Dataset, *, on_bad_row: OnBadRow, name: str, one_form: bool = False
@@ -315,6 +329,7 @@ class RowTokenizer:
                 report.rows_cut += bool(outcome.cut)
                 report.not_prefix += not outcome.is_prefix
                 report.other_turns += outcome.other_turns
+                report.skipped_turns += outcome.skipped is not None
                 continue
             if on_bad_row == "raise":
                 raise ValueError(
@@ -326,9 +341,11 @@ class RowTokenizer:
             report.dropped_rows.append({"row": row, "reason": outcome.fault, "detail": outcome.detail})
         if not report.rows_kept:
             raise ValueError(f"No row of the {name} set can be used.\n{report.table()}")
-        kept = mapped.remove_columns(OUTCOME)
+        kept = mapped.remove_columns([OUTCOME, *(name for name in SKIPPED_COLUMNS if name in mapped.column_names)])
         if report.dropped:
             kept = kept.select([row for row, outcome in enumerate(outcomes) if outcome.fault is None])
+        if report.skipped_turns:
+            kept = with_skipped(kept, [outcome for outcome in outcomes if outcome.fault is None])
         names = mapped.select_columns("row_id").select([dropped["row"] for dropped in report.dropped_rows])
         report.dropped_rows = [{**row, **dropped} for row, dropped in zip(names, report.dropped_rows)]
         cuts = Counter(part for outcome in outcomes for part in outcome.cut)
@@ -340,6 +357,12 @@ class RowTokenizer:
         return kept, report
 
 
+def scored_ids(group: EncodedGroup, place: int) -> list[int]:
+    """Return the ids of a completion that are scored."""
+    skipped = {index for begin, end in group.skipped[place] for index in range(begin, end)}
+    return [each for index, each in enumerate(group.completion_ids[place]) if index not in skipped]
+
+
 def id_columns(
     groups: Sequence[EncodedGroup | BadRow], kind: Kind, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Any]]:
@@ -349,11 +372,20 @@ def id_columns(
     if kind == "pairs":
         for place, name in enumerate(COMPLETION_COLUMNS[kind]):
             ids = [group.completion_ids[place] if group else [] for group in usable]
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            scored = [scored_ids(group, place) if group and group.skipped else own for group, own in zip(usable, ids)]
+            texts = tokenizer.batch_decode(scored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             columns |= {id_column(name): ids, f"{name}_bytes": [len(text.encode("utf-8")) for text in texts]}
     elif kind == "comparisons":
         columns["response_ids"] = [group.completion_ids if group else [] for group in usable]
     return columns
+
+
+def with_skipped(dataset: Dataset, outcomes: Sequence[Outcome]) -> Dataset:
+    """Add the columns of what is not scored, which only sets with a completion of several turns have."""
+    for place, name in enumerate(SKIPPED_COLUMNS):
+        values = [outcome.skipped[place] if outcome.skipped else [] for outcome in outcomes]
+        dataset = dataset.add_column(name, values, feature=RANGES)
+    return dataset
 
 
 def outcomes_of(mapped: Dataset) -> list[Outcome]:
@@ -442,8 +474,13 @@ def main_process_first() -> Iterator[None]:
         yield
         return
     state = PartialState()
-    with state.main_process_first(), state.local_main_process_first():
+    with ExitStack() as turns:
+        with announced_wait("the first rank of all, or of this node, to read and tokenise the data"):
+            turns.enter_context(state.main_process_first())
+            turns.enter_context(state.local_main_process_first())
         yield
+        with announced_wait("the other ranks to read the data"):
+            turns.close()
 
 
 @dataclass(frozen=True)
@@ -478,9 +515,12 @@ class TokenizationReport:
         rows_cut: kept rows in which anything was cut.
         not_prefix: kept rows whose prompt alone is not a token prefix of prompt + completion.
         other_turns: kept rows in which turns of others stand between those of an answer; all their tokens are scored.
+        skipped_turns: kept rows of which only the assistant's turns are scored (with `completion_turns: last`, the
+            last one).
         dropped_rows: of every dropped row its number, `row_id`, reason and detail.
         lengths: tokens of each part.
         form: "strings" or "messages", as the rows came; None for token ids.
+        shown: whether it has been printed.
     """
 
     name: str
@@ -492,9 +532,11 @@ class TokenizationReport:
     rows_cut: int = 0
     not_prefix: int = 0
     other_turns: int = 0
+    skipped_turns: int = 0
     dropped_rows: list[dict[str, Any]] = field(default_factory=list)
     lengths: dict[str, LengthSummary] = field(default_factory=dict)
     form: str | None = None
+    shown: bool = field(default=False, compare=False)
 
     @property
     def rows_dropped(self) -> int:
@@ -521,7 +563,12 @@ class TokenizationReport:
         if self.other_turns:
             lines.append(
                 f"  note     {self.other_turns:>8}  completions hold turns of others between their answers, and all "
-                "their tokens are scored"
+                "their tokens are scored: the template does not show where the answers are ({% generation %} would)"
+            )
+        if self.skipped_turns:
+            lines.append(
+                f"  note     {self.skipped_turns:>8}  completions have several turns, of which only the assistant's "
+                "are scored (`completion_turns`)"
             )
         if self.lengths:
             lines.append(f"  {'tokens':<10}{'mean':>10}{'p50':>8}{'p95':>8}{'max':>8}")
@@ -551,7 +598,18 @@ def describe_sample(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) 
     context = str(tokenizer.decode(prompt))
     lines.append(f"prompt\n{context}")
     for name, ids in parts.items():
-        whole = str(tokenizer.decode([*prompt, *ids]))
-        text = whole[len(context) :] if whole.startswith(context) else tokenizer.decode(list(ids))
-        lines.append(f"{name}, {len(ids)} tokens\n⟦{text}⟧")
+        if skipped := row.get(f"{name}_skipped"):
+            text = _marked(tokenizer, list(ids), skipped)
+        else:
+            whole = str(tokenizer.decode([*prompt, *ids]))
+            text = whole[len(context) :] if whole.startswith(context) else str(tokenizer.decode(list(ids)))
+            text = f"⟦{text}⟧"
+        lines.append(f"{name}, {len(ids)} tokens\n{text}")
     return "\n".join(lines)
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], skipped: Sequence[Sequence[int]]) -> str:
+    """Return a completion as text, with the ranges that are scored between ⟦ and ⟧."""
+    edges = [0, *(edge for each in skipped for edge in each), len(ids)]
+    texts = [str(tokenizer.decode(ids[begin:end])) for begin, end in pairwise(edges)]
+    return "".join(f"⟦{text}⟧" if text and place % 2 == 0 else text for place, text in enumerate(texts))

@@ -1,59 +1,73 @@
-"""`prefopt evaluate`: a policy against others under a ranker, its preference accuracy, its answers' lengths."""
+"""One evaluation of `prefopt evaluate`: a model on pairs, answers against others' answers, or a benchmark."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from prefopt.arguments import check_settings, check_together, missing, setting
-from prefopt.candidates import rank
-from prefopt.candidates.rank import RankArguments
-from prefopt.candidates.records import Record, read_records, write_records
+from prefopt.arguments import check_together, missing, setting
+from prefopt.candidates.records import Record, read_records
 from prefopt.candidates.shards import current_processes
 from prefopt.data import DataArguments, DataSource, load_datasets
 from prefopt.data.messages import as_messages
-from prefopt.evaluation.alpaca_eval import FAMILIES, export
-from prefopt.evaluation.preference import preference_accuracy
+from prefopt.data.sources import load_source
+from prefopt.evaluation import alpaca_eval, arena_hard, lm_eval, mt_bench, reward_bench
+from prefopt.evaluation.alpaca_eval import AlpacaEvalSettings, export
+from prefopt.evaluation.arena_hard import ArenaHardSettings
+from prefopt.evaluation.figures import EVALUATION_FILE as EVALUATION_FILE  # the file that `run` writes
+from prefopt.evaluation.figures import Figure, shown, write_evaluation
+from prefopt.evaluation.lm_eval import LMEvalSettings
+from prefopt.evaluation.mt_bench import MTBenchSettings
+from prefopt.evaluation.preference import (
+    PairScores,
+    by_source,
+    pair_figures,
+    preference_result,
+    score_pairs,
+    split_by_column,
+)
+from prefopt.evaluation.reward_bench import RewardBenchSettings
+from prefopt.evaluation.settings import ranked
 from prefopt.evaluation.study import report_study
-from prefopt.evaluation.win_rate import join_answers, length_statistics, win_rate
-from prefopt.files import user_path, write_json
+from prefopt.evaluation.win_rate import (
+    join_answers,
+    length_controlled_win_rate,
+    length_statistics,
+    order_consistency,
+    win_rate,
+)
+from prefopt.files import user_path
 from prefopt.launch import print_on_main
-from prefopt.pages import printable
+from prefopt.pages import escape, table
 
-EVALUATION_FILE = "evaluation.json"
 POLICY = "policy"
 SAMPLES = 4
-SCORE = "judged"
+_OF_ANSWERS = ("win_rate", "length_controlled_win_rate", "same_winner_in_both_orders")
+
+# kind -> what evaluates it; pairs and generations may be asked for together, and have their own keys
+KIND_FUNCTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    alpaca_eval.KIND: alpaca_eval.evaluate,
+    arena_hard.KIND: arena_hard.evaluate,
+    mt_bench.KIND: mt_bench.evaluate,
+    reward_bench.KIND: reward_bench.evaluate,
+    lm_eval.KIND: lm_eval.evaluate,
+}
 
 
 @dataclass
-class EvaluateArguments:
-    """What is evaluated: answers against others' answers under a ranker, or a model on preference pairs, or both."""
+class EvaluateArguments(AlpacaEvalSettings, ArenaHardSettings, MTBenchSettings, RewardBenchSettings, LMEvalSettings):
+    """What is evaluated: a model on pairs, answers against others' answers under a ranker, or a benchmark."""
 
-    output_dir: str = setting("", "Folder for evaluation.json and the ranked answers.")
     study: str | None = setting(
         None, "Folder of a `prefopt sweep`: write its table, plot and verdict from the runs that are done."
-    )
-    answers: str | None = setting(
-        None, "The policy's answers to held-out prompts: a folder that `prefopt generate` wrote."
     )
     opponents: dict[str, str] = setting(
         factory=dict, help="Others' answers to the same prompts, by name: {base: folder, previous: folder}."
     )
-    ranker: str | None = setting(None, "Ranker that compares them, as for `prefopt rank`.")
-    ranker_model: str | None = setting(None, "Its `model_name_or_path`.")
-    ranker_settings: dict[str, Any] = setting(factory=dict, help="Further settings of `prefopt rank`.")
-    confidence: float = setting(0.95, "Of the intervals.", above=0)
-
-    model_name_or_path: str | None = setting(None, "The policy, to be scored on `pairs`.")
-    pairs: str | None = setting(None, "Preference pairs: hub name, file or folder.")
-    pairs_split: str = setting("train", "Split of `pairs`.")
-    max_length: int | None = setting(None, "Tokens of prompt and answer in `pairs`; longer rows are cut.")
-    dtype: str = setting("bfloat16", "Of the policy's weights on `pairs`.", choices=("bfloat16", "float16", "float32"))
-
     min_win_rate: float | None = setting(
         None,
         "Stop rule: the win rate against `previous` (without it, the first opponent) must be at least this.",
@@ -63,33 +77,58 @@ class EvaluateArguments:
     max_length_ratio: float | None = setting(
         None, "Stop rule: the policy's mean answer is at most this many times as long as that of `base`.", above=0
     )
-    alpaca_eval: str | None = setting(
-        None, "Write the answers as AlpacaEval's model_outputs.json too, under this name of the model."
-    )
-    alpaca_eval_family: str | None = setting(
-        None, f"Write AlpacaEval's config with the published sampling: {', '.join(FAMILIES)}."
-    )
+
+    pairs: str | None = setting(None, "Preference pairs: hub name, file or folder.")
+    pairs_split: str = setting("train", "Split of `pairs`.")
+    source_column: str | None = setting(None, "Column of `pairs` by whose values accuracies are given too.")
+    beta: float = setting(0.1, "Scale of the implicit reward, for its calibration.", above=0)
 
     def __post_init__(self) -> None:
-        check_settings(self)
         if self.study is not None:
             if self.answers is not None or self.pairs is not None:
                 raise ValueError("`study` is evaluated by itself: remove `answers` and `pairs`.")
             return
         if not self.output_dir:
             raise ValueError(missing("output_dir"))
+        self.check_shared()
+        if self.kind in KIND_FUNCTIONS:
+            self._check_kind()
+            return
+        self._check_pairs_and_answers()
+
+    def _check_kind(self) -> None:
+        for name in ("opponents", "pairs", "source_column"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is not read with kind {self.kind}: remove it.")
+        checks = {
+            alpaca_eval.KIND: self.check_alpaca_eval,
+            arena_hard.KIND: self.check_arena_hard,
+            mt_bench.KIND: self.check_mt_bench,
+            reward_bench.KIND: self.check_reward_bench,
+            lm_eval.KIND: self.check_lm_eval,
+        }
+        checks[self.kind or ""]()
+
+    def _check_pairs_and_answers(self) -> None:
+        if {"pairs": self.answers, "generations": self.pairs}.get(self.kind or "") is not None:
+            raise ValueError(
+                f"kind {self.kind} reads only one of `pairs` and `answers`: remove the other, or the kind."
+            )
         if self.answers is None and self.pairs is None:
             raise ValueError(
-                "nothing to evaluate: give `answers` (with `opponents` and `ranker`), `pairs`, or a `study`."
+                "nothing to evaluate: give `answers` (with `opponents` and `ranker`), `pairs`, a `kind`, a suite "
+                "(`evaluation`), or a `study`."
             )
-        check_together(self, "pairs", "model_name_or_path")
+        if self.pairs is not None or not (self.alpaca_eval_family and self.model_name_or_path):
+            check_together(self, "pairs", "model_name_or_path")
+        for name in ("source_column", "ref_model_name_or_path"):
+            if getattr(self, name) is not None and self.pairs is None:
+                raise ValueError(f"`{name}` is about `pairs`, which are not given.")
         check_together(self, "opponents", "ranker")
         if self.opponents and self.answers is None:
             raise ValueError("`opponents` have nobody to play against: give the policy's `answers`.")
         if POLICY in self.opponents:
             raise ValueError(f"`opponents`: choose another name than {POLICY!r}, which is the policy's own.")
-        if not self.confidence < 1:
-            raise ValueError(f"confidence must be below 1, not {self.confidence}.")
         if self.min_win_rate is not None and not self.opponents:
             raise ValueError("`min_win_rate` needs `opponents`.")
         if self.max_length_ratio is not None and "base" not in self.opponents:
@@ -98,39 +137,26 @@ class EvaluateArguments:
             raise ValueError("`alpaca_eval` writes the policy's `answers`, which are not given.")
         if self.alpaca_eval_family is not None and self.alpaca_eval is None:
             raise ValueError("`alpaca_eval_family` needs `alpaca_eval`, the model's name.")
-        if self.ranker is not None:
-            self.rank_arguments()
-
-    def rank_arguments(self) -> RankArguments:
-        """Return the settings of the ranking, checked."""
-        folder = Path(self.output_dir)
-        try:
-            return RankArguments(
-                candidates=str(folder / "answers"),
-                output_dir=str(folder / "ranked"),
-                ranker=self.ranker or "",
-                model_name_or_path=self.ranker_model or "",
-                **{"score_name": SCORE, "output_format": "jsonl", **self.ranker_settings},
-            )
-        except TypeError as error:
-            raise ValueError(f"`ranker_settings`: {error}.") from error
 
 
 def run(args: EvaluateArguments) -> dict[str, Any]:
-    """Evaluate and write `evaluation.json`.
+    """Evaluate and write `evaluation.json` and `evaluation.md`.
 
     Returns:
-        Its content; of a study the lines of its verdict. `win_rates` by opponent, `scores` (means) and `lengths` by
-        policy, `preference`, `samples`, `stop` (a reason, or None).
+        The content of `evaluation.json`; see docs/evaluation.md. Of a study the lines of its verdict.
 
     Raises:
-        ValueError: answers that cannot be compared, a ranker or pairs that cannot be used.
+        ValueError: answers that cannot be compared, a ranker, pairs or a file that cannot be used.
     """
     if args.study is not None:
         verdict = report_study(user_path(args.study))
         return {"verdict": verdict.lines}
-    team = current_processes()
+    if args.kind in KIND_FUNCTIONS:
+        return write_evaluation(Path(args.output_dir), KIND_FUNCTIONS[args.kind](args))
     result: dict[str, Any] = {
+        "kind": args.kind or ("pairs" if args.answers is None else "generations"),
+        "model": args.model_name or args.model_name_or_path,
+        "figures": {},
         "win_rates": {},
         "scores": {},
         "lengths": {},
@@ -141,16 +167,49 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
     if args.answers is not None:
         _compare(args, result)
     if args.pairs is not None:
-        assert args.model_name_or_path is not None
-        rows, _ = load_datasets(DataArguments(train=[DataSource(args.pairs, split=args.pairs_split)]))
-        found = preference_accuracy(args.model_name_or_path, rows, max_length=args.max_length, dtype=args.dtype)
-        result["preference"] = asdict(found)
+        _score(args, result)
     result["stop"] = stop_reason(result, min_win_rate=args.min_win_rate, max_length_ratio=args.max_length_ratio)
-    if team.is_main:
-        write_json(Path(args.output_dir) / EVALUATION_FILE, result)
-        print(printable(summary(result)), flush=True)
-    team.gather(None)  # nobody leaves before the file is there
-    return result
+    return write_evaluation(Path(args.output_dir), result, page=_page(result), summary=summary(result))
+
+
+def _score(args: EvaluateArguments, result: dict[str, Any]) -> None:
+    """Add to `result` how the model scores the pairs, by itself and against its reference."""
+    assert args.model_name_or_path is not None and args.pairs is not None
+    source = DataSource(args.pairs, split=args.pairs_split)
+    if args.source_column is None:
+        sets = {"": load_datasets(DataArguments(train=[source]))[0]}
+    else:
+        parts = split_by_column(load_source(source), args.source_column)
+        sets = {name: rows.remove_columns(args.source_column) for name, rows in parts.items()}
+    scores = score_pairs(args.model_name_or_path, sets, max_length=args.max_length, dtype=args.dtype)
+    result["preference"] = asdict(preference_result(scores))
+    compared = {"": (scores, 1.0)}
+    if args.ref_model_name_or_path is not None:
+        reference = score_pairs(args.ref_model_name_or_path, sets, max_length=args.max_length, dtype=args.dtype)
+        compared["reference/"] = (scores.against(reference), args.beta)
+    for prefix, (each, beta) in compared.items():
+        figures = pair_figures(each, beta=beta, confidence=args.confidence)
+        result["figures"] |= {f"{prefix}{name}": figure for name, figure in figures.items()}
+    if args.source_column is not None:
+        result["by_source"] = _by_source({prefix: each for prefix, (each, _) in compared.items()}, args.confidence)
+
+
+def _by_source(scores: dict[str, PairScores], confidence: float) -> dict[str, dict[str, Figure]]:
+    found: dict[str, dict[str, Figure]] = {}
+    for prefix, each in scores.items():
+        for source, figures in by_source(each, confidence=confidence).items():
+            found.setdefault(source, {}).update({f"{prefix}{name}": figure for name, figure in figures.items()})
+    return found
+
+
+def _page(result: dict[str, Any]) -> list[str]:
+    """Return the lines of the page about the sources of pairs."""
+    sources = result.get("by_source")
+    if not sources:
+        return []
+    names = list(next(iter(sources.values())))
+    rows = [(escape(source), *(shown(asdict(f[name])) for name in names)) for source, f in sources.items()]
+    return [*table(("source", *names), rows), ""]
 
 
 def _compare(args: EvaluateArguments, result: dict[str, Any]) -> None:
@@ -162,11 +221,10 @@ def _compare(args: EvaluateArguments, result: dict[str, Any]) -> None:
         print_on_main(f"{lacking} prompts were not answered by all of {', '.join(answers)}, and are left out.")
     result["prompts"], result["prompts_left_out"] = len(joined), lacking
     if args.opponents:
-        joined = _ranked(args, joined)
+        joined = ranked(args, joined)
         score = args.rank_arguments().name
-        result["win_rates"] = {
-            name: asdict(win_rate(joined, score, POLICY, name, confidence=args.confidence)) for name in args.opponents
-        }
+        for name in args.opponents:
+            _against(name, joined, score, args.confidence, result)
         result["scores"] = mean_scores(joined, score)
     result["lengths"] = {name: length_statistics(joined, name) for name in answers}
     result["samples"] = [_sample(record) for record in joined[:SAMPLES]]
@@ -180,13 +238,17 @@ def _compare(args: EvaluateArguments, result: dict[str, Any]) -> None:
         )
 
 
-def _ranked(args: EvaluateArguments, joined: list[Record]) -> list[Record]:
-    team = current_processes()
-    settings = args.rank_arguments()
-    if team.is_main:
-        write_records(Path(settings.candidates) / "candidates.jsonl", joined)
-    team.gather(None)
-    return read_records(rank.run(settings))
+def _against(name: str, joined: list[Record], score: str, confidence: float, result: dict[str, Any]) -> None:
+    """Add to `result` the win rate against one opponent: plain, without length, and how far the order decides."""
+    found = win_rate(joined, score, POLICY, name, confidence=confidence)
+    controlled = length_controlled_win_rate(joined, score, POLICY, name, confidence=confidence)
+    result["win_rates"][name] = {**asdict(found), "length_controlled": asdict(controlled)}
+    figures = {
+        "win_rate": Figure(found.win_rate, found.low, found.high, found.interval, found.prompts),
+        "length_controlled_win_rate": controlled,
+        "same_winner_in_both_orders": order_consistency(joined, score, POLICY, name, confidence=confidence),
+    }
+    result["figures"] |= {f"{each}/{name}": figure for each, figure in figures.items() if figure is not None}
 
 
 def mean_scores(records: list[Record], score: str) -> dict[str, float]:
@@ -235,12 +297,16 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"evaluate: win rate against {name}: {found['win_rate']:.3f} [{found['low']:.3f}, {found['high']:.3f}] "
         f"({found['interval']}), {found['wins']} won, {found['ties']} tied, {found['losses']} lost "
-        f"on {found['prompts']} prompts"
+        f"on {found['prompts']} prompts; at equal lengths {found['length_controlled']['value']:.3f}"
         for name, found in result["win_rates"].items()
     ]
     lines += [f"evaluate: answers of {name}: {json.dumps(found)}" for name, found in result["lengths"].items()]
-    if result["preference"] is not None:
-        lines.append(f"evaluate: preference accuracy without a reference: {json.dumps(result['preference'])}")
+    of_pairs = {} if result["preference"] is None else result["figures"]
+    lines += [
+        f"evaluate: {name}: {shown(asdict(figure))} ({figure.count})"
+        for name, figure in of_pairs.items()
+        if name.split("/")[0] not in _OF_ANSWERS
+    ]
     if result["stop"] is not None:
         lines.append(f"evaluate: stop: {result['stop']}")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from prefopt.losses.pairwise import (
     robust_dpo_loss,
     sigmoid_norm_loss,
     simpo_loss,
+    wpo_pair_weights,
 )
 from prefopt.losses.reward import (
     adversarial_reward_loss,
@@ -30,7 +31,6 @@ from prefopt.losses.reward import (
     rrhf_loss,
 )
 from prefopt.losses.self_play import gpo_loss, sppo_hard_loss, sppo_loss, sppo_single_loss
-from prefopt.losses.weighting import wpo_pair_weights
 
 __all__ = [
     "adversarial_reward_loss",

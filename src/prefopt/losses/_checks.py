@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def check_shapes(expected: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a torch.Tensor of shape {_shown(expected[name])}, got {tensor!r}.")
-        fitting = [letters for letters in map(_letters, expected[name].split("|")) if len(letters) == tensor.ndim]
+        fitting = [shape.split(",") for shape in expected[name].split("|") if shape.count(",") + 1 == tensor.ndim]
         agrees = bool(fitting) and all(
             sizes.setdefault(letter, size) == size for letter, size in zip(fitting[0], tensor.shape, strict=True)
         )
@@ -34,12 +35,8 @@ def check_shapes(expected: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
             raise ValueError(f"The shapes do not agree: got {found}; expected {wanted}. Nothing is broadcast.")
 
 
-def _letters(shape: str) -> list[str]:
-    return shape.split(",")
-
-
 def _shown(shape: str) -> str:
-    return " or ".join(f"({', '.join(_letters(s))}{',' if ',' not in s else ''})" for s in shape.split("|"))
+    return " or ".join(f"({s.replace(',', ', ')}{',' if ',' not in s else ''})" for s in shape.split("|"))
 
 
 def _shown_shape(value: object) -> str:
@@ -48,9 +45,7 @@ def _shown_shape(value: object) -> str:
 
 def in_float(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors to their common dtype, float32 at least (float64 stays float64)."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 

@@ -1,4 +1,4 @@
-"""Losses of the margin between chosen and rejected: the DPO family.
+"""Losses of the margin between chosen and rejected, the DPO family, and WPO's weight, which multiplies any of them.
 
 Letters: B pairs. A log-ratio is log pi(y|x) - log pi_ref(y|x) summed over completion tokens, in nats; a *mean*
 log-ratio is that divided by the number of completion tokens. h = chosen - rejected. Nothing is reduced: each function
@@ -396,3 +396,38 @@ def aot_unpaired_loss(
     """
     chosen, rejected = per_pair(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
     return dpo_loss(chosen.sort().values, rejected.sort().values, beta=beta, label_smoothing=label_smoothing)
+
+
+def wpo_pair_weights(
+    chosen_mean_aligned_logps: Tensor, rejected_mean_aligned_logps: Tensor, *, max_weight: float | None = 1.0
+) -> Tensor:
+    """Compute the weight of a pair: how likely the present policy is to write both of its completions.
+
+        w = min(exp(omega_chosen + omega_rejected), max_weight), without gradient
+
+    With sampled alignment omega = mean_t [log p_t(y_t) - log sum_v p_t(v)^2], which is about 0 for text that the
+    policy would sample itself, so that on-policy pairs weigh about 1. The weighted loss is still divided by the number
+    of pairs, not by the sum of weights.
+
+    Args:
+        chosen_mean_aligned_logps: (B,) omega of the chosen completion, nats per completion token.
+        rejected_mean_aligned_logps: (B,) omega of the rejected completion, nats per completion token.
+        max_weight: upper bound, above 0; None for no bound.
+
+    Returns:
+        (B,) weights, detached.
+
+    Raises:
+        ValueError: shapes that differ or are not (B,); max_weight not above 0.
+
+    Reference: arXiv 2406.11827, Eq. 2. The authors' code clamps at 1, our default; TRL 1.16 does not clamp, which is
+        `max_weight=None`.
+    """
+    chosen, rejected = per_pair(
+        chosen_mean_aligned_logps=chosen_mean_aligned_logps, rejected_mean_aligned_logps=rejected_mean_aligned_logps
+    )
+    weights = (chosen.detach() + rejected.detach()).exp()
+    if max_weight is None:
+        return weights
+    check_positive(max_weight=max_weight)
+    return weights.clamp(max=max_weight)

@@ -299,7 +299,7 @@ def run_logged(words: Sequence[str], log: Path, *, mark: str, keep_open: int, co
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # Python writes lines to a pipe only when its buffer is full, unless it is unbuffered
-            env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},
+            env={**tracker_group(log), **os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             pass_fds=(keep_open,),
         )
@@ -315,6 +315,20 @@ def run_logged(words: Sequence[str], log: Path, *, mark: str, keep_open: int, co
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+
+def tracker_group(log: Path) -> dict[str, str]:
+    """Return the variables by which trackers file a stage under its run's name, as far as the user sets no others.
+
+    TensorBoard needs none: `tensorboard --logdir RUN_DIR` finds every stage below.
+    """
+    run, stage = log.parent.parent.resolve().name, log.stem
+    return {
+        "WANDB_RUN_GROUP": run,
+        "WANDB_NAME": stage,
+        "MLFLOW_EXPERIMENT_NAME": run,
+        "MLFLOW_RUN_NAME": stage,
+    }
 
 
 def _output(process: subprocess.Popen[bytes]) -> Iterator[str]:

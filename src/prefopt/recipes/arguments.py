@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from prefopt.arguments import setting
 from prefopt.data import DataArguments, DataSource
@@ -175,11 +176,23 @@ class RunArguments:
         "Rows of one optimizer step over all processes; sets gradient_accumulation_steps from their number.",
     )
     overwrite_output_dir: bool = setting(False, "Replace the run that output_dir holds.", decides_result=False)
+    sample_completions: int = setting(
+        0,
+        "Complete so many held-out prompts under policy and reference before training, at every evaluation and at the "
+        "end: printed, kept in samples.jsonl and in the report, and sent to trackers.",
+        at_least=0,
+        decides_result=False,
+    )
     chat_template: str | None = setting(None, "A chat template instead of the tokenizer's own.")
     lora_init: str = setting(
         "default",
         "Initial weights of a LoRA adapter: PEFT's default, or 'gaussian' (the second matrix is zero in both).",
         choices=("default", "gaussian"),
+    )
+    evaluation: list[dict[str, Any]] = setting(
+        factory=list,
+        help="Evaluations of the trained model, each a mapping of keys of `prefopt evaluate`, run after training.",
+        decides_result=False,
     )
     ref_model_name_or_path: str | None = setting(None, "The reference model; by default the policy before training.")
     ref_model_revision: str | None = setting(None, "Revision of ref_model_name_or_path.")

@@ -22,7 +22,7 @@ USUAL = frozenset(
         "loss_type", "loss_weights", "beta", "label_smoothing", "precompute_ref_log_probs", "dataset_num_proc",
         "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
         "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-        "gradient_accumulation_steps", "gradient_checkpointing", "logging_steps", "report_to", "run_name",
+        "gradient_accumulation_steps", "gradient_checkpointing_kwargs", "logging_steps", "report_to", "run_name",
         "do_eval", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
         "push_to_hub", "hub_model_id", "model_init_kwargs", "trust_remote_code",
         "model_name_or_path", "model_revision", "dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha",
@@ -49,7 +49,7 @@ def keys_help(classes: Sequence[type], *, of_method: bool, everything: bool) -> 
         of_method: whether a method's trainer reads them, which rejects some of transformers' and TRL's settings.
         everything: print the unusual settings of libraries, too.
     """
-    groups: dict[tuple[int, str], list[str]] = {}
+    groups: dict[tuple[float, str], list[str]] = {}
     shown: set[str] = set()
     left_out = 0
     for cls in classes:
@@ -57,11 +57,12 @@ def keys_help(classes: Sequence[type], *, of_method: bool, everything: bool) -> 
             if not field.init or field.name in shown or (of_method and field.name in WITHOUT_EFFECT):
                 continue
             shown.add(field.name)
-            owner = _owner(cls, field.name)
+            owner = declaring_class(cls, field.name)
             if not owner.__module__.startswith("prefopt.") and field.name not in USUAL and not everything:
                 left_out += 1
                 continue
-            groups.setdefault(_group(owner, cls, first=cls is classes[0]), []).append(_entry(field))
+            group = _group(owner, cls, first=cls is classes[0], of_method=of_method)
+            groups.setdefault(group, []).append(_entry(field))
     parts = [f"{title}:\n" + "\n".join(groups[order, title]) for order, title in sorted(groups)]
     if left_out:
         parts.append(f"{left_out} further settings of transformers and TRL: `--help all`.")
@@ -74,21 +75,28 @@ def list_recipes(words: list[str]) -> int:
     width = max(map(len, names))
     room = max(shutil.get_terminal_size((150, 24)).columns - width - 2, 40)
     for name in names:
-        print(f"{name:<{width}}  {textwrap.shorten(_about(name), room, placeholder=' ...')}")
+        print(f"{name:<{width}}  {textwrap.shorten(about(name), room, placeholder=' ...')}")
     return 0
 
 
-def _owner(cls: type, name: str) -> type:
+def declaring_class(cls: type, name: str) -> type:
     """Return the class that declares a field, or declares it anew with another default."""
     return next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
 
 
-def _group(owner: type, cls: type, *, first: bool) -> tuple[int, str]:
+def _group(owner: type, cls: type, *, first: bool, of_method: bool) -> tuple[float, str]:
+    """Return the order and the title of the group that `owner`, a class that `cls` inherits from, declares."""
     if owner is cls and first:
         return 0, f"{cls.__name__}, the command's own keys"
     if not owner.__module__.startswith("prefopt."):
         return (3, f"{cls.__name__}, of TRL") if not first else (4, f"{cls.__name__}, as in TRL and transformers")
-    return (1, f"{cls.__name__}, shared with other methods") if first else (2, cls.__name__)
+    if not first:
+        return 2, cls.__name__
+    if of_method:
+        return 1, f"{cls.__name__}, shared with other methods"
+    about = inspect.cleandoc(owner.__doc__ or "").partition("\n")[0].rstrip(".")
+    is_generated = not about or about.startswith(f"{owner.__name__}(")  # a dataclass without a docstring
+    return 1 + cls.__mro__.index(owner) / 100, f"{cls.__name__}, shared" if is_generated else about
 
 
 def _entry(field: dataclasses.Field[Any]) -> str:
@@ -102,7 +110,8 @@ def _entry(field: dataclasses.Field[Any]) -> str:
     return "\n".join([f"  --{field.name}" + (f" ({'; '.join(facts)})" if facts else ""), *lines])
 
 
-def _about(name: str) -> str:
+def about(name: str) -> str:
+    """Return the first sentence that a packaged recipe says about itself."""
     text = (PACKAGE / "training_configs" / f"{name}.yaml").read_text(encoding="utf-8")
     comment = re.match(r"(?:#.*\n)+", text)
     words = " ".join(line.lstrip("# ") for line in comment[0].splitlines()) if comment else ""

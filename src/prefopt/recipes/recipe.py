@@ -28,6 +28,7 @@ ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
     (("test_split_size",), ("dataset_test_split",)),
     (("global_batch_size",), ("gradient_accumulation_steps",)),
+    (("checkpointing",), ("gradient_checkpointing", "selective_checkpointing")),
 )
 
 # annotations that are narrower than what is accepted here
@@ -201,13 +202,14 @@ def resolved_yaml(recipe: Recipe, classes: Sequence[type], *, without_defaults: 
         if key not in {*recipe.values, *without_defaults} and not is_required(declared)
     }
     defaults = {key: value for key, value in without_secrets(defaults).items() if value is not None}
-    parts = ["# Set by the recipe or on the command line.", _dump(given)]
+    parts = ["# Set by the recipe or on the command line.", dumped(given)]
     if defaults:
-        parts += ["\n# Defaults of the versions in package_versions.json.", _dump(defaults)]
+        parts += ["\n# Defaults of the versions in package_versions.json.", dumped(defaults)]
     return "\n".join(parts)
 
 
-def _dump(values: dict[str, Any]) -> str:
+def dumped(values: dict[str, Any]) -> str:
+    """Write settings as YAML, in their order; nothing where there are none."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False) if values else ""
 
 

@@ -58,6 +58,16 @@ def locate(name: str, folder: str) -> Path:
     raise ValueError(f"{name} is neither a file nor one of the packaged {folder}; {hint}")
 
 
+def packaged_name(name: str) -> str | None:
+    """Return the name of the packaged training recipe that `name` means; None for another file, or for none."""
+    root = (PACKAGE / "training_configs").resolve()
+    try:
+        path = locate(name, "training_configs").resolve()
+    except ValueError:
+        return None
+    return path.relative_to(root).with_suffix("").as_posix() if root in path.parents else None
+
+
 def split_recipe(words: list[str]) -> tuple[str | None, list[str]]:
     """Split words into the recipe (the first word, or what follows `--config`) and the rest.
 

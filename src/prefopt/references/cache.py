@@ -117,10 +117,19 @@ def text_keys(row_ids: Sequence[str]) -> list[list[bytes]]:
     return [[text_key(row_id, side) for row_id in row_ids] for side in SIDES]
 
 
-def ids_key(prompt_ids: Sequence[int], completion_ids: Sequence[int], num_bytes: int) -> bytes:
-    """Return the key of a completion scored as token ids: of the truncated ids and the bytes that the record holds."""
+def ids_key(
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[int],
+    num_bytes: int,
+    skipped: Sequence[Sequence[int]] = (),
+) -> bytes:
+    """Return the key of a completion scored as token ids: of the truncated ids and the bytes that the record holds.
+
+    Where some of the ids are not scored, their ranges count as well.
+    """
     digest = hashlib.sha256(num_bytes.to_bytes(8, "little"))
-    for ids in (prompt_ids, completion_ids):
+    ranges = [edge for each in skipped for edge in each]
+    for ids in (prompt_ids, completion_ids, *([ranges] if ranges else ())):
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(np.asarray(ids, dtype=np.int64).tobytes())
     return digest.digest()[:16]

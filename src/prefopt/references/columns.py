@@ -74,7 +74,8 @@ def cached_reference_scores(
         ValueError: a damaged cache, a folder that nodes do not share, or a score that is not finite.
     """
     cache = ScoreCache(root, scorer)
-    columns = [zip(dataset["prompt_ids"], dataset[f"{side}_ids"], dataset[f"{side}_bytes"]) for side in SIDES]
+    parts = ("ids", "bytes", "skipped") if "chosen_skipped" in dataset.column_names else ("ids", "bytes")
+    columns = [zip(dataset["prompt_ids"], *(dataset[f"{side}_{part}"] for part in parts)) for side in SIDES]
     keys = [[ids_key(*row) for row in side] for side in columns]
     unscored = [~shared_lookup(cache, side).found for side in keys]
     if groups := unscored_groups(dataset, keys, unscored):

@@ -60,19 +60,18 @@ def unscored_groups(
         keys: for chosen and for rejected, the N keys of their records.
         unscored: for chosen and for rejected, (N,) bool.
     """
-    prompts = pairs["prompt_ids"]
-    completions, sizes = ([pairs[f"{side}_{part}"] for side in SIDES] for part in ("ids", "bytes"))
+    read = ["prompt_ids", *(f"{side}_{part}" for side in SIDES for part in ("ids", "bytes", "skipped"))]
+    pairs = pairs.select_columns([name for name in read if name in pairs.column_names])
     groups = []
     for row in np.flatnonzero(unscored[0] | unscored[1]).tolist():
-        prompt = list(prompts[row])
-        sides = [side for side in (0, 1) if unscored[side][row]]
-        texts = [list(completions[side][row]) for side in sides]
+        pair, sides = pairs[row], [side for side in (0, 1) if unscored[side][row]]
+        group = Group.of_pair(pair, [SIDES[side] for side in sides])
         groups.append(
             UnscoredGroup(
-                Group(prompt, texts),
+                group,
                 keys=tuple(keys[side][row] for side in sides),
-                num_bytes=tuple(int(sizes[side][row]) for side in sides),
-                ids=tuple(ids_digest(prompt, ids) for ids in texts),
+                num_bytes=tuple(int(pair[f"{SIDES[side]}_bytes"]) for side in sides),
+                ids=tuple(ids_digest(group.prompt, ids) for ids in group.completions),
             )
         )
     return groups
@@ -196,13 +195,13 @@ def _record(cache: ScoreCache, members: Sequence[UnscoredGroup], logps: torch.Te
     """Add the finite scores to the cache; return a description of each other one."""
     values, bad = iter(logps.tolist()), []
     for each in members:
-        columns = zip(each.keys, each.group.completions, each.lengths, each.num_bytes, each.ids)
-        for key, completion, length, size, ids in columns:
+        columns = zip(each.keys, each.group.scored, each.lengths, each.num_bytes, each.ids)
+        for key, scored, length, size, ids in columns:
             value = next(values)
             if math.isfinite(value):
-                cache.add(key, logps=value, tokens=len(completion), num_bytes=size, length=length, ids=ids)
+                cache.add(key, logps=value, tokens=len(scored), num_bytes=size, length=length, ids=ids)
             else:
-                bad.append(f"{value} for {len(completion)} tokens after a prompt of {len(each.group.prompt)}")
+                bad.append(f"{value} for {len(scored)} tokens after a prompt of {len(each.group.prompt)}")
     return bad
 
 

@@ -267,7 +267,12 @@ def _note(cache: ScoreCache, notes: dict[str, int]) -> None:
 def _compare_single(cache: ScoreCache, groups: Sequence[UnscoredGroup], score: ScoreGroups) -> float:
     """Score a few completions one by one on every rank alike, and compare with what their batches gave."""
     sample = groups[:: max(1, len(groups) // CHECKED_ROWS)][:CHECKED_ROWS]
-    single = [score([Group(each.group.prompt, [ids])]).item() for each in sample for ids in each.group.completions]
+    alone = [
+        Group(group.prompt, [ids], group.skipped[place : place + 1])
+        for group in (each.group for each in sample)
+        for place, ids in enumerate(group.completions)
+    ]
+    single = [score([group]).item() for group in alone]
     batched = shared_lookup(cache, [key for each in sample for key in each.keys], just_written=True).logps
     return float(np.max(np.abs(batched - np.array(single)) / (1 + np.abs(single))))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -59,12 +60,12 @@ class Sequences:
         )
         return cls(tuple(queries.tolist()), tuple(keys.tolist()), queries, keys)
 
-    @property
+    @cached_property
     def longest_query(self) -> int:
         """Most queries of one sequence."""
         return max(b - a for a, b in pairwise(self.queries))
 
-    @property
+    @cached_property
     def longest_key(self) -> int:
         """Most keys of one sequence."""
         return max(b - a for a, b in pairwise(self.keys))

@@ -15,7 +15,7 @@ Letters: N rows, T tokens of a row, C completions of the batch (in group order),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,15 +26,40 @@ from prefopt.scoring.attention import PackedRows
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and the completions that share it, as token ids; a preference pair has two, chosen first."""
+    """A prompt and the completions that share it, as token ids; a preference pair has two, chosen first.
+
+    Attributes:
+        prompt: at least one id.
+        completions: at least one, of at least one id.
+        skipped: of each completion the ranges [begin, end) of its ids that are read and not scored (turns of others);
+            () where all are scored.
+    """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    skipped: Sequence[Sequence[Sequence[int]]] = ()
+
+    @classmethod
+    def of_pair(cls, row: Mapping[str, Any], sides: Sequence[str] = ("chosen", "rejected")) -> Group:
+        """Return the group of a tokenised pair, or of some of its sides."""
+        skipped = [row.get(f"{side}_skipped") or () for side in sides]
+        return cls(row["prompt_ids"], [row[f"{side}_ids"] for side in sides], skipped if any(skipped) else ())
+
+    @property
+    def scored(self) -> list[Sequence[int]]:
+        """Places of each completion's scored tokens among its tokens."""
+        whole = [range(len(completion)) for completion in self.completions]
+        return _without(whole, self.skipped) if self.skipped else [*whole]
 
     @property
     def shared_length(self) -> int:
         """Tokens of the group with the prompt counted once."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
+
+
+def _without(places: Sequence[range], skipped: Sequence[Sequence[Sequence[int]]]) -> list[Sequence[int]]:
+    left_out = [{place for begin, end in ranges for place in range(begin, end)} for ranges in skipped]
+    return [[place for place in each if place not in out] for each, out in zip(places, left_out)]
 
 
 class Layout(Protocol):
@@ -99,15 +124,10 @@ class _Rows:
         self.longest = max(self.longest, start + end - begin)
         return last
 
-    def share_prompt(self, begin: int, end: int) -> None:
-        """Let what the row holds since `end` attend to the prompt from `begin` to `end`."""
-        self.prompts.append((len(self.input_ids) - 1, begin, end, len(self.input_ids[-1])))
-
-    def score_completion(self, tokens: Sequence[int], *, begin: int, prompt_end: int) -> None:
-        """Record that `tokens`, at `begin` in the open row, are scored, the first of them from `prompt_end`."""
+    def score_completion(self, tokens: Sequence[int], scored: Sequence[int], *, begin: int, prompt_end: int) -> None:
+        """Record which of `tokens`, at `begin` in the open row, are scored, the first of them from `prompt_end`."""
         row, completion = len(self.input_ids) - 1, len(self.first)
-        self.score.append((row, prompt_end, tokens[0], completion))
-        self.score.extend((row, begin + i, token, completion) for i, token in enumerate(tokens[1:]))
+        self.score.extend((row, begin + i - 1 if i else prompt_end, tokens[i], completion) for i in scored)
         self.first.append((row, begin))
         self.last.append((row, begin + len(tokens) - 1))
         self.prompt_end.append((row, prompt_end))
@@ -147,7 +167,7 @@ class _Rows:
 
 def _check(group: Group) -> None:
     assert group.prompt, "a group needs at least one prompt token: the first completion token is predicted from it"
-    assert group.completions and all(group.completions), "every completion needs at least one token"
+    assert group.completions and all(group.scored), "every completion needs at least one token to score"
 
 
 @dataclass(frozen=True)
@@ -163,10 +183,10 @@ class PaddedLayout:
         built = _Rows()
         for group in (group for row in rows for group in row):
             _check(group)
-            for completion in group.completions:
+            for completion, scored in zip(group.completions, group.scored):
                 built.open_row()
                 begin = built.add_segment(group.prompt, completion)
-                built.score_completion(completion, begin=begin, prompt_end=begin - 1)
+                built.score_completion(completion, scored, begin=begin, prompt_end=begin - 1)
         return built.batch(pad_token_id=self.pad_token_id, packed=False, pad_to_multiple_of=self.pad_to_multiple_of)
 
 
@@ -195,13 +215,14 @@ class PackedLayout:
     def _add_shared(built: _Rows, group: Group) -> None:
         start = len(group.prompt)
         prompt = built.add_segment(group.prompt, weight=len(group.completions))
-        for completion in group.completions:
+        for completion, scored in zip(group.completions, group.scored):
             begin = built.add_segment(completion, start=start)
-            built.score_completion(completion, begin=begin, prompt_end=prompt + start - 1)
-        built.share_prompt(prompt, prompt + start)
+            built.score_completion(completion, scored, begin=begin, prompt_end=prompt + start - 1)
+        # what the row holds since the prompt's end attends to the prompt
+        built.prompts.append((len(built.input_ids) - 1, prompt, prompt + start, len(built.input_ids[-1])))
 
     @staticmethod
     def _add_repeated(built: _Rows, group: Group) -> None:
-        for completion in group.completions:
+        for completion, scored in zip(group.completions, group.scored):
             begin = built.add_segment(group.prompt, completion)
-            built.score_completion(completion, begin=begin, prompt_end=begin - 1)
+            built.score_completion(completion, scored, begin=begin, prompt_end=begin - 1)

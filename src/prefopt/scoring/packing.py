@@ -180,8 +180,9 @@ def _plain_values(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def _token_logps(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     tokens = torch.arange(batch["score_targets"].numel(), device=batch["score_targets"].device)
-    # every token counts as a completion, so that errors of different tokens cannot cancel
-    return score_completions(model, {**batch, "score_completions": tokens, "last_index": tokens}).logps
+    # every token counts as a completion, so that errors of different tokens cannot cancel, and as much as any other
+    alone = {"score_completions": tokens, "last_index": tokens, "score_weights": None}
+    return score_completions(model, {**batch, **alone}).logps
 
 
 def _hidden(model: nn.Module, batch: dict[str, Any], **inputs: Tensor) -> Tensor:

@@ -10,11 +10,15 @@ every rank computes the whole plan and takes its own part.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+SAMPLED_STEPS = 256
+"""Optimizer steps whose micro-batches are planned to find the largest one."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class BatchPlan(torch.utils.data.Sampler):
         lengths: token counts of every group of the data set.
         groups_per_micro_batch: mean number of groups of one micro-batch (`per_device_train_batch_size`).
         micro_batches: micro-batches per optimizer step and rank (`gradient_accumulation_steps`).
+        groups_per_step: groups of one optimizer step, where its micro-batches are counted in tokens and need not
+            divide it evenly (`fewest_micro_batches`); instead of `groups_per_micro_batch`.
         world_size, rank: number of ranks, and which one this is.
         seed: seed of the shuffles; ignored without `shuffle`.
         max_tokens_per_row: packed rows hold at most this many tokens; None plans for the padded layout.
@@ -73,8 +79,9 @@ class BatchPlan(torch.utils.data.Sampler):
         self,
         lengths: Sequence[GroupLengths],
         *,
-        groups_per_micro_batch: int,
+        groups_per_micro_batch: int = 1,
         micro_batches: int = 1,
+        groups_per_step: int | None = None,
         world_size: int = 1,
         rank: int = 0,
         seed: int = 0,
@@ -97,8 +104,7 @@ class BatchPlan(torch.utils.data.Sampler):
         self.seed = seed
         self.max_tokens_per_row = max_tokens_per_row
         self.shuffle = shuffle
-        self.groups_per_micro_batch = groups_per_micro_batch
-        self.groups_per_step = groups_per_micro_batch * micro_batches * world_size
+        self.groups_per_step = groups_per_step or groups_per_micro_batch * micro_batches * world_size
         full, rest = divmod(len(lengths), self.groups_per_step)
         self.num_steps = full + (rest > 0 and not (drop_last and full > 0))
         self.epoch = 0
@@ -117,7 +123,8 @@ class BatchPlan(torch.utils.data.Sampler):
 
     def step(self, epoch: int, step: int) -> list[list[MicroBatch]]:
         """Return the micro-batches of one optimizer step, [rank][micro-batch]."""
-        indices = self._step_indices(epoch, step)
+        order = _permutation(len(self.lengths), self.seed, epoch) if self.shuffle else range(len(self.lengths))
+        indices = list(order[step * self.groups_per_step : (step + 1) * self.groups_per_step])
         tokens = sum(self.lengths[index].first_scored for index in indices)
         ranked = sum(self.lengths[index].ranked_pairs for index in indices)
         bins = self._deal(indices)
@@ -127,9 +134,32 @@ class BatchPlan(torch.utils.data.Sampler):
             plan[number % self.world_size].append(MicroBatch(rows, not members, len(indices), tokens, ranked))
         return plan
 
-    def _step_indices(self, epoch: int, step: int) -> list[int]:
-        order = _permutation(len(self.lengths), self.seed, epoch) if self.shuffle else range(len(self.lengths))
-        return list(order[step * self.groups_per_step : (step + 1) * self.groups_per_step])
+    def tokens(self, micro_batch: MicroBatch) -> int:
+        """Return the tokens that a forward pass of a micro-batch computes, padding included."""
+        groups = [self.lengths[index] for index in micro_batch.indices]
+        if self.max_tokens_per_row is None:
+            return sum(group.completions for group in groups) * max(group.longest for group in groups)
+        fills = [sum(self.lengths[index].packed for index in row) for row in micro_batch.rows]
+        return len(fills) * max(fills)
+
+    def load_ratio(self, *, steps: int = 16) -> float:
+        """Return how many times the lightest rank's tokens the heaviest one computes in a step.
+
+        Args:
+            steps: of the first epoch; the median of that many is taken.
+        """
+        ratios = []
+        for step in range(min(steps, self.num_steps)):
+            loads = [sum(map(self.tokens, micro_batches)) for micro_batches in self.step(0, step)]
+            ratios.append(max(loads) / max(min(loads), 1))
+        return statistics.median(ratios)
+
+    def heaviest(self, *, epochs: int = 1) -> int:
+        """Return the most tokens of a micro-batch in up to `SAMPLED_STEPS` steps, evenly spread over the epochs."""
+        steps = epochs * self.num_steps
+        sampled = range(0, steps, max(1, steps // SAMPLED_STEPS))
+        plans = (self.step(*divmod(number, self.num_steps)) for number in sampled)
+        return max(self.tokens(micro_batch) for plan in plans for rank in plan for micro_batch in rank)
 
     def _deal(self, indices: list[int]) -> list[list[int]]:
         """Divide a step's groups among all micro-batches; neighbours in the list run at the same time on all ranks."""
@@ -153,6 +183,29 @@ class BatchPlan(torch.utils.data.Sampler):
         if self.max_tokens_per_row is None:
             return (tuple(members),)
         return pack_rows(members, [self.lengths[index].packed for index in members], self.max_tokens_per_row)
+
+
+def fewest_micro_batches(plan: Callable[..., BatchPlan], tokens: int, *, epochs: int = 1) -> tuple[int, int]:
+    """Find the fewest micro-batches a step of which none holds more than so many tokens.
+
+    Args:
+        plan: makes the plan of the run for a number of `micro_batches`.
+        tokens: that a micro-batch may hold.
+        epochs: that are trained.
+
+    Returns:
+        The number of micro-batches per step and rank, and the tokens of the largest one of the steps that were
+        planned (`BatchPlan.heaviest`), which are more than `tokens` where a single group is larger.
+    """
+    first = plan(micro_batches=1)
+    low, high = 1, -(-first.groups_per_step // first.world_size)  # at most a group each
+    while low < high:
+        middle = (low + high) // 2
+        if plan(micro_batches=middle).heaviest(epochs=epochs) <= tokens:
+            high = middle
+        else:
+            low = middle + 1
+    return low, plan(micro_batches=low).heaviest(epochs=epochs)
 
 
 def balance(members: Sequence[int], sizes: Mapping[int, int], parts: int) -> list[list[int]]:

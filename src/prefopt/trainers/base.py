@@ -2,14 +2,14 @@
 
 A method trainer defines the loss of one micro-batch (`step_loss`). `BaseTrainer` runs it over micro-batches and ranks
 so that the gradient is that of the mean over the whole optimizer step, each example is used once an epoch, and metrics
-are those of the whole step. It comes first; after it the row capacity, the data loader, the callback and the layers'
-checkpointing that it uses.
+are those of the whole step. It comes first; after it the callback, the data loader and the row capacity that it uses.
 
 Letters: B examples of a micro-batch.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -29,7 +29,6 @@ from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -37,14 +36,20 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from prefopt import files
 from prefopt._transformers import HookedTrainer
+from prefopt._trl import is_log_completions
 from prefopt.data.encoding import vocabulary_fingerprint
 from prefopt.data.rows import REFERENCE_COLUMNS
+from prefopt.data.tokenization import TokenizationReport, check_fits_model
+from prefopt.hardware import peak_memory_gib
+from prefopt.launch import print_on_main
 from prefopt.memory import optimizer_bytes
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_packing
 from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
+from prefopt.trainers import fitting
+from prefopt.trainers.checkpointing import checkpoint_selectively
 from prefopt.trainers.checkpoints import (
     cannot_resume,
     check_origin,
@@ -57,13 +62,18 @@ from prefopt.trainers.checkpoints import (
     try_saving,
 )
 from prefopt.trainers.collators import PlannedBatches
+from prefopt.trainers.console import print_few_figures
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
 from prefopt.trainers.model_card import write_model_card
-from prefopt.trainers.policy import base_model_of, weights_fingerprint
+from prefopt.trainers.policy import base_model_of, compile_blocks, use_liger, weights_fingerprint
 from prefopt.trainers.precision import MasterWeights, UpdatesLost, keep_updates
+from prefopt.trainers.sharding import give_addresses
 
 METHOD_STATE_FILE = "method_state.json"
 """File of a checkpoint that holds what `BaseTrainer.method_state` returns."""
+
+LARGEST_LOAD_RATIO = 2.0
+"""Tokens of the heaviest rank over those of the lightest from which on a warning says so."""
 
 _TOTALS = ("num_tokens", "perf/tokens")  # metrics that are added up over the steps of a log, not averaged
 
@@ -98,6 +108,10 @@ class BaseTrainer(HookedTrainer):
     movable = (torch.Tensor, PackedRows)
     metric_minima: tuple[str, ...] = ()
     metric_maxima: tuple[str, ...] = ()
+    # of the data sets that were given as rows, by name: what became of the rows, and the sets as they were given
+    tokenization_reports: dict[str, TokenizationReport]
+    given_datasets: dict[str, Dataset]
+    keeps_reference = False  # a reference model beside the policy
 
     def __init__(
         self,
@@ -116,7 +130,9 @@ class BaseTrainer(HookedTrainer):
                 f"{args.n_gpu} GPUs are visible to one process. Start the run with `accelerate launch` (or `prefopt "
                 f"... --num_processes {args.n_gpu}`), or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
+        args = copy.copy(args)  # what is settled for this model and data is not settled for the config's next one
         self.collate = collate
+        self.groups_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._lengths: dict[str, list[GroupLengths]] = {}
         self._train_sums = MetricSums()
         self._eval_sums = MetricSums()
@@ -128,6 +144,7 @@ class BaseTrainer(HookedTrainer):
         self._updates_lost: UpdatesLost | None = None
         self._tokens_seen = 0.0
         self._origin: dict[str, str] = {}
+        self._warned_of_uneven_ranks = False
         self._packing = ""  # what `describe_run` says about the choice of the layout
         self._clock = time.perf_counter()
         super().__init__(
@@ -140,6 +157,11 @@ class BaseTrainer(HookedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if not self.is_fsdp_enabled and any(parameter.is_meta for parameter in self.model.parameters()):
+            raise ValueError(
+                "The accelerate config asks for FSDP, which accelerate applies on GPUs only, and this run is on a "
+                "CPU: choose another config, such as cpu_ddp_2ranks."
+            )
         keep_float32_under_fsdp2(self.accelerator)
         parallel = self.accelerator.parallelism_config
         if parallel is not None and parallel.non_data_parallel_size > 1:
@@ -147,9 +169,72 @@ class BaseTrainer(HookedTrainer):
                 "Tensor, context and sequence parallelism are not supported: each process takes pairs of its own. Use "
                 "ZeRO-3 or FSDP."
             )
+        for name, dataset in self._named_datasets().items():
+            check_fits_model(dataset, self.model.config, name)  # before a pair is tried
         self.layout = self._choose_layout()
+        fitting.settle(self)
+        if args.compile_blocks:
+            compile_blocks(base_model_of(self.model))
         self.add_early_callback(_RunCallback(self))
+        print_few_figures(self)
         self.model.add_model_tags(list(self._tag_names))
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback; TRL's `LogCompletionsCallback` gets the prompts that the tokenised rows no longer hold.
+
+        Raises:
+            ValueError: there are none, or it does not know when to log.
+        """
+        if is_log_completions(callback) and "prompt" not in callback.eval_dataset.column_names:
+            callback.eval_dataset = self._prompts_for(callback)
+        super().add_callback(callback)
+
+    def _prompts_for(self, callback: Any) -> Dataset:
+        instead = "prefopt.SampleCompletionsCallback(trainer) needs none of this."
+        if not (callback.freq or self.args.eval_steps):
+            raise ValueError(f"LogCompletionsCallback needs `freq`, or `eval_steps` in the config; {instead}")
+        if isinstance(self.eval_dataset, dict):
+            raise ValueError(f"LogCompletionsCallback reads one evaluation set, and there are several; {instead}")
+        rows = self.raw_rows(EVALUATION) if EVALUATION in self.given_datasets else None
+        if rows is None or "prompt" not in rows.column_names:
+            raise ValueError(
+                "LogCompletionsCallback reads the column `prompt`, and the evaluation rows were given without it; "
+                f"{instead}"
+            )
+        return rows.select(range(len(callback.eval_dataset)))
+
+    def raw_rows(self, name: str = TRAINING) -> Dataset:
+        """Return the rows that are used of a data set as they were given, in the order of the tokenised ones.
+
+        Args:
+            name: "train", "eval", or for one of several evaluation sets "eval/NAME".
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        self._check_name(name, self.given_datasets)
+        report, given = self.tokenization_reports[name], self.given_datasets[name]
+        if len(given) == report.rows_kept:  # nothing was dropped, or the rows were tokenised before
+            return given
+        dropped = {row["row"] for row in report.dropped_rows}
+        return given.select([row for row in range(len(given)) if row not in dropped])
+
+    def dropped_rows(self, name: str = TRAINING) -> list[dict[str, Any]]:
+        """Return of each row that cannot be used its number in the data set, `row_id`, `reason` and `detail`.
+
+        Args:
+            name: as in `raw_rows`.
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        self._check_name(name, self.tokenization_reports)
+        return list(self.tokenization_reports[name].dropped_rows)
+
+    @staticmethod
+    def _check_name(name: str, known: Mapping[str, Any]) -> None:
+        if name not in known:
+            raise ValueError(f"There is no data set {name!r} here; there is {', '.join(map(repr, known)) or 'none'}.")
 
     # ---- what a method defines
 
@@ -294,28 +379,71 @@ class BaseTrainer(HookedTrainer):
         """Give the models back the attention that they were given with, once nothing will run backward."""
         restore_attention(self.model)
 
-    def _row_capacity(self, lengths: list[GroupLengths], batch_size: int) -> int | None:
+    def prepare_layers(self, model: Any) -> None:
+        """Give a reference the layers that the policy will have: liger's, compiled ones."""
+        use_liger(model, self.args)
+        if self.args.compile_blocks:
+            compile_blocks(base_model_of(model))
+
+    def row_capacity(self, lengths: Sequence[GroupLengths], *, training: bool) -> int | None:
+        """Return the capacity of a packed row in tokens; None for padded batches."""
+        args = self.args
         if self.layout.name == "padded":
             return None
-        if self.args.max_tokens_per_row is not None:
-            return self.args.max_tokens_per_row
-        return row_capacity(lengths, groups_per_row=batch_size)
+        if args.max_tokens_per_row is not None:
+            return args.max_tokens_per_row
+        if training and args.tokens_per_micro_batch is not None:
+            # one row a micro-batch, the few too that come out larger than they should
+            return row_capacity(lengths, tokens=1.25 * args.tokens_per_micro_batch)
+        size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        longest = max(group.packed for group in lengths)
+        mean = sum(group.packed for group in lengths) / len(lengths)
+        return row_capacity(lengths, tokens=1.5 * mean * size + longest / 2)
 
-    def _loader(self, dataset: Dataset, *, training: bool) -> DataLoader:
-        args, lengths = self.args, self.lengths(dataset)
-        batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-        plan = BatchPlan(
+    def divide_step(self, micro_batches: int) -> None:
+        """Run each optimizer step as this number of micro-batches; before anything is wrapped."""
+        self.args.gradient_accumulation_steps = micro_batches  # accelerator's own stays 1: it would scale the loss
+        if self.is_deepspeed_enabled:
+            # it must get three numbers that fit together, and scales nothing by them
+            self.accelerator.state.deepspeed_plugin.deepspeed_config.update(
+                train_micro_batch_size_per_gpu=1,
+                gradient_accumulation_steps=micro_batches,
+                train_batch_size=micro_batches * self.args.world_size,
+            )
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the examples of one optimizer step over all processes."""
+        return self.groups_per_step
+
+    def training_plan(self, *, micro_batches: int | None = None) -> BatchPlan:
+        """Make this rank's plan of the training data, with this many micro-batches a step or those of the config."""
+        args, lengths = self.args, self.lengths(self.train_dataset)
+        return BatchPlan(
             lengths,
-            groups_per_micro_batch=batch_size,
-            micro_batches=args.gradient_accumulation_steps if training else 1,
+            micro_batches=micro_batches or args.gradient_accumulation_steps,
+            groups_per_step=self.groups_per_step,
             world_size=args.world_size,
             rank=args.process_index,
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            max_tokens_per_row=self._row_capacity(lengths, batch_size),
-            shuffle=training and args.train_sampling_strategy == "random",
-            drop_last=training and args.dataloader_drop_last,
+            max_tokens_per_row=self.row_capacity(lengths, training=True),
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
         )
-        workers = args.dataloader_num_workers
+
+    def evaluation_plan(self, dataset: Dataset) -> BatchPlan:
+        """Make this rank's plan of an evaluation set, in its order."""
+        args, lengths = self.args, self.lengths(dataset)
+        return BatchPlan(
+            lengths,
+            groups_per_micro_batch=args.per_device_eval_batch_size,
+            world_size=args.world_size,
+            rank=args.process_index,
+            max_tokens_per_row=self.row_capacity(lengths, training=False),
+            shuffle=False,
+        )
+
+    def _loader(self, dataset: Dataset, plan: BatchPlan) -> DataLoader:
+        args, workers = self.args, self.args.dataloader_num_workers
         return PlannedLoader(
             PlannedBatches(dataset, self.collate, self.layout),
             batch_sampler=plan,
@@ -327,11 +455,25 @@ class BaseTrainer(HookedTrainer):
             multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
         )
 
+    def _warn_of_uneven_ranks(self, plan: BatchPlan) -> None:
+        if self._warned_of_uneven_ranks or plan.world_size == 1:
+            return
+        self._warned_of_uneven_ranks = True
+        ratio, pairs = plan.load_ratio(), plan.groups_per_step // plan.world_size
+        if ratio > LARGEST_LOAD_RATIO:
+            print_on_main(
+                f"Warning: in a step one rank computes {ratio:.1f} times the tokens of another, which waits for it: "
+                f"{pairs} example(s) a rank are too few to balance lengths. Use fewer processes, or a larger global "
+                "batch."
+            )
+
     def get_train_dataloader(self) -> DataLoader:
         """Make the loader of this rank's micro-batches; accelerate must not shard it, since the plan does already."""
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
-        return self._loader(self.train_dataset, training=True)
+        plan = self.training_plan()
+        self._warn_of_uneven_ranks(plan)
+        return self._loader(self.train_dataset, plan)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Make the loader of this rank's evaluation batches, in the data set's order."""
@@ -340,7 +482,7 @@ class BaseTrainer(HookedTrainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
-        return self._loader(dataset, training=False)
+        return self._loader(dataset, self.evaluation_plan(dataset))
 
     # ---- training
 
@@ -373,6 +515,8 @@ class BaseTrainer(HookedTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`; updates of 16-bit weights are kept as `master_weights` says."""
+        if self.is_fsdp_enabled:
+            give_addresses(self.model, upcast=self.accelerator.mixed_precision != "no")
         optimizer = super().create_optimizer(model)
         if self._updates_lost is not None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return optimizer
@@ -470,6 +614,7 @@ class BaseTrainer(HookedTrainer):
             logs |= metrics | {
                 "num_tokens": self._tokens_seen,
                 "perf/tokens_per_second": tokens / (time.perf_counter() - self._clock),
+                "perf/peak_memory_gib": peak_memory_gib(self.args.device),
                 **compiled_so_far(),
             }
             self.restart_clock()
@@ -590,7 +735,8 @@ class BaseTrainer(HookedTrainer):
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)  # of ZeRO-3
         saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
         weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
-        copies = 4 if self.is_deepspeed_enabled or self._masters is not None else 0
+        # masters, or the weights once more in accelerate's own file beside model.safetensors
+        copies = 4 if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._masters is not None else 0
         states = (optimizer_bytes(args.optim) + copies) * trained
         self._raise_on_all_ranks(lambda: check_space(args, weights, states, steps=self.state.max_steps))
 
@@ -649,10 +795,8 @@ class _RunCallback(TrainerCallback):
         self.trainer.check_saving()
         self.trainer.check_space()
         self.trainer.before_first_update()
-        if args.gradient_checkpointing and args.selective_checkpointing:
-            # Trainer has turned checkpointing on by now, with the config's options, which hold no function
-            layers = base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
-            layers.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": selective_contexts})
+        if args.checkpointing == "selective":  # Trainer has turned checkpointing on by now
+            checkpoint_selectively(base_model_of(self.trainer.accelerator.unwrap_model(self.trainer.model)))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restart the clock of tokens/s, so that the time between epochs does not count."""
@@ -684,16 +828,10 @@ class PlannedLoader(DataLoader):
             self.batch_sampler.max_tokens_per_row = None
 
 
-def row_capacity(lengths: Sequence[GroupLengths], *, groups_per_row: int) -> int:
-    """Choose the tokens of a packed row where the recipe sets none: enough for one row a micro-batch.
-
-    Args:
-        lengths: of all groups.
-        groups_per_row: groups that one micro-batch holds on average.
-    """
+def row_capacity(lengths: Sequence[GroupLengths], *, tokens: float) -> int:
+    """Return the capacity of a packed row that is to hold so many tokens, or the longest group."""
     longest = max(group.packed for group in lengths)
-    mean = sum(group.packed for group in lengths) / len(lengths)
-    return math.ceil(max(longest, 1.5 * mean * groups_per_row + longest / 2) / 1024) * 1024
+    return math.ceil(max(longest, tokens) / 1024) * 1024
 
 
 def compiled_so_far() -> dict[str, float]:
@@ -706,28 +844,6 @@ def compiled_so_far() -> dict[str, float]:
         return {}
     seconds = sum((metrics.duration_us or 0) for metrics in utils.get_compilation_metrics()) / 1e6
     return {"perf/compiled_graphs": float(graphs), "perf/compile_seconds": seconds}
-
-
-_aten = torch.ops.aten
-KEPT = (
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._flash_attention_forward.default,
-)
-"""Operations whose results selective checkpointing keeps: nearly all of a layer's arithmetic."""
-
-
-def selective_contexts() -> Any:
-    """Return contexts of forward and recomputation that keep matrix products and attention, for `context_fn`.
-
-    Only norms and activations are recomputed then: more memory, less time.
-    """
-    return create_selective_checkpoint_contexts(list(KEPT))
 
 
 def keep_float32_under_fsdp2(accelerator: Accelerator) -> None:

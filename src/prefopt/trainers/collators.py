@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -17,6 +19,15 @@ from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 
 PAIR_COLUMNS = (*METHOD_COLUMNS, "chosen_bytes", "rejected_bytes")
+
+
+def token_counts(dataset: Dataset, columns: Sequence[str]) -> list[list[int]]:
+    """Count the token ids of every row in each of these columns, without a Python number for each id."""
+    counts: list[list[int]] = [[] for _ in columns]
+    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
+        for found, name in zip(counts, columns):
+            found.extend(pc.list_value_length(table[name]).to_pylist())
+    return counts
 
 
 @dataclass(frozen=True)
@@ -32,19 +43,23 @@ class PairCollator:
 
     def lengths(self, dataset: Dataset, *, share_prompt: bool) -> list[GroupLengths]:
         """Count the tokens of every pair of `dataset`, for the plan."""
-        columns = ([len(ids) for ids in dataset[f"{name}_ids"]] for name in ("prompt", "chosen", "rejected"))
+        columns = token_counts(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"))
+        skipped = dataset["chosen_skipped"] if "chosen_skipped" in dataset.column_names else repeat(())
         return [
             GroupLengths(
-                packed=(p if share_prompt else 2 * p) + c + r, longest=p + max(c, r), completions=2, first_scored=c
+                packed=(p if share_prompt else 2 * p) + c + r,
+                longest=p + max(c, r),
+                completions=2,
+                first_scored=c - sum(end - begin for begin, end in ranges),
             )
-            for p, c, r in zip(*columns)
+            for p, c, r, ranges in zip(*columns, skipped)
         ]
 
     def __call__(
         self, examples: Sequence[Mapping[str, Any]], micro_batch: MicroBatch, layout: Layout
     ) -> dict[str, Any]:
         """Collate `examples`, which are in the order of `micro_batch.indices`."""
-        groups = [Group(e["prompt_ids"], (e["chosen_ids"], e["rejected_ids"])) for e in examples]
+        groups = [Group.of_pair(example) for example in examples]
         batch: dict[str, Any] = layout.collate(in_rows(groups, micro_batch))
         if self.ld_alpha is not None:
             batch["score_weights"] = _length_desensitised(groups, self.ld_alpha)
@@ -75,7 +90,11 @@ class CustomCollator:
         pairs = len(examples)
         order = torch.arange(2 * pairs).reshape(2, pairs).T.flatten()
         input_ids, mask, scored = (made[name][order] for name in ("input_ids", "attention_mask", "completion_mask"))
-        mask = mask.bool()
+        mask, scored = mask.bool(), scored.clone()
+        skipped = [ranges for example in examples for ranges in Group.of_pair(example).skipped or ((), ())]
+        for number, (begin, ranges) in enumerate(zip(scored.long().argmax(1).tolist(), skipped)):
+            for start, stop in ranges:  # a collator that cuts keeps the beginning, as TRL's does
+                scored[number, begin + start : begin + stop] = 0
         row, position = scored.bool().nonzero(as_tuple=True)
         length = input_ids.shape[1]
         # positions in the flattened (2B * T) outputs; a token is predicted from the one before it
@@ -100,9 +119,9 @@ def _length_desensitised(groups: Sequence[Group], alpha: float) -> torch.Tensor:
     """Weigh the scored tokens (S,): 1 up to the length of a group's shorter completion, `alpha` beyond it."""
     weights: list[float] = []
     for group in groups:
-        shared = min(map(len, group.completions))
-        for completion in group.completions:
-            weights += [1.0] * shared + [alpha] * (len(completion) - shared)
+        shared = min(map(len, group.scored))
+        for places in group.scored:
+            weights += [1.0] * shared + [alpha] * (len(places) - shared)
     return torch.tensor(weights)
 
 

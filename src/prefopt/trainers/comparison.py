@@ -26,13 +26,14 @@ from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, evaluated
 from prefopt.trainers.collators import in_rows, step_columns
-from prefopt.trainers.config import BatchConfig, check_unset, choose_precision
+from prefopt.trainers.config import BatchConfig, before_transformers, check_unset
+from prefopt.trainers.data_tables import show_report
 from prefopt.trainers.policy import add_adapter, check_trainable, load_tokenizer
 
 # TRL settings that would change a result here and have no counterpart: field, value that means "off", what to do
 _REFUSED = (
     ("center_rewards_coefficient", None, "Rewards are not centred here."),
-    ("activation_offloading", False, "Use `gradient_checkpointing` to save activation memory."),
+    ("activation_offloading", False, "Use `checkpointing` to save activation memory."),
     ("chat_template_path", None, "Set the tokenizer's `chat_template`."),
     ("eos_token", None, "Set the tokenizer's `eos_token`."),
     ("pad_token", None, "Set the tokenizer's `pad_token`."),
@@ -52,7 +53,7 @@ class ComparisonConfig(BatchConfig, TRLRewardConfig):  # type: ignore[misc]  # l
     )
 
     def __post_init__(self) -> None:
-        choose_precision(self)
+        before_transformers(self)
         super().__post_init__()
         self.check_batching()
         check_unset(self, _REFUSED)
@@ -151,6 +152,7 @@ class ComparisonData:
         self.tokenizer = tokenizer
         self.check = check
         self.reports: dict[str, TokenizationReport] = {}
+        self.given: dict[str, Dataset] = {}
         self._made: list[Any] = []
 
     def prepare(self, dataset: Any, name: str) -> Any:
@@ -160,6 +162,7 @@ class ComparisonData:
         if isinstance(dataset, dict):
             prepared: Any = {key: self.prepare(each, evaluated(key)) for key, each in dataset.items()}
         else:
+            self.given[name] = dataset
             prepared, self.reports[name] = tokenize_comparisons(
                 dataset,
                 self.tokenizer,
@@ -170,6 +173,7 @@ class ComparisonData:
                 num_proc=self.args.dataset_num_proc,
                 name=name,
             )
+            show_report(self.reports[name], self.args.max_length)
             prepared = with_whole_margins(prepared, name)
             self.check(prepared, self.args, name)
         self._made.append(prepared)
@@ -236,11 +240,14 @@ class ComparisonTrainer(BaseTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
+        if model is None:
+            raise ValueError("`model` is None: give a hub name, a folder, or a model in memory.")
         args = args if args is not None else self.config_class("trainer_output")
         set_seed(args.seed)  # the weights of a new head or adapter are drawn before Trainer sets it
         loaded = self.load(model, args, quantization_config)
         processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
         self.data = ComparisonData(args, processing_class, self.check_rows)
+        self.tokenization_reports, self.given_datasets = self.data.reports, self.data.given
         train_dataset = self.data.prepare(train_dataset, TRAINING)
         eval_dataset = self.data.prepare(eval_dataset, EVALUATION)
         self.check_text(loaded, processing_class)

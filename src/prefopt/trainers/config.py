@@ -13,14 +13,23 @@ from trl import DPOConfig as TRLDPOConfig
 from trl import ModelConfig
 
 from prefopt.arguments import SecretsStayOut, check_settings, setting
+from prefopt.data.encoding import (
+    CHAT_RENDERINGS,
+    COMPLETION_TURNS,
+    SPECIAL_TOKENS,
+    TRUNCATION_MODES,
+    TextMode,
+    Truncation,
+)
 from prefopt.scoring.logprobs import ALIGNMENTS
+from prefopt.trainers.checkpointing import MODES, read_aliases, read_options
 from prefopt.trainers.precision import MASTER_WEIGHTS
 
 BATCH_LAYOUTS = ("auto", "packed", "padded")
 
 # settings of transformers that our data loaders and evaluation loop cannot honour: (field, value that means "off",
 # what to do instead)
-_NOT_HONOURED: tuple[tuple[str, Any, str], ...] = (
+NOT_HONOURED: tuple[tuple[str, Any, str], ...] = (
     ("label_smoothing_factor", 0.0, "It smooths token labels; `label_smoothing` is that of the preference losses."),
     ("batch_eval_metrics", False, "`compute_metrics` gets the predictions of all rows at once."),
     ("include_for_metrics", [], "`compute_metrics` gets predictions only."),
@@ -30,10 +39,10 @@ _NOT_HONOURED: tuple[tuple[str, Any, str], ...] = (
 )
 
 # settings of TRL's DPOConfig that would change a result and have no counterpart here
-_WITHOUT_COUNTERPART = (
+WITHOUT_COUNTERPART = (
     ("sync_ref_model", False, "The reference of these trainers stays fixed."),
     ("f_divergence_type", "reverse_kl", "Only the reverse KL is implemented."),
-    ("activation_offloading", False, "Use `gradient_checkpointing` to save activation memory."),
+    ("activation_offloading", False, "Use `checkpointing` to save activation memory."),
     ("pad_token", None, "Set the tokenizer's `pad_token`."),
     ("precompute_ref_batch_size", None, "Reference passes are filled by tokens, as many as fit."),
     ("neftune_noise_alpha", None, "Its noise would reach the policy's log-probs and not the reference's."),
@@ -73,10 +82,37 @@ class BatchConfig(SecretsStayOut, _Mixin):
         "Capacity of a packed row in tokens. None: one row a micro-batch (short rows where the mask is dense: eager "
         "attention on a CPU).",
     )
-    selective_checkpointing: bool = setting(
+    tokens_per_micro_batch: int | str | None = setting(
+        None,
+        "Tokens that a micro-batch holds at most, or 'auto': as many as the card's memory allows. The optimizer step "
+        "keeps the examples that `global_batch_size` (or per-device batch x accumulation x processes) makes of it.",
+        decides_result=False,
+    )
+    compile_blocks: bool = setting(
         False,
-        "With `gradient_checkpointing`: keep the results of matrix products and attention and recompute only the "
-        "rest; more memory, less time.",
+        "Compile the decoder layers of policy and reference one by one with torch.compile (`torch_compile` compiles "
+        "the policy as a whole).",
+    )
+    checkpointing: str = setting(
+        "auto",
+        "Activations that the backward pass recomputes: 'none', 'every_n' (of every n-th layer, `every_n_layers` of "
+        "`gradient_checkpointing_kwargs`, 2 by default), 'selective' (all but results of matrix products and "
+        "attention), 'all', or 'auto': as few as the card's memory allows.",
+        choices=MODES,
+        decides_result=False,
+    )
+    gradient_checkpointing: bool | None = setting(
+        None, "True: `checkpointing: all`, false: `checkpointing: none`.", decides_result=False
+    )
+    selective_checkpointing: bool = setting(
+        False, "With `gradient_checkpointing: true`: `checkpointing: selective`.", decides_result=False
+    )
+    ddp_timeout: int = setting(
+        4 * 60 * 60,
+        "Seconds that ranks wait for each other before the run ends: longer than the first rank takes to tokenise the "
+        "data while the others wait.",
+        at_least=1,
+        decides_result=False,
     )
     resume_changed: bool = setting(
         False,
@@ -101,16 +137,29 @@ class BatchConfig(SecretsStayOut, _Mixin):
         "after `num_train_epochs`; None: the same.",
     )
 
+    @property
+    def text_mode(self) -> TextMode:
+        """How texts become token ids."""
+        return TextMode()
+
     def check_batching(self) -> None:
         """Raise a ValueError where these settings cannot work."""
         check_settings(self)
-        check_unset(self, _NOT_HONOURED)
+        check_unset(self, NOT_HONOURED)
+        read_options(self)
         # the loss is finite or the run stops: Trainer's own filter would hide it
         self.logging_nan_inf_filter = False
         if self.use_liger_kernel:
             # its layers only: the LM head and the loss are the scoring path's
             fused = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.liger_kernel_config: dict[str, Any] | None = {**(self.liger_kernel_config or {}), **fused}
+        if self.compile_blocks and self.torch_compile:
+            raise ValueError("`compile_blocks` and `torch_compile` compile the same layers: drop one of them.")
+        tokens = self.tokens_per_micro_batch
+        if isinstance(tokens, str) and tokens.isdecimal():  # argparse knows one type only
+            self.tokens_per_micro_batch = tokens = int(tokens)
+        if tokens not in (None, "auto") and (isinstance(tokens, str) or tokens < 1):
+            raise ValueError(f"`tokens_per_micro_batch` must be a number of tokens or 'auto', not {tokens!r}.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
@@ -130,19 +179,18 @@ class BatchConfig(SecretsStayOut, _Mixin):
             raise ValueError(
                 f"`schedule_epochs` ({planned}) must be at least `num_train_epochs` ({epochs}), without `max_steps`."
             )
-        if self.selective_checkpointing:
-            options: Any = self.gradient_checkpointing_kwargs or {}
-            if not self.gradient_checkpointing or options.get("use_reentrant"):
-                raise ValueError(
-                    "`selective_checkpointing` chooses what `gradient_checkpointing` keeps: turn that on as well, "
-                    "without `use_reentrant: true` in `gradient_checkpointing_kwargs`."
-                )
         prompt, longest = self.max_prompt_length, self.max_length  # type: ignore[attr-defined]  # of TRL's configs
         if prompt is not None and longest is not None and prompt >= longest:
             raise ValueError(
                 f"`max_prompt_length` ({prompt}) must be below `max_length` ({longest}), or no room is left for a "
                 "completion."
             )
+
+
+def before_transformers(args: Any) -> None:
+    """Settle what TRL's and transformers' `__post_init__` would read in another way; call it before them."""
+    choose_precision(args)
+    read_aliases(args)
 
 
 def choose_precision(args: Any) -> None:
@@ -167,7 +215,7 @@ def check_unset(args: Any, table: Sequence[tuple[str, Any, str]]) -> None:
 
 
 @dataclass
-class PreferenceConfig(BatchConfig, TRLDPOConfig):
+class PreferenceConfig(BatchConfig, TRLDPOConfig):  # type: ignore[misc]  # gradient_checkpointing
     """Settings of all pair methods: TRL's `DPOConfig`, how batches are laid out, and WPO's weights.
 
     TRL fields without a counterpart here (`sync_ref_model`, `f_divergence_type`, `activation_offloading`, `pad_token`,
@@ -187,12 +235,40 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
         choices=ALIGNMENTS,
     )
     gamma_beta_ratio: float = setting(0.5, "SimPO's target margin divided by beta (loss_type 'simpo' only).")
+    truncation_mode: str = setting(
+        "keep_start",
+        "What a pair longer than `max_length` keeps: 'keep_start', 'keep_end' (TRL's), 'drop' (nothing: it is left "
+        "out), or 'trl09': completions keep `max_length - max_prompt_length` tokens, as in TRL 0.9.",
+        choices=TRUNCATION_MODES,
+    )
+    chat_rendering: str = setting(
+        "joint",
+        "Where a completion begins: 'joint' (with the answer's text); as published code has it, 'handbook' "
+        "(alignment-handbook, SimPO, WPO: turns rendered apart, header scored) or 'sppo' (header scored).",
+        choices=CHAT_RENDERINGS,
+    )
+    special_tokens: str = setting(
+        "template",
+        "BOS and end token of a pair: the 'template''s, 'trl09' (added where there is none, as in TRL 0.9) or 'sppo' "
+        "(added in any case).",
+        choices=SPECIAL_TOKENS,
+    )
+    completion_turns: str = setting(
+        "all",
+        "Of a completion of several turns, score 'all' of the assistant's turns, or the 'last' one.",
+        choices=COMPLETION_TURNS,
+    )
     ref_logps_dir: str | None = setting(
         None, "Folder of cached reference scores, read and filled when `precompute_ref_log_probs` is on."
     )
 
+    @property
+    def text_mode(self) -> TextMode:
+        """How texts become token ids."""
+        return TextMode(self.chat_rendering, self.special_tokens, self.completion_turns)
+
     def __post_init__(self) -> None:
-        choose_precision(self)
+        before_transformers(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         super().__post_init__()
@@ -201,7 +277,8 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):
                 raise ValueError("`padding_free` and `batch_layout: padded` contradict each other; drop one.")
             self.padding_free, self.batch_layout = False, "packed"
         self.check_batching()
-        check_unset(self, _WITHOUT_COUNTERPART)
+        check_unset(self, WITHOUT_COUNTERPART)
+        Truncation(self.max_length, self.max_prompt_length, self.truncation_mode)
         if not 0 < self.beta < math.inf:
             raise ValueError(f"`beta` must be positive, not {self.beta}.")
         if self.ld_alpha is not None:

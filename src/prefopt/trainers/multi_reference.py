@@ -286,12 +286,12 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
                 print(f"{name}: {rows} rows are held out for `weighting: {args.weighting}`.", flush=True)
         return dataset
 
-    def _loader(self, dataset: Dataset, *, training: bool) -> DataLoader:
-        loader = super()._loader(dataset, training=training)
-        if training:
-            plan = loader.batch_sampler
-            assert isinstance(plan, BatchPlan)
-            self._plan = plan
+    def get_train_dataloader(self) -> DataLoader:
+        """See `BaseTrainer.get_train_dataloader`; online weights read its plan."""
+        loader = super().get_train_dataloader()
+        plan = loader.batch_sampler
+        assert isinstance(plan, BatchPlan)
+        self._plan = plan
         return loader
 
     # ---- weights ----
@@ -332,7 +332,7 @@ class MultiReferenceDPOTrainer(PreferenceTrainer):
             groups_per_micro_batch=size,
             world_size=self.args.world_size,
             rank=self.args.process_index,
-            max_tokens_per_row=self._row_capacity(lengths, size),
+            max_tokens_per_row=self.row_capacity(lengths, training=False),
             shuffle=False,
         )
         batches = PlannedBatches(dataset, self.collate, self.layout)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from prefopt.arguments import check_settings, setting
+from prefopt.data.encoding import TextMode
 from prefopt.references.weights import Reduction, Ties, fixed_weights
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.pair_losses import PAIR_LOSSES
@@ -90,6 +91,11 @@ class MultiReferenceDPOConfig(PreferenceConfig):
                 "`truncation_mode` must be 'drop': references score whole texts, so no model may cut one."
             )
         super().__post_init__()
+        if self.text_mode != TextMode():
+            raise ValueError(
+                "`chat_rendering`, `special_tokens` and `completion_turns` must be left alone: references score all "
+                "answers of a text, each as its own template writes them."
+            )
         self.weighting = weighting_name(self.weighting)
         check_settings(self)
         self._check_references()

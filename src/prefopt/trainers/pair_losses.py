@@ -53,23 +53,14 @@ class PairScores:
     chosen_mean_aligned_logps: Tensor | None = None
     rejected_mean_aligned_logps: Tensor | None = None
 
-    @property
-    def chosen_logratios(self) -> Tensor:
-        """(B,) log pi / pi_ref of the chosen completions."""
-        return self.chosen_logps - self.ref_chosen_logps
-
-    @property
-    def rejected_logratios(self) -> Tensor:
-        """(B,) log pi / pi_ref of the rejected completions."""
-        return self.rejected_logps - self.ref_rejected_logps
-
     def logratios(self) -> Pair:
-        """Return the log-ratios of both completions."""
-        return self.chosen_logratios, self.rejected_logratios
+        """Return log pi / pi_ref of both completions."""
+        return self.chosen_logps - self.ref_chosen_logps, self.rejected_logps - self.ref_rejected_logps
 
     def mean_logratios(self) -> Pair:
         """Return the log-ratios of both completions per completion token."""
-        return self.chosen_logratios / self.chosen_counts, self.rejected_logratios / self.rejected_counts
+        chosen, rejected = self.logratios()
+        return chosen / self.chosen_counts, rejected / self.rejected_counts
 
     def mean_logps(self) -> Pair:
         """Return the policy's log-probs of both completions per completion token."""
@@ -121,6 +112,7 @@ class PairLoss:
     Attributes:
         function: the pure function; it takes what `reads` returns, then `columns`, then `beta` and `settings`.
         reads: which numbers of a pair it takes.
+        rewards: which numbers, times beta, are its implicit rewards, for the metrics.
         columns: columns of the data that it takes, (B,) each.
         settings: fields of the config that it takes.
         needs_reference: False if it takes no log-probs of the reference.
@@ -129,6 +121,7 @@ class PairLoss:
 
     function: Callable[..., Tensor]
     reads: Callable[[PairScores], Pair] = PairScores.logratios
+    rewards: Callable[[PairScores], Pair] = PairScores.logratios
     columns: tuple[str, ...] = ()
     settings: tuple[LossSetting, ...] = ()
     needs_reference: bool = True
@@ -152,11 +145,12 @@ _EXO_SMOOTHING = LossSetting("label_smoothing", "(0, 0.5]", why=" (the loss is i
 _TAU = LossSetting("discopop_tau", "(0, 1]", keyword="tau")
 _GAMMA = LossSetting("gamma_beta_ratio", "[0, inf)")
 
-# TRL's names; `apo_zero` and `apo_down` are Anchored PO
+# TRL's names, and `ipo_sum`; `apo_zero` and `apo_down` are Anchored PO
 PAIR_LOSSES: dict[str, PairLoss] = {
     "sigmoid": PairLoss(losses.dpo_loss, settings=(_SMOOTHING,)),
     "hinge": PairLoss(losses.hinge_loss),
     "ipo": PairLoss(losses.ipo_loss, PairScores.mean_logratios),
+    "ipo_sum": PairLoss(losses.ipo_loss),  # as the paper's equation and the SPPO repository: no division by length
     "sigmoid_norm": PairLoss(losses.sigmoid_norm_loss, PairScores.mean_logratios),
     "exo_pair": PairLoss(losses.exo_pair_loss, settings=(_EXO_SMOOTHING,)),
     "nca_pair": PairLoss(losses.nca_pair_loss),
@@ -168,7 +162,9 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "apo_zero": PairLoss(losses.anchored_zero_loss),
     "apo_down": PairLoss(losses.anchored_down_loss),
     "discopop": PairLoss(losses.discopop_loss, settings=(_TAU,)),
-    "simpo": PairLoss(losses.simpo_loss, PairScores.mean_logps, settings=(_GAMMA,), needs_reference=False),
+    "simpo": PairLoss(
+        losses.simpo_loss, PairScores.mean_logps, PairScores.mean_logps, settings=(_GAMMA,), needs_reference=False
+    ),
 }
 
 SFT = "sft"

@@ -16,11 +16,16 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import is_liger_kernel_available
 
+from prefopt._transformers import apply_liger_kernel
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from prefopt.files import user_path
+from prefopt.memory import decoder_layers
 from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.logprobs import install_scoring
+from prefopt.trainers.checkpointing import make_reentrant
+from prefopt.trainers.sharding import model_without_weights, reads_once_a_node, reads_weights, share_dtypes
 
 REFERENCE_ADAPTER = "ref"
 _RESERVED_NAMES = {
@@ -48,6 +53,8 @@ def load_model(
     Raises:
         ValueError: `model` is none, or settings for loading were given together with a model in memory.
     """
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("`use_liger_kernel` needs the package liger-kernel: pip install 'prefopt[fast]'.")
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if not isinstance(model, (str, nn.Module)):
@@ -70,7 +77,11 @@ def load_model(
     init.setdefault("trust_remote_code", args.trust_remote_code)
     if loader is create_model_from_path and is_adapter(model):
         loader = _load_adapter
-    return loader(model, **init)
+    if loader is not create_model_from_path or quantization_config is not None or not reads_once_a_node():
+        return loader(model, **init)
+    loaded: PreTrainedModel = loader(model, **init) if reads_weights() else model_without_weights(model, **init)
+    share_dtypes(loaded)
+    return loaded
 
 
 def is_adapter(name: str) -> bool:
@@ -117,7 +128,7 @@ def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:
     return module_fingerprint(model, base_model_of(model).config, adapter=adapter)
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+def frozen_copy(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     """Copy the model with its present weights, frozen and with the scoring path.
 
     Raises:
@@ -129,7 +140,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
             "folder, or pass `ref_model`."
         )
     reference = copy.deepcopy(model)
-    install_scoring(reference)
+    install_scoring(base_model_of(reference))
     return reference.requires_grad_(False).eval()
 
 
@@ -230,14 +241,19 @@ def _copy_adapter(model: PeftModel) -> None:
 
 def _choose_checkpointing(args: Any) -> None:
     """Make gradient checkpointing re-entrant where ZeRO-3 and an adapter need it, and print that."""
-    if args.gradient_checkpointing and is_deepspeed_zero3_enabled():
-        if args.selective_checkpointing:
-            raise ValueError(
-                "ZeRO-3 with an adapter needs re-entrant checkpointing, which cannot be selective: turn "
-                "`selective_checkpointing` off."
-            )
-        kwargs = dict(args.gradient_checkpointing_kwargs or {})
-        if not kwargs.get("use_reentrant"):
+    if args.checkpointing != "none" and is_deepspeed_zero3_enabled():
+        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             print("ZeRO-3 with an adapter: gradient checkpointing is re-entrant.")
-        # transformers 5.23 reads the second name, of which the first is a copy
-        args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = kwargs | {"use_reentrant": True}
+        make_reentrant(args)
+
+
+def use_liger(model: PreTrainedModel | PeftModel, args: Any) -> None:
+    """Give a model liger's layers where the config asks for them; Trainer does it for the policy."""
+    if args.use_liger_kernel:
+        apply_liger_kernel(model, args.liger_kernel_config)
+
+
+def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile every decoder layer by itself, in place: names and parameters stay, and one graph serves all layers."""
+    for layer in decoder_layers(model):
+        layer.compile(backend=backend)

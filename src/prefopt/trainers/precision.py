@@ -6,8 +6,10 @@ rates of preference optimization that is nearly all of them. DeepSpeed and FSDP 
 
 from __future__ import annotations
 
+import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,8 +99,9 @@ class MasterWeights:
 
     Args:
         optimizer: whose 16-bit weights are replaced, before its first step.
-        keep: keep the copies between steps, and in checkpoints; otherwise they exist within a step only, and are
-            rounded up or down at random, so that an update that is lost now and then counts in the mean.
+        keep: keep the copies between steps, and in checkpoints; otherwise each exists only while it is updated, one
+            after the other, and is rounded up or down at random, so that an update that is lost now and then counts in
+            the mean.
         seed: of the roundings, equal on all ranks, whose weights must stay equal.
     """
 
@@ -109,8 +112,11 @@ class MasterWeights:
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         for group in optimizer.param_groups:
             group["params"] = [self._copy_of(weight, optimizer) for weight in group["params"]]
-        optimizer.register_step_pre_hook(self._give_gradients)
-        optimizer.register_step_post_hook(self._round)
+        if keep:
+            optimizer.register_step_pre_hook(self._give_gradients)
+            optimizer.register_step_post_hook(self._round)
+        else:
+            self._update_one_by_one(optimizer)
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
 
@@ -121,6 +127,8 @@ class MasterWeights:
         self.pairs.append((weight, copied))
         if weight in optimizer.state:  # of an optimizer that a user has stepped already
             optimizer.state[copied] = optimizer.state.pop(weight)
+        if not self.keep:
+            copied.data = copied.new_empty(0)  # filled when its weight is updated
         return copied
 
     def follow_weights(self) -> None:
@@ -131,24 +139,63 @@ class MasterWeights:
 
     def _give_gradients(self, *_: Any) -> None:
         for weight, copied in self.pairs:
-            if not self.keep:
-                copied.data = weight.detach().float()
             copied.grad = None if weight.grad is None else weight.grad.float()
 
     @torch.no_grad()
     def _round(self, *_: Any) -> None:
         self.steps += 1
-        generators: dict[torch.device, torch.Generator] = {}
         for weight, copied in self.pairs:
             copied.grad = None
-            if self.keep:
-                weight.copy_(copied)
-                continue
-            if weight.device not in generators:
-                generator = torch.Generator(weight.device)
-                generators[weight.device] = generator.manual_seed(self.seed + self.steps)
+            weight.copy_(copied)
+
+    def _update_one_by_one(self, optimizer: Optimizer) -> None:
+        """Have a step update one weight after the other, so that one copy and its gradient exist at a time.
+
+        All copies at once would need the memory that master copies need, and there is none where this is chosen.
+        """
+        weights = {id(copied): weight for weight, copied in self.pairs}
+        hooked: Any = type(optimizer).step
+        update = hooked.__wrapped__  # without the hooks, which belong around the whole step
+
+        def step(optimizer: Optimizer, closure: None = None) -> None:
+            assert closure is None, "a trainer has its gradients before the step"
+            self.steps += 1
+            generators: dict[torch.device, torch.Generator] = {}
+            groups = optimizer.param_groups
+            held = [group["params"] for group in groups]
+            try:
+                for group, parameters in zip(groups, held):
+                    optimizer.param_groups = [group]
+                    for parameter in parameters:
+                        group["params"] = [parameter]
+                        with self._copied(parameter, weights.get(id(parameter)), generators):
+                            update(optimizer)
+            finally:
+                optimizer.param_groups = groups
+                for group, parameters in zip(groups, held):
+                    group["params"] = parameters
+
+        patched: Any = optimizer
+        patched.step = types.MethodType(Optimizer.profile_hook_step(step), optimizer)
+
+    @contextmanager
+    def _copied(
+        self, copied: nn.Parameter, weight: nn.Parameter | None, generators: dict[torch.device, torch.Generator]
+    ) -> Iterator[None]:
+        """Fill a copy and its gradient from its weight; afterwards round it to the weight, and empty it."""
+        if weight is None:  # a float32 weight, which the optimizer updates as it is
+            yield
+            return
+        copied.data = weight.detach().float()
+        copied.grad = None if weight.grad is None else weight.grad.float()
+        yield
+        if weight.device not in generators:
+            generator = torch.Generator(weight.device)
+            generators[weight.device] = generator.manual_seed(self.seed + self.steps)
+        with torch.no_grad():
             weight.copy_(round_stochastically(copied, generators[weight.device]))
-            copied.data = copied.new_empty(0)
+        copied.grad = None
+        copied.data = copied.new_empty(0)
 
     def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         copies = [copied.detach() for _, copied in self.pairs] if self.keep else []

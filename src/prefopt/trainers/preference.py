@@ -8,6 +8,7 @@ Letters: B pairs, K references.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -15,22 +16,26 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import DPOConfig as TRLDPOConfig
 
 from prefopt import losses as pure
 from prefopt.data.encoding import with_pad_token
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
+from prefopt.launch import print_on_main
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.logprobs import CompletionScores, score_completions
 from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, describe_wrapping, evaluated
 from prefopt.trainers.collators import CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
+from prefopt.trainers.data_tables import show_report
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import (
     PAIR_LOSSES,
     REFERENCE_FREE_LOSSES,
     SFT,
+    Pair,
     PairLoss,
     PairScores,
     ReferenceScores,
@@ -44,23 +49,23 @@ from prefopt.trainers.reference import (
     reference_fingerprint,
     reference_module,
 )
+from prefopt.trainers.sharding import shard
 
 SIDES = ("chosen", "rejected")
 
 __all__ = ["PreferenceTrainer", "ReferenceScores"]
 
 
-def record_pairs(sums: MetricSums, pair: PairScores, scores: CompletionScores, real: Tensor, *, beta: float) -> None:
+def record_pairs(sums: MetricSums, pair: PairScores, rewards: Pair, scores: CompletionScores, real: Tensor) -> None:
     """Add rewards, log-probs, lengths, and the vocabulary statistics where the scores have them.
 
     Args:
         sums: where the metrics are added.
         pair: (B,) scores of the pairs.
+        rewards: (B,) implicit rewards of the chosen and of the rejected completions.
         scores: (2B,) scores of their completions, chosen and rejected in turn.
         real: (B,) False for a pair that only fills a micro-batch.
-        beta: turns log-ratios into rewards.
     """
-    rewards = [beta * logratios for logratios in pair.logratios()]
     logps, counts = (pair.chosen_logps, pair.rejected_logps), (pair.chosen_counts, pair.rejected_counts)
     sums.add_mean("rewards/margins", rewards[0] - rewards[1], real)
     sums.add_mean("rewards/accuracies", (rewards[0] > rewards[1]).float(), real)
@@ -97,6 +102,21 @@ def effective_pairs(values: dict[str, torch.Tensor]) -> None:
     """Replace the sums of weights by (sum of weights)^2 / sum of squared weights of the whole step."""
     if "wpo/_sum" in values:
         values["wpo/effective_pairs"] = values.pop("wpo/_sum").square() / values.pop("wpo/_sum_of_squares")
+
+
+def note_default_beta(args: PreferenceConfig) -> None:
+    """Print once that `beta` was left at a default which is not TRL's: a script that comes from there gets another."""
+    default, trls = (config.__dataclass_fields__["beta"].default for config in (type(args), TRLDPOConfig))
+    if args.beta is default and default != trls:  # `is`: the same number given by a user is another object
+        _print_once(
+            f"beta is {default}, the default of {type(args).__name__}; TRL's DPOConfig has {trls}. Set `beta` to "
+            "choose."
+        )
+
+
+@cache
+def _print_once(message: str) -> None:
+    print_on_main(message)
 
 
 class PreferenceTrainer(BaseTrainer):
@@ -146,8 +166,9 @@ class PreferenceTrainer(BaseTrainer):
             args = self.config_class()
         self._check_arguments(model, ref_model, args, data_collator, processing_class)
         self.check_settings(args)
+        note_default_beta(args)
         set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
-        self.tokenization_reports: dict[str, Any] = {}
+        self.tokenization_reports, self.given_datasets = {}, {}
         if processing_class is None:
             loaded = load_model(model, args, quantization_config)
             tokenizer = with_pad_token(load_tokenizer(loaded, args))
@@ -162,6 +183,7 @@ class PreferenceTrainer(BaseTrainer):
         self._cached_module: str | None = None  # fingerprint of a reference that is given up once it has scored
         reference = reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
         policy = with_adapter(loaded, args, peft_config)
+        self.keeps_reference = reference is not None and not args.precompute_ref_log_probs
         super().__init__(
             model=policy,
             args=args,
@@ -179,6 +201,8 @@ class PreferenceTrainer(BaseTrainer):
         if args.precompute_ref_log_probs:
             self._attach_scores_to_all(reference)
             reference = None
+        if self.keeps_reference:
+            self.prepare_layers(reference)
         self.reference = Reference(reference, policy, self.accelerator) if self.needs_reference else None
 
     @property
@@ -199,8 +223,7 @@ class PreferenceTrainer(BaseTrainer):
         total = torch.where(batch["real"], losses, 0.0).sum()
         loss = self.reduce(total, batch) + self._token_terms(pair, scores, batch, sums)
         self.record(losses, pair, scores, batch, sums)
-        rewards = torch.stack([self.args.beta * logratios for logratios in pair.logratios()], dim=1)
-        return loss, rewards.detach()
+        return loss, torch.stack(self.rewards(pair), dim=1).detach()
 
     def score_completions(self, model: nn.Module, batch: dict[str, Any]) -> CompletionScores:
         """Score all completions of the batch under the policy."""
@@ -248,6 +271,16 @@ class PreferenceTrainer(BaseTrainer):
         weights = self.pair_weights(pair)
         return total if weights is None else total * weights
 
+    def rewards(self, pair: PairScores) -> Pair:
+        """Compute the implicit rewards (B,) of chosen and rejected, for the metrics.
+
+        Beta times what the loss takes as the reward; with several losses that disagree, beta times the log-ratios.
+        """
+        kinds = {self.pair_loss_table[name].rewards for name in self.args.loss_type if name != SFT}
+        read = kinds.pop() if len(kinds) == 1 else PairScores.logratios
+        chosen, rejected = read(pair)
+        return self.args.beta * chosen, self.args.beta * rejected
+
     def pair_weights(self, pair: PairScores) -> Tensor | None:
         """Compute WPO's weight of each pair, (B,), without gradient; None where `use_weighting` is off."""
         if not self.args.use_weighting:
@@ -259,7 +292,7 @@ class PreferenceTrainer(BaseTrainer):
     ) -> None:
         """Add this micro-batch's metrics."""
         real = batch["real"]
-        record_pairs(sums, pair, scores, real, beta=self.args.beta)
+        record_pairs(sums, pair, self.rewards(pair), scores, real)
         weights = self.pair_weights(pair)
         if weights is not None:
             record_weights(sums, weights, pair, real, max_weight=self.args.max_weight)
@@ -335,6 +368,8 @@ class PreferenceTrainer(BaseTrainer):
         processing_class: Any,
     ) -> None:
         """Raise a ValueError where an argument is of another kind than a pair trainer needs."""
+        if model is None:
+            raise ValueError("`model` is None: give a hub name, a folder, or a model in memory.")
         if not isinstance(args, cls.config_class):
             needed, given = cls.config_class.__name__, type(args)
             raise ValueError(
@@ -430,6 +465,7 @@ class PreferenceTrainer(BaseTrainer):
                 "Streaming data sets are not supported: the plan of batches needs every length. Use a `Dataset`."
             )
         args, tokenizer = self._args_for_data
+        self.given_datasets[name] = dataset
         dataset, report = tokenize_pairs(
             dataset,
             tokenizer,
@@ -437,10 +473,12 @@ class PreferenceTrainer(BaseTrainer):
             max_prompt_length=args.max_prompt_length,
             truncation_mode=args.truncation_mode,
             on_bad_row=cast(Any, args.on_bad_row),
+            text_mode=args.text_mode,
             num_proc=args.dataset_num_proc,
             name=name,
         )
         self.tokenization_reports[name] = report
+        show_report(report, args.max_length)
         self.check_columns(dataset, args, name)
         return dataset
 
@@ -472,6 +510,9 @@ class PreferenceTrainer(BaseTrainer):
 
     def _attach_scores_to_all(self, module: PreTrainedModel | PeftModel | None) -> None:
         self._scores_given = self.train_dataset is not None and has_scores(self.train_dataset)
+        if module is not None and self.is_fsdp_enabled:
+            sharded: Any = shard(module, self.accelerator)
+            module = sharded
         if module is not None and not self._scores_given and not self.reference_is_initial:
             self._cached_module = reference_fingerprint(module)
         # scores that came with the data may be those of any model

@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefopt._trl import prepare_deepspeed, prepare_fsdp
+from prefopt._trl import prepare_deepspeed
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.references.cache import default_folder
 from prefopt.references.columns import cached_reference_scores, token_scorer
@@ -26,6 +26,7 @@ from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import REFERENCE_ADAPTER, base_model_of, frozen_copy, load_model
+from prefopt.trainers.sharding import is_fsdp, shard
 
 LARGEST_LOGP = 0.01  # 0, and room for rounding in bfloat16
 CPU_ROW_TOKENS, GPU_ROW_TOKENS = 1024, 16384
@@ -72,16 +73,6 @@ class Reference:
                 yield wrapped_policy
         finally:
             self.policy.train(training)
-
-
-def shard(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Wrap a frozen model for the processes of the run, as the policy is."""
-    if accelerator.state.deepspeed_plugin is not None:
-        return prepare_deepspeed(module, accelerator)
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        sharded: Any = prepare_fsdp(module, accelerator)
-        return sharded
-    return accelerator.prepare_model(module, evaluation_mode=True)
 
 
 def reference_module(
@@ -157,7 +148,10 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
         if column not in dataset.column_names:
             continue
         tokens = dataset[counts] if counts in dataset.column_names else [None] * len(dataset)
-        for row, (score, count, ids) in enumerate(zip(dataset[column], tokens, dataset[f"{side}_ids"])):
+        skipped = dataset[f"{side}_skipped"] if f"{side}_skipped" in dataset.column_names else [()] * len(dataset)
+        columns = zip(dataset[column], tokens, dataset[f"{side}_ids"], skipped)
+        for row, (score, count, ids, ranges) in enumerate(columns):
+            scored = len(ids) - sum(end - begin for begin, end in ranges)
             if isinstance(score, list) and len(score) > 1:
                 raise ValueError(
                     f"The {name} data has the scores of several references in {column}: keep those of the one that "
@@ -171,9 +165,9 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
                 wrong = f"has {column} {score!r}, which is no number"
             elif not -math.inf < score <= LARGEST_LOGP:
                 wrong = f"has {column} {score:g}, which is no sum of log-probs"
-            elif count is not None and count != len(ids):
+            elif count is not None and count != scored:
                 wrong = (
-                    f"has {column} of {count:g} tokens and {len(ids)} tokens to score: these are scores of other "
+                    f"has {column} of {count:g} tokens and {scored} tokens to score: these are scores of other "
                     "data, or of other lengths"
                 )
             if wrong:
@@ -228,6 +222,9 @@ def attach_scores(
     if not missing:
         return done
     model = policy if module is None else module
+    if is_fsdp(accelerator):  # before it shards a model, a rank may hold no weights
+        sharded: Any = shard(frozen_copy(policy) if module is None else module, accelerator)
+        model = sharded
     base = base_model_of(model)
     scorer = token_scorer(
         model,
@@ -238,9 +235,10 @@ def attach_scores(
     )
     tokens = max(longest, CPU_ROW_TOKENS if args.device.type == "cpu" else GPU_ROW_TOKENS)
     folder = Path(args.ref_logps_dir) if args.ref_logps_dir else default_folder()
-    sharded = accelerator.state.deepspeed_plugin is not None
-    unsharded: Any = model
-    engine = prepare_deepspeed(model, accelerator) if sharded else unsharded.to(args.device)
+    deepspeed = accelerator.state.deepspeed_plugin is not None
+    engine: Any = prepare_deepspeed(model, accelerator) if deepspeed else model
+    if not deepspeed and not is_fsdp(accelerator):
+        engine = engine.to(args.device)
     score = group_scorer(
         engine,
         layout,
@@ -261,7 +259,7 @@ def attach_scores(
             if accelerator.is_main_process:
                 read = 2 * len(datasets[name]) - scored
                 print(f"Reference scores of the {name} data: {read} read from {folder}, {scored} scored now.")
-    if sharded:
+    if deepspeed:
         engine.destroy()
     return done
 

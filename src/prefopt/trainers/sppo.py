@@ -18,7 +18,7 @@ from prefopt.scoring.logprobs import CompletionScores
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.metrics import MetricSums
 from prefopt.trainers.pair_losses import SFT, LossSetting, PairLoss, PairScores
-from prefopt.trainers.preference import PreferenceTrainer
+from prefopt.trainers.preference import SIDES, PreferenceTrainer
 
 QUANTILES = (5, 25, 50, 75, 95)
 WIN_PROBABILITIES = ("chosen_win_prob", "rejected_win_prob", "chosen_over_rejected_prob")
@@ -189,8 +189,8 @@ class SPPOTrainer(PreferenceTrainer):
         super().record(losses, pair, scores, batch, sums)
         real = batch["real"]
         sums.add_mean("loss_normalized", losses * self.args.beta**2, real)
-        sums.add_mean("logratios/chosen", pair.chosen_logratios, real)
-        sums.add_mean("logratios/rejected", pair.rejected_logratios, real)
+        for side, logratios in zip(SIDES, pair.logratios()):
+            sums.add_mean(f"logratios/{side}", logratios, real)
         for loss, _ in self._self_play():
             suffix = "" if len(self._self_play()) == 1 else f"_{loss}"
             targets = SELF_PLAY_LOSSES[loss].targets(self.args, batch)
