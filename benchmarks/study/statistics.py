@@ -47,12 +47,14 @@ class Claim:
             return UNTESTED
         if self.difference.interval == "none":  # the very same difference in every seed
             agrees = abs(self.difference.mean) <= self.smallest
-            return SEEN if self.same and agrees else NOT_SEEN if agrees or self.same else UNDERPOWERED
+            if self.same:
+                return SEEN if agrees else OPPOSITE
+            return NOT_SEEN if agrees else UNDERPOWERED
         low, high = sorted((self.sign * self.difference.low, self.sign * self.difference.high))
         if self.same:
             if -self.smallest <= low and high <= self.smallest:
                 return SEEN
-            return NOT_SEEN if low > 0 or high < 0 else UNDERPOWERED
+            return OPPOSITE if low > 0 or high < 0 else UNDERPOWERED
         if low > 0:
             return SEEN
         if high < 0:

@@ -162,7 +162,7 @@ are not."""
             ),
             ("It matters which pair has which weight", "WPO - shuffled, 50 %", gap(0.5, "wpo", "shuffled"), zero, {}),
             (
-                "With shuffled weights nothing is gained",
+                "With shuffled weights WPO is no better or worse than DPO",
                 "shuffled - DPO, 50 %",
                 gap(0.5, "shuffled", "dpo"),
                 zero,
