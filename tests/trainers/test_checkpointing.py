@@ -303,7 +303,7 @@ def test_options_of_a_recipe_go_on_to_work_with_auto(tmp_path, monkeypatch):
 
 
 def test_zero3_does_not_recompute_selectively(tmp_path):
-    """It gathers within a layer, by other operations the second time, which torch's selective recomputation checks."""
+    """It gathers within a layer, and torch's selective recomputation wants the same operations the second time."""
     run = fitting.run_of(make_trainer(tmp_path))
     sharded = dataclasses.replace(run, launch=Launch(processes=8, zero_stage=3))
     assert "selective" in {way.mode for way in fitting.ways_of(config(tmp_path), run)}

@@ -133,8 +133,8 @@ def ways_of(args: Any, run: Run) -> list[Recomputation]:
     """
     if args.checkpointing == "selective" and run.launch.zero_stage == 3:
         raise ValueError(
-            "`checkpointing: selective` does not work under ZeRO-3, which gathers weights within a layer by other "
-            "operations when it runs again: use auto, every_n or all."
+            "`checkpointing: selective` does not work under ZeRO-3, which gathers weights within a layer: use auto, "
+            "every_n or all."
         )
     if args.checkpointing != "auto":
         return [recomputation_of(args)]
