@@ -13,11 +13,12 @@ from prefopt.pipelines.state import run_logged, tracker_group
 
 SCRIPT = """
 import sys
+from pathlib import Path
 import prefopt
 from tests.trainers.pairs import make_trainer, preference_rows
 
 trainer = make_trainer(
-    sys.argv[1], "WPO", rows=preference_rows(12), max_steps=2, report_to=[sys.argv[2]], run_name="wpo-1",
+    Path(sys.argv[1]), "WPO", rows=preference_rows(12), max_steps=2, report_to=[sys.argv[2]], run_name="wpo-1",
     trainer_options={"eval_dataset": preference_rows(4, seed=1)}, **dict(word.split("=") for word in sys.argv[3:]),
 )
 trainer.add_callback(prefopt.SampleCompletionsCallback(trainer, 2, max_new_tokens=3))
