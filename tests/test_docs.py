@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 import prefopt
-from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of, with_current_names
+from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of, with_current_names, with_positional
 from prefopt.launch import LAUNCH_KEYS, launch_words, split_launch_settings
 from prefopt.pipelines.run import read_pipeline
 from prefopt.recipes.legacy import LEGACY_KEYS
@@ -38,7 +39,7 @@ PAGES = {
 }
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.py"))
 # what stands for a word of the reader's in a command
-PLACEHOLDERS = {"NAME": "deepspeed_zero3", "DIR": "outputs", "STAGE": "iteration-2", "N": "2"}
+PLACEHOLDERS = {"NAME": "deepspeed_zero3", "DIR": "outputs", "STAGE": "iteration-2", "N": "2", "P": "16"}
 RECIPES = {"pipeline": "pipelines/sppo_llama3_8b", "sweep": "qwen2.5-0.5b/multi_reference_study"}
 # programs whose own words nobody here can check
 FOREIGN = (
@@ -63,7 +64,10 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands_of(page: str) -> list[str]:
     fenced = [
-        line for language in ("bash", "console") for block in blocks(page, language) for line in block.splitlines()
+        line
+        for language in ("bash", "console")
+        for block in blocks(page, language)
+        for line in re.sub(r" *\\\n *", " ", block).splitlines()  # a command over several lines
     ]
     indented = re.findall(r"^    ((?:prefopt|python|accelerate) .+)$", PAGES[page], flags=re.MULTILINE)
     in_text = re.findall(r"`(prefopt [a-z][^`]* [^`]+)`", PAGES[page])
@@ -89,8 +93,11 @@ def test_a_command_is_understood(page, line):
     if line.startswith(FOREIGN):
         return
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True) if word != "..."]
+    words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
     program, *words = words
-    if program == "make":
+    if program in ("sbatch", "srun"):
+        assert any(word.endswith((".slurm", ".sh")) and (ROOT / word).is_file() for word in words), line
+    elif program == "make":
         words = [word for word in words if "=" not in word]
         assert subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True).returncode == 0
     elif program == "python":
@@ -106,6 +113,7 @@ def test_a_command_is_understood(page, line):
 
 def read(name: str, *words: str, whole: bool) -> None:
     """Read a command's words as the command line does, short of needing the files that they name."""
+    words = tuple(with_positional(COMMANDS[name], [*words]))
     if words and (not words[0].startswith("-")) and words[0] not in packaged_names("training_configs"):
         assert words[0].endswith(".yaml"), words[0]
         words = words if (ROOT / words[0]).is_file() else words[1:]
@@ -182,10 +190,8 @@ def test_every_recipe_config_and_file_that_a_page_names_exists():
         for name in re.findall(r"`([a-z0-9.-]+/[a-z0-9_]+)`", text):
             if name.partition("/")[0] in folders and name.partition("/")[0] != "pipelines":
                 assert name in recipes, f"{page}: {name}"
-        for name in re.findall(r"`((?:deepspeed|fsdp|cpu|single|multi)_\w+|fsdp2)`", text):
-            assert name in configs | known_keys() | {"multi_dpo", "multi_reference"} or name.startswith("multi_"), (
-                f"{page}: {name}"
-            )
+        for name in re.findall(r"`(deepspeed_zero\w+|fsdp2(?:_hsdp)?|cpu_\w+_2ranks|single_gpu|multi_gpu)`", text):
+            assert name in configs, f"{page}: {name}"
         for path in re.findall(
             r"`((?:examples|benchmarks|scripts|tests|docs)/[\w./]+\.(?:py|sh|yaml|slurm|md))`", text
         ):
