@@ -140,11 +140,11 @@ def test_mistakes_are_found_before_launching(tmp_path, model, data, monkeypatch,
 
 def test_after_a_launch_that_a_mistake_ended_all_of_them_are_listed(tmp_path, model, data, monkeypatch, capsys):
     monkeypatch.setattr(cli, "launch", lambda *_: 2)
-    recipe = tiny_recipe(tmp_path, model, data, label_smoothing=7, lora_r=8, batch_layout="woven")
+    recipe = tiny_recipe(tmp_path, model, data, label_smoothing=7, lora_r=8)
     assert cli.main(["wpo", str(recipe), "--num_processes=2", "--accelerate_config=cpu_ddp_2ranks"]) == 2
     printed = capsys.readouterr().err
     assert "problems of this run:" in printed and "lora_r needs use_peft: true" in printed
-    assert "batch_layout" in printed
+    assert "label_smoothing must lie in" in printed
 
 
 def test_another_process_waits_before_it_speaks(monkeypatch, capsys):

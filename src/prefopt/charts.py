@@ -13,7 +13,7 @@ from prefopt.pages import printable
 COLOURS = ("#1f6feb", "#d1570c", "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285", "#8a6d00", "#5f3dc4")
 WIDTH, PLOT_HEIGHT = 520, 220
 LETTER = 6.3  # pixels of a character at 11 px, about: a wide one needs more, and a legend leaves room for it
-TITLE, LEGEND_LINE, FOOT, RIGHT = 26, 17, 42, 14
+TITLE, LEGEND_LINE, FOOT, RIGHT = 26, 17, 46, 14
 FEW_POINTS = 40  # up to so many, each is drawn as a dot
 MAX_POINTS = 500
 
@@ -153,11 +153,11 @@ def _axes(x: _Scale, y: _Scale, *, x_label: str, y_label: str) -> list[str]:
     for tick in x.ticks:
         anchor = "end" if x(tick) > x.end - 12 else "middle"
         parts.append(f'<path d="M{x(tick):.1f} {bottom:.1f}v4" stroke="#999"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16:.1f}" text-anchor="{anchor}">{_number(tick)}</text>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 19:.1f}" text-anchor="{anchor}">{_number(tick)}</text>')
     middle = (bottom + y.end) / 2
     return [
         *parts,
-        f'<text x="{(left + x.end) / 2:.1f}" y="{bottom + 33:.1f}" text-anchor="middle">{_text(x_label)}</text>',
+        f'<text x="{(left + x.end) / 2:.1f}" y="{bottom + 37:.1f}" text-anchor="middle">{_text(x_label)}</text>',
         f'<text transform="translate(12 {middle:.1f}) rotate(-90)" text-anchor="middle">{_text(y_label)}</text>',
     ]
 

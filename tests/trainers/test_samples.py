@@ -41,7 +41,7 @@ def greedy(model, tokenizer, ids) -> str:
     for _ in range(6):
         with torch.no_grad():
             whole.append(int(model(input_ids=torch.tensor([whole])).logits[0, -1].argmax()))
-        if whole[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if whole[-1] in torch.tensor(model.generation_config.eos_token_id).flatten():  # one id, or several
             break
     return tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
 
