@@ -54,6 +54,7 @@ def test_a_good_recipe(tmp_path, model, data, capsys):
         "train: 6 rows read, 6 kept",
         "eval: 2 rows read, 2 kept",
         "memory of one GPU, estimated",
+        "memory of the first node beside its GPUs, estimated",
         "reference",
         "evaluation_strategy is an older key",
         "Nothing was found that would stop this run.",

@@ -220,9 +220,7 @@ def test_a_global_batch_that_does_not_divide():
 
 
 def test_more_processes_than_pairs_in_a_step():
-    with pytest.raises(
-        ValueError, match=r"4 on 6 processes leaves 4/6 of a pair for each.* 6 = 1 per device"
-    ) as error:
+    with pytest.raises(ValueError, match=r"4 on 6 processes leaves 4/6 of a pair for each.*6 = 1 per device") as error:
         batch_sizes({"global_batch_size": 4}, arguments_of("wpo")[0], 6)
     assert "Use at most 4 processes" in str(error.value)
 

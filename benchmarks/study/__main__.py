@@ -23,7 +23,7 @@ from benchmarks.study.world import Shape
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "study.md"
-QUICK = Scale(shape=Shape(rows=1500, epochs=2), prompts=64, test_prompts=64, answers=2, comparisons=400)
+QUICK = Scale(shape=Shape(rows=1500, epochs=2), prompts=64, test_prompts=64, answers=2, comparisons=300)
 CUDA = Scale(
     shape=Shape(hidden=512, layers=12, rows=20_000, epochs=2, learning_rate=5e-4, batch=128),
     prompts=384,

@@ -38,9 +38,9 @@ the best true reward, the one with the smallest KL, since one seed cannot order 
 favours settings that moved far and were lucky. Every claim was written down, with its direction and the smallest
 effect that would matter ({smallest} of true reward unless a table says otherwise), in the code that made the runs.
 Differences are paired within seeds, mean with 95 % t-interval. *Seen*: the interval is on the claimed side of 0 (for
-a claim of sameness: within the smallest effect on both sides). *The opposite is seen*: on the other side. *Not
-seen*: the interval holds 0 and excludes effects that matter. *Under-powered*: it holds both, so these seeds cannot
-say. With about {claims} claims at 95 %, one or two will be seen by chance.
+a claim of sameness: within the smallest effect on both sides). *The opposite is seen*: on the other side (of
+sameness: a difference). *Not seen*: the interval holds 0 and excludes effects that matter. *Under-powered*: it holds
+both, so these seeds cannot say. With about {claims} claims at 95 %, one or two will be seen by chance.
 
 **What was changed after trying.** The world's writers were changed three times on seed 0, before any further seed,
 until pairs could teach the start something other than shorter answers. The rule for choosing hyperparameters was the
@@ -79,7 +79,7 @@ def write_page(lab: Lab, path: Path) -> None:
 def summary_row(experiment: Experiment, claim: Claim) -> list[object]:
     """Return a claim's row of the summary."""
     found = claim.difference
-    shown = "" if found is None else str(found)
+    shown = "" if found is None else str(found).replace("no interval", "in every seed")
     seeds = 0 if found is None else found.seeds
     return [experiment.title, claim.text, claim.effect, claim.verdict, shown, f"{seeds} of {claim.planned}"]
 

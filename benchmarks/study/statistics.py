@@ -43,13 +43,18 @@ class Claim:
     @property
     def verdict(self) -> str:
         """The word of the summary table."""
-        if self.difference is None or self.difference.interval == "none":
+        if self.difference is None:
             return UNTESTED
+        if self.difference.interval == "none":  # the very same difference in every seed
+            agrees = abs(self.difference.mean) <= self.smallest
+            if self.same:
+                return SEEN if agrees else OPPOSITE
+            return NOT_SEEN if agrees else UNDERPOWERED
         low, high = sorted((self.sign * self.difference.low, self.sign * self.difference.high))
         if self.same:
             if -self.smallest <= low and high <= self.smallest:
                 return SEEN
-            return NOT_SEEN if low > 0 or high < 0 else UNDERPOWERED
+            return OPPOSITE if low > 0 or high < 0 else UNDERPOWERED
         if low > 0:
             return SEEN
         if high < 0:
@@ -103,3 +108,10 @@ def bracket(points: Mapping[float, float], kl: float) -> tuple[float, float]:
         raise ValueError(f"{kl} is not between the KLs {dict(points)}.")
     pair = max(below, key=lambda beta: points[beta]), min(above, key=lambda beta: points[beta])
     return min(pair), max(pair)
+
+
+def reach(found: Difference) -> list[list[float]]:
+    """Return the lengths of an error bar below and above the mean; none where every seed agrees."""
+    if found.interval == "none":
+        return [[0.0], [0.0]]
+    return [[found.mean - found.low], [found.high - found.mean]]

@@ -39,6 +39,7 @@ from prefopt.data import (
 )
 from prefopt.data.rows import Kind
 from prefopt.evaluation import suite
+from prefopt.evaluation.figures import EVALUATION_FOLDER
 from prefopt.evaluation.suite import SuiteArguments
 from prefopt.files import (
     locked,
@@ -85,7 +86,7 @@ from prefopt.waiting import announced_wait, watch_extension_locks
 # The Trainer's push to the hub leaves out files whose names begin with an underscore.
 LOCK_FILE = "_lock"
 DROPPED_FILE = "dropped.jsonl"
-EVALUATION_FOLDER, SUITE_RECIPE = "evaluation", "suite.yaml"
+SUITE_RECIPE = "suite.yaml"
 # settings that say where a run writes, or follow from the machine
 NOT_REPORTED = NOT_COMPARED | {"gradient_accumulation_steps", "method"}
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from prefopt.scoring.layouts import PackedLayout, PaddedLayout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.base import keep_float32_under_fsdp2
+from prefopt.trainers.checkpointing import checkpoint_selectively
 from tests.scoring.helpers import plain_logps, random_groups
 from tests.tiny import tiny_model
 
@@ -55,6 +56,29 @@ def sharded_by_torch(rank: int, store: str, layout: str, tied: bool) -> None:
     for (name, p), q in zip(model.named_parameters(), plain.parameters()):
         assert isinstance(p, DTensor) and p.to_local().numel() < p.numel(), name
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5, msg=name)
+    leave()
+
+
+def recomputed(rank: int, store: str) -> None:
+    """Recompute layers in each way under FSDP2, and compare the reduced gradient with the whole batch's."""
+    start(rank, store)
+    plain = tiny_model("llama")
+    (plain_logps(plain, GROUPS).sin().sum() / 2).backward()
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for mode in ("every_n", "selective", "all"):
+        model = tiny_model("llama").train()
+        install_scoring(model)
+        # in Trainer's order: before the model is wrapped, and what is selective after it
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2 if mode == "every_n" else 1)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if mode == "selective":
+            checkpoint_selectively(model)
+        batch = LAYOUTS["packed"].collate([GROUPS[rank::2]])
+        score_completions(model, batch).logps.sin().sum().backward()
+        for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5, msg=f"{mode}: {name}")
     leave()
 
 
@@ -103,6 +127,10 @@ def prepared_by_accelerate(rank: int, store: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_sharded_ranks_have_the_plain_gradient(layout, tied, tmp_path):
     mp.spawn(sharded_by_torch, args=(str(tmp_path / "store"), layout, tied), nprocs=2, join=True)
+
+
+def test_layers_that_run_again_have_the_plain_gradient(tmp_path):
+    mp.spawn(recomputed, args=(str(tmp_path / "store"),), nprocs=2, join=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -63,3 +63,16 @@ def test_cached_scores_of_a_model_that_one_rank_has_read(workspace, single):  # 
     output, printed = launch(workspace, "fsdp2-cached", config=config, runner=RUNNER, layout="packed", **settings)
     assert "88 scored now" in printed
     assert trajectory(output) == pytest.approx(trajectory(single), abs=1e-4)
+
+
+@pytest.mark.nightly
+def test_hybrid_sharding_trains_like_one_process(workspace, single):  # noqa: F811
+    """Two copies of the model on two ranks each; the first rank of the node reads it once."""
+    parallel = {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 2}
+    parallel |= {"parallelism_config_tp_size": 1, "parallelism_config_cp_size": 1}
+    config = on_cpu(workspace, "fsdp2_hsdp", num_processes=4, parallelism_config=parallel, main_process_port=0)
+    output, printed = launch(workspace, "hsdp", config=config, ranks=4, runner=RUNNER, layout="packed")
+    assert [line for line in printed.splitlines() if " reads " in line] == ["rank 0 reads model.safetensors"]
+    assert "rank 3 reference: 6 parts, layers=True, frozen=True, split=True" in printed
+    assert trajectory(output) == pytest.approx(trajectory(single), abs=1e-4)
+    check_complete(output, single)

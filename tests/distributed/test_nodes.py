@@ -124,6 +124,22 @@ def test_zero3_on_two_nodes(workspace, single, tmp_path):  # noqa: F811
     assert trajectory(output) == pytest.approx(whole, abs=1e-6)
 
 
+@pytest.mark.nightly
+def test_hpz_with_a_live_reference(workspace, single, tmp_path):  # noqa: F811
+    """The shipped DeepSpeed config in float32 on two ranks, which count as a node of two."""
+    own = files.read_json(CONFIGS / "deepspeed_zero3_hpz.json")
+    own["bf16"]["enabled"], own["zero_optimization"]["zero_hpz_partition_size"] = False, 2
+    files.write_json(tmp_path / "hpz.json", own)
+    values = yaml.safe_load((CONFIGS / "deepspeed_zero3_hpz.yaml").read_text())
+    values["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "hpz.json")
+    values |= {"use_cpu": True, "num_processes": 2, "num_machines": 1, "main_process_port": 0}
+    config = tmp_path / "hpz.yaml"
+    config.write_text(yaml.safe_dump(values))
+    output, printed = launch(workspace, "hpz", config=config, layout="packed")
+    assert "reference: live, DeepSpeedEngine (ZeRO-3)" in printed
+    check_same_run(output, single)
+
+
 def test_ddp_on_two_nodes_of_a_slurm_job(workspace, single, tmp_path):  # noqa: F811
     """train.slurm under an `srun` that starts both nodes here, each with its copy of model and data; one writes."""
     folders = two_folders(tmp_path)

@@ -14,6 +14,7 @@ from prefopt.cli import COMMANDS, arguments_of, with_current_names
 from prefopt.evaluation import lm_eval
 from prefopt.evaluation.settings import KINDS, JudgeSettings
 from prefopt.evaluation.suite import SuiteArguments, suite_entries
+from prefopt.launch import LAUNCH_KEYS
 from prefopt.recipes.recipe import build, load_settings, parse_settings
 
 TEXT = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
@@ -43,10 +44,10 @@ def test_the_suite():
 
 
 def test_kinds_and_keys():
-    assert set(re.findall(r"^\| `([a-z-]+)` \|", TEXT, re.M)) == set(KINDS)
+    assert set(re.findall(r"^\| `([a-z][a-z-]+)` \|", TEXT, re.M)) == set(KINDS)
     known = {name for cls in (SuiteArguments, GenerateArguments, JudgeSettings) for name in cls.__dataclass_fields__}
     for key in re.findall(r"`--(\w+)", TEXT):
-        assert key in known, key
+        assert key in known | LAUNCH_KEYS, key
 
 
 def test_the_python_snippet():

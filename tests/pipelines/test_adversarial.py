@@ -303,7 +303,7 @@ def test_packaged_recipes_make_stages(name, tmp_path):
 # ---- for real
 
 
-GAME = {
+GAME_TRAINING = {
     **CPU,
     "logging_steps": 20,
     "disable_tqdm": True,
@@ -311,8 +311,8 @@ GAME = {
     "seed": 0,
     "per_device_train_batch_size": 32,
 }
-REWARD = {**GAME, "num_train_epochs": 3, "learning_rate": 1e-3, "per_device_eval_batch_size": 128}
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0}
+GAME_REWARD = {**GAME_TRAINING, "num_train_epochs": 3, "learning_rate": 1e-3, "per_device_eval_batch_size": 128}
+GAME_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0}
 
 
 @pytest.fixture
@@ -331,13 +331,13 @@ def game(tmp_path) -> dict:
         **{name: str(data / f"{name}.jsonl") for name in files},
         "num_iterations": 1,
         "aligner": "dpo",
-        "sampling": {**SAMPLING, "num_samples": 4, "batch_size": 512},
-        "test_sampling": {**SAMPLING, "batch_size": 256},
+        "sampling": {**GAME_SAMPLING, "num_samples": 4, "batch_size": 512},
+        "test_sampling": {**GAME_SAMPLING, "batch_size": 256},
         "selection": {"plots": False, "keep": ["length"]},
-        "policy_training": {**GAME, "beta": 0.3, "learning_rate": 3e-4, "num_train_epochs": 2},
-        "testing_reward_training": REWARD,
+        "policy_training": {**GAME_TRAINING, "beta": 0.3, "learning_rate": 3e-4, "num_train_epochs": 2},
+        "testing_reward_training": GAME_REWARD,
         "reward_update": "base",
-        "reward_training": {**REWARD, "adversarial_coeff": 1.0, "num_samples": 4, "human_coeff": 1.0},
+        "reward_training": {**GAME_REWARD, "adversarial_coeff": 1.0, "num_samples": 4, "human_coeff": 1.0},
     }
 
 

@@ -97,7 +97,7 @@ def test_the_training_job_starts_one_command_on_every_node(cluster):
         }
         assert Path(launch_words(launcher)[1]).is_file()
         values = parse_settings(name, settings, arguments_of("wpo")).values
-        assert (values["output_dir"], values["resume_from_checkpoint"]) == ("/disk/with space", "true")
+        assert (values["output_dir"], values["resume_from_checkpoint"]) == ("/disk/with space", True)
     assert rank == 1
 
 

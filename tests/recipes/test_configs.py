@@ -227,7 +227,8 @@ def environment_of(name, *words):
     given = dict(zip(words[::2], words[1::2]))
     flags = launch_words({"accelerate_config": name, **given})
     args = accelerate_launch.launch_command_parser().parse_args([*flags, "script.py"])
-    args, *_ = accelerate_launch._validate_launch_command(args)
+    args, defaults, _ = accelerate_launch._validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as `launch_command` does
     return prepare_multi_gpu_env(args) if args.use_fsdp else prepare_deepspeed_cmd_env(args)[1]
 
 

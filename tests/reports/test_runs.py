@@ -42,6 +42,22 @@ def test_a_run_on_one_page(tmp_path):
     assert html.count("<polygon") > 10
 
 
+def test_evaluations_of_the_trained_model_are_shown(tmp_path):
+    """What `prefopt evaluate` leaves in a run's `evaluation` folder; a damaged file is left out."""
+    figure = {"value": 0.612, "low": 0.58, "high": 0.643, "interval": "wilson", "count": 900}
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    place = runs[0] / "evaluation" / "a" / f"held out {HOSTILE[:4]}" / "evaluation.json"
+    write_json(
+        place, {"kind": "pairs", "model": "a", "figures": {"accuracy": figure, "ece": {**figure, "value": None}}}
+    )
+    (runs[1] / "evaluation" / "cut").mkdir(parents=True)
+    (runs[1] / "evaluation" / "cut" / "evaluation.json").write_text('{"figures": {"acc')
+    main(["report", *map(str, runs), "--output_dir", str(tmp_path / "both")])
+    text, _ = pages(tmp_path / "both")
+    assert "| held out &lt;img | accuracy | 0.612 [0.58, 0.643] | – |" in text
+    assert "| held out &lt;img | ece | – | – |" in text
+
+
 def test_nothing_is_fetched_and_nothing_acts(tmp_path):
     run = write_run(tmp_path / "run", name=HOSTILE)
     write_report([run])

@@ -195,12 +195,7 @@ def measured(layers, mode, dtype, autocast):
     install_scoring(model)
     model.train()
     if mode.mode != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if mode.mode == "every_n":
-        model._set_gradient_checkpointing(
-            True, next(m for m in model.modules() if hasattr(m, "_gradient_checkpointing_func"))
-            ._gradient_checkpointing_func, every_n_layers=mode.every,
-        )  # fmt: skip
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=mode.every)
     if mode.mode == "selective":
         checkpoint_selectively(model)
     groups = [Group(list(range(5, 45)), [list(range(50, 90)), list(range(90, 145))]) for _ in range(2)]
@@ -288,6 +283,13 @@ def test_reward_models_are_estimated_without_an_lm_head(tmp_path, monkeypatch, c
     assert trainer.args.gradient_accumulation_steps == 1
 
 
+def test_ddp_does_not_search_for_unused_weights_under_auto(tmp_path):
+    """As under TRL's default of checkpointing everything: Trainer builds DDP's settings before `auto` is settled."""
+    trainer = make_trainer(tmp_path, gradient_checkpointing=None)
+    assert trainer.accelerator.ddp_handler.find_unused_parameters is False
+    assert make_trainer(tmp_path).accelerator.ddp_handler.find_unused_parameters is True
+
+
 def test_options_of_a_recipe_go_on_to_work_with_auto(tmp_path, monkeypatch):
     """Re-entrant checkpointing cannot be selective, so `auto` does not choose that."""
     monkeypatch.setattr(fitting, "card_bytes", lambda device: 1)
@@ -295,7 +297,8 @@ def test_options_of_a_recipe_go_on_to_work_with_auto(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, gradient_checkpointing=None, gradient_checkpointing_kwargs=options)
     assert trainer.args.checkpointing == "all"
     assert trainer.args.activation_checkpointing_kwargs == options
-    ways = fitting.ways_of(config(tmp_path, gradient_checkpointing_kwargs=options), fitting.run_of(trainer))
+    run = fitting.run_of(trainer)  # before another config is made, which resets accelerate's state
+    ways = fitting.ways_of(config(tmp_path, gradient_checkpointing_kwargs=options), run)
     assert "selective" not in {way.mode for way in ways}
 
 

@@ -46,7 +46,7 @@ def greedy(model, tokenizer, ids) -> str:
     return tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("adapter", [None, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)])
+@pytest.mark.parametrize("adapter", [None, LoraConfig(target_modules=["q_proj", "v_proj"])])
 def test_policy_and_reference_before_and_after(tmp_path, adapter, capsys):
     """At the start both are the policy's; at the end they are what single forwards of each model give."""
     options = {**EVALUATION["trainer_options"], **({} if adapter is None else {"peft_config": adapter})}
@@ -62,8 +62,9 @@ def test_policy_and_reference_before_and_after(tmp_path, adapter, capsys):
     policy = [greedy(trainer.model, tokenizer, ids) for _, ids in callback.prompts]
     assert [row["policy"] for row in samples[3]] == policy
     assert [row["reference"] for row in samples[3]] == [row["reference"] for row in samples[0]]
+    assert [row["reference"] for row in samples[0]] == [row["policy"] for row in samples[0]]
+    assert callback._complete_reference() == [row["reference"] for row in samples[0]] != policy
     if adapter is None:
-        assert [row["reference"] for row in samples[0]] == [row["policy"] for row in samples[0]]
         reference = [greedy(trainer.ref_model, tokenizer, ids) for _, ids in callback.prompts]
         assert [row["reference"] for row in samples[3]] == reference != policy
     printed = capsys.readouterr().out

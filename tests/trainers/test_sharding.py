@@ -6,14 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
 from accelerate.utils import fsdp2_prepare_model
 from transformers import AutoModelForCausalLM, modeling_utils
 
+from prefopt import DPOConfig
 from prefopt.scoring.plan import BatchPlan, GroupLengths
 from prefopt.trainers.base import BaseTrainer
 from prefopt.trainers.policy import load_model
-from prefopt.trainers.sharding import give_addresses, model_without_weights, reads_weights
+from prefopt.trainers.sharding import (
+    give_addresses,
+    keep_second_partition,
+    model_without_weights,
+    reads_weights,
+)
 from tests.test_fences import must, parameters_of
 from tests.tiny import tiny_model
 
@@ -56,11 +61,11 @@ def test_weights_in_memory_stay_where_they_are():
 
 
 def test_every_rank_reads_unless_fsdp2_says_otherwise(folder, monkeypatch):
+    args = DPOConfig(folder, use_cpu=True, model_init_kwargs={"device_map": None})
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     assert reads_weights()  # nothing is distributed here
-    args = SimpleNamespace(model_init_kwargs=None, distributed_state=PartialState(), trust_remote_code=False)
     assert not any(parameter.is_meta for parameter in load_model(folder, args).parameters())
 
 
@@ -83,3 +88,16 @@ def test_accelerates_preparation_takes_what_we_pass():
         "`fsdp2_prepare_model` has other parameters",
         "the reference under FSDP2",
     )
+
+
+def test_the_groups_of_hpz_are_made_once(monkeypatch):
+    from deepspeed.utils import groups
+
+    made = []
+    monkeypatch.setattr(groups, "_create_zero_param_parallel_group", made.append)
+    monkeypatch.setattr(groups, "_get_zero_param_intra_parallel_group", lambda: made or None)
+    keep_second_partition()
+    keep_second_partition()
+    for _ in range(2):
+        groups._create_zero_param_parallel_group(8)
+    assert made == [8]

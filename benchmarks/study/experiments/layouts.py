@@ -11,7 +11,7 @@ import torch
 from benchmarks.study.experiments.base import SMALLEST, Experiment, by_seed, grouped, mean
 from benchmarks.study.lab import Lab, annotate, best_and_worst
 from benchmarks.study.results import Row
-from benchmarks.study.statistics import Claim, difference
+from benchmarks.study.statistics import Claim, difference, reach
 from prefopt import DPOConfig, DPOTrainer
 from prefopt.pages import table
 
@@ -120,11 +120,11 @@ reaches some weights. On a GPU, packed rows run other kernels than here."""
             base = by_seed(rows, "reward", rate=rate, way=BASE)
             for number, way in enumerate(ways):
                 found = difference(by_seed(rows, "reward", rate=rate, way=way), base)
-                if found is not None and found.interval != "none":
+                if found is not None:
                     axes.errorbar(
                         [found.mean],
                         [number + 0.2 * offset],
-                        xerr=[[found.mean - found.low], [found.high - found.mean]],
+                        xerr=reach(found),
                         marker="o",
                         capsize=3,
                         color=f"C{offset}",

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.study.experiments.base import SMALLEST, Experiment, best, by_seed, grouped, mean
 from benchmarks.study.lab import START_WRITER, Lab, annotate, best_and_worst
 from benchmarks.study.results import Row
-from benchmarks.study.statistics import Claim, difference
+from benchmarks.study.statistics import Claim, difference, reach
 from benchmarks.study.world import WORDS
 from prefopt import MultiReferenceDPOConfig, MultiReferenceDPOTrainer
 from prefopt.pages import table
@@ -169,7 +169,7 @@ hundreds of nats there, so spread is rarely small."""
                 axes.errorbar(
                     [found.mean],
                     [number],
-                    xerr=[[found.mean - found.low], [found.high - found.mean]],
+                    xerr=reach(found),
                     marker="o",
                     capsize=3,
                     color="C0" if way in WEIGHTINGS else "C1",

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.study.experiments.base import SMALLEST, Experiment, best, by_seed, grouped, mean
 from benchmarks.study.lab import START_WRITER, Lab, annotate, best_and_worst
 from benchmarks.study.results import Row
-from benchmarks.study.statistics import Claim, contrast, difference
+from benchmarks.study.statistics import Claim, contrast, difference, reach
 from prefopt import DPOConfig, DPOTrainer, WPOConfig, WPOTrainer
 from prefopt.pages import table
 
@@ -162,7 +162,7 @@ are not."""
             ),
             ("It matters which pair has which weight", "WPO - shuffled, 50 %", gap(0.5, "wpo", "shuffled"), zero, {}),
             (
-                "With shuffled weights nothing is gained",
+                "With shuffled weights WPO is no better or worse than DPO",
                 "shuffled - DPO, 50 %",
                 gap(0.5, "shuffled", "dpo"),
                 zero,
@@ -207,10 +207,11 @@ are not."""
                 mine, theirs = (by_seed(rows, "reward", share=share, method=each) for each in (method, "dpo"))
                 found = difference(mine, theirs)
                 if found is not None:
-                    points.append((100 * share + 1.5 * (number - 1.5), found.mean, found.low, found.high))
+                    points.append(
+                        (100 * share + 1.5 * (number - 1.5), found.mean, *(ends[0] for ends in reach(found)))
+                    )
             if points:
-                x, y, low, high = zip(*points)
-                errors = [[m - a for m, a in zip(y, low)], [b - m for m, b in zip(y, high)]]
+                x, y, *errors = zip(*points)
                 axes.errorbar(x, y, yerr=errors, marker="o", capsize=3, linewidth=1, label=method)
         axes.axhline(0, color="0.6", linewidth=1)
         axes.set(xlabel="off-policy pairs, %", ylabel="true reward - DPO's", xticks=[0, 50, 100])

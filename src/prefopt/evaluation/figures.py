@@ -20,6 +20,7 @@ from prefopt.intervals import normal_quantile, t_interval, wilson_interval
 from prefopt.pages import escape, printable, table
 
 EVALUATION_FILE, PAGE = "evaluation.json", "evaluation.md"
+EVALUATION_FOLDER = "evaluation"  # within a training run's folder
 RESAMPLES = 500
 
 

@@ -244,7 +244,7 @@ def _fit_chosen(features: np.ndarray, targets: np.ndarray, weights: np.ndarray) 
     sample_weight, probabilities = _both_labels(targets, weights)
     rows = len(targets)
     with sklearn.config_context(enable_metadata_routing=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", module="sklearn")  # about arguments that the package's numbers depend on
         scorer = make_scorer(_log_loss, response_method="predict_proba", greater_is_better=False).set_score_request(
             true_prob=True, row_weight=True
         )
@@ -268,7 +268,7 @@ def _fit(features: np.ndarray, targets: np.ndarray, weights: np.ndarray, strengt
 
     sample_weight, _ = _both_labels(targets, weights)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", module="sklearn")  # about arguments that the package's numbers depend on
         model = LogisticRegression(C=strength, **_SOLVER)
         model.fit(np.concatenate([features, features]), np.repeat([1, 0], len(targets)), sample_weight=sample_weight)
     return np.asarray(model.coef_[0])

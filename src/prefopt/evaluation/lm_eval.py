@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefopt.arguments import setting
 from prefopt.candidates.shards import current_processes
 from prefopt.evaluation.figures import Figure, as_json
@@ -89,6 +91,7 @@ def evaluate(args: LMEvalSettings) -> dict[str, Any]:
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         batch_size=args.eval_batch_size,
+        device=None if torch.cuda.is_available() else "cpu",  # by default it takes CUDA for granted
         apply_chat_template=args.apply_chat_template,
         fewshot_as_multiturn=args.apply_chat_template,
         task_manager=manager,

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from prefopt.evaluation.figures import EVALUATION_FILE, EVALUATION_FOLDER
 from prefopt.files import iterate_jsonl, read_json, read_yaml
 from prefopt.run import (
     EVAL_FIGURES,
@@ -38,6 +39,7 @@ class RunRecord:
         log: logs of training steps, in order.
         evaluations: logs of evaluations, in order.
         figures: those of the end, of training and evaluation.
+        measured: figures of `prefopt evaluate` within the run's folder, by the folder of each evaluation.
         samples: `samples.jsonl`: completions of the policy and the reference at several steps.
         max_steps: how many steps were planned; 0 where that is not known.
     """
@@ -51,6 +53,7 @@ class RunRecord:
     log: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     figures: Mapping[str, Any]
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     max_steps: int = 0
 
@@ -80,11 +83,22 @@ def read_run(folder: Path, name: str) -> RunRecord:
         log=[entry for entry in history if "loss" in entry],
         evaluations=[entry for entry in history if any(key.startswith("eval_") for key in entry)],
         figures=_mapping(folder / TRAIN_FIGURES, read_json) | _mapping(folder / EVAL_FIGURES, read_json),
+        measured=_measured(folder / EVALUATION_FOLDER),
         samples=_whole_lines(folder / SAMPLES_FILE),
         max_steps=max(
             (line["max_steps"] for line in _whole_lines(folder / LOG_FILE) if "max_steps" in line), default=0
         ),
     )
+
+
+def _measured(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the figures of every `evaluation.json` below a folder, by the name of the folder that holds it."""
+    found = {}
+    for path in sorted(folder.glob(f"**/{EVALUATION_FILE}")):
+        figures = _mapping(path, read_json).get("figures")
+        if isinstance(figures, dict):
+            found[path.parent.name] = {k: v for k, v in figures.items() if isinstance(v, dict) and "value" in v}
+    return found
 
 
 def log_history(folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.charts import Line, line_chart
+from prefopt.evaluation.figures import shown
 from prefopt.files import write_text
 from prefopt.intervals import t_interval, wilson_interval
 from prefopt.pages import (
@@ -119,6 +120,7 @@ def page(records: Sequence[RunRecord], *, plots: bool) -> list[Block]:
     blocks += data_section(records)
     blocks += training_section(records, plots=plots)
     blocks += evaluation_section(records, plots=plots)
+    blocks += measured_section(records)
     for record in records:
         blocks += samples_section(record)
     return blocks + machine_section(records)
@@ -310,6 +312,20 @@ def evaluation_section(records: Sequence[RunRecord], *, plots: bool) -> list[Blo
         blocks.append(Paragraph(Own("Accuracies with 95 % intervals (Wilson) where the number of rows is known.")))
     charts = [chart for name in names if plots and (chart := draw_evaluations(name, records)) is not None]
     return [*blocks, Figures(charts)] if charts else blocks
+
+
+def measured_section(records: Sequence[RunRecord]) -> list[Block]:
+    """Show what `prefopt evaluate` has found of each run, with its intervals."""
+    names = list(
+        dict.fromkeys((label, name) for r in records for label, found in r.measured.items() for name in found)
+    )
+    if not names:
+        return []
+    rows = [
+        (label, name, *(Own(shown(r.measured.get(label, {}).get(name))) for r in records)) for label, name in names
+    ]
+    head = ("evaluation", "figure", *(record.name if len(records) > 1 else "value" for record in records))
+    return [Heading("After training"), Table(head, rows)]
 
 
 def evaluation_of(record: RunRecord) -> dict[str, float]:

@@ -30,7 +30,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
@@ -131,6 +131,9 @@ class BaseTrainer(HookedTrainer):
                 f"... --num_processes {args.n_gpu}`), or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
         args = copy.copy(args)  # what is settled for this model and data is not settled for the config's next one
+        if args.checkpointing == "auto" and args.ddp_find_unused_parameters is None:
+            # Trainer would decide it before anything is settled; every trained weight is in the loss's graph
+            args.ddp_find_unused_parameters = not isinstance(model, PreTrainedModel)
         self.collate = collate
         self.groups_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._lengths: dict[str, list[GroupLengths]] = {}

@@ -25,7 +25,13 @@ from prefopt.memory import decoder_layers
 from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.logprobs import install_scoring
 from prefopt.trainers.checkpointing import make_reentrant
-from prefopt.trainers.sharding import model_without_weights, reads_once_a_node, reads_weights, share_dtypes
+from prefopt.trainers.sharding import (
+    keep_second_partition,
+    model_without_weights,
+    reads_once_a_node,
+    reads_weights,
+    share_dtypes,
+)
 
 REFERENCE_ADAPTER = "ref"
 _RESERVED_NAMES = {
@@ -77,6 +83,8 @@ def load_model(
     init.setdefault("trust_remote_code", args.trust_remote_code)
     if loader is create_model_from_path and is_adapter(model):
         loader = _load_adapter
+    if is_deepspeed_zero3_enabled():
+        keep_second_partition()
     if loader is not create_model_from_path or quantization_config is not None or not reads_once_a_node():
         return loader(model, **init)
     loaded: PreTrainedModel = loader(model, **init) if reads_weights() else model_without_weights(model, **init)

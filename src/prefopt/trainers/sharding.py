@@ -94,6 +94,19 @@ def give_addresses(model: nn.Module, *, upcast: bool) -> None:
                 setattr(module, name, made[id(parameter)])
 
 
+def keep_second_partition() -> None:
+    """Have a second model under ZeRO-3 use the groups that hpZ has made for the first; DeepSpeed would stop."""
+    from deepspeed.utils import groups
+
+    create = groups._create_zero_param_parallel_group
+
+    def create_once(size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            create(size)
+
+    groups._create_zero_param_parallel_group = create_once
+
+
 def is_fsdp(accelerator: Accelerator) -> bool:
     """Return whether models are sharded by FSDP."""
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
