@@ -101,7 +101,8 @@ def test_a_command_is_understood(page, line):
         words = [word for word in words if "=" not in word]
         assert subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True).returncode == 0
     elif program == "python":
-        assert (ROOT / words[0]).is_file(), line
+        place = ROOT / (words[1].replace(".", "/") if words[0] == "-m" else words[0])
+        assert any(path.is_file() for path in (place, place.with_suffix(".py"), place / "__main__.py")), line
     elif program == "accelerate":
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).is_file() or page.endswith("migrating.md"), line
