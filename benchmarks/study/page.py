@@ -117,6 +117,9 @@ def draw(experiment: Experiment, rows: list[Row], path: Path) -> Path | None:
     experiment.draw(figure.subplots(), rows)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
+    import matplotlib
+
+    # the same results make the same file
+    with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "study"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     return path
