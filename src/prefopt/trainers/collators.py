@@ -93,8 +93,8 @@ class CustomCollator:
         mask, scored = mask.bool(), scored.clone()
         skipped = [ranges for example in examples for ranges in Group.of_pair(example).skipped or ((), ())]
         for number, (begin, ranges) in enumerate(zip(scored.long().argmax(1).tolist(), skipped)):
-            for first, last in ranges:  # a collator that cuts keeps the beginning, as TRL's does
-                scored[number, begin + first : begin + last] = 0
+            for start, end in ranges:  # a collator that cuts keeps the beginning, as TRL's does
+                scored[number, begin + start : begin + end] = 0
         row, position = scored.bool().nonzero(as_tuple=True)
         length = input_ids.shape[1]
         # positions in the flattened (2B * T) outputs; a token is predicted from the one before it
