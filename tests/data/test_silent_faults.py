@@ -295,9 +295,13 @@ def test_c1_rows_may_not_set_the_parameters_of_the_function(settings):
     ],
 )
 def test_c1_the_values_of_a_rows_settings_are_limited(settings, kept):
-    reason, detail = fault_of({**GOOD, "chat_template_kwargs": settings})
-    assert reason == (None if kept else "template setting that is too large")
-    assert kept or len(detail) < 120
+    row = {**GOOD, "chat_template_kwargs": settings}
+    if kept:
+        assert normalise_pair(row)["chat_template_kwargs"] == settings
+        return
+    with pytest.raises(BadRow, match="template setting that is too large") as caught:
+        normalise_pair(row)
+    assert len(caught.value.detail) < 120
 
 
 def test_c1_a_template_that_fails_or_does_not_end_costs_one_row(monkeypatch):

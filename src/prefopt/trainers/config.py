@@ -235,6 +235,9 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):  # type: ignore[misc]  # grad
         choices=ALIGNMENTS,
     )
     gamma_beta_ratio: float = setting(0.5, "SimPO's target margin divided by beta (loss_type 'simpo' only).")
+    ref_logps_dir: str | None = setting(
+        None, "Folder of cached reference scores, read and filled when `precompute_ref_log_probs` is on."
+    )
     truncation_mode: str = setting(
         "keep_start",
         "What a pair longer than `max_length` keeps: 'keep_start', 'keep_end' (TRL's), 'drop' (nothing: it is left "
@@ -257,9 +260,6 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):  # type: ignore[misc]  # grad
         "all",
         "Of a completion of several turns, score 'all' of the assistant's turns, or the 'last' one.",
         choices=COMPLETION_TURNS,
-    )
-    ref_logps_dir: str | None = setting(
-        None, "Folder of cached reference scores, read and filled when `precompute_ref_log_probs` is on."
     )
 
     @property
