@@ -225,6 +225,7 @@ class LogFile(TrainerCallback):
 
     def _append(self, state: Any, entry: dict[str, Any]) -> None:
         if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
