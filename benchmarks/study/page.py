@@ -48,7 +48,9 @@ plain maximum at first; it was replaced once, after four seeds of the WPO experi
 rate for WPO at 50 % at which everything is worse. The cyclic experiment had answers of up to ten words and the rule
 told by a digit at first; on seed 0, and in the case of share 0 on seed 1, neither model learned it, nor with heads
 that read the end of the answer instead of its last word. DPO's betas in the adversarial experiment were raised after
-a small trial run in which every way overfitted its reward model. No claim, metric or smallest effect was changed.
+a small trial run in which every way overfitted its reward model. No
+metric or smallest effect was changed; the shuffled-weights claim was reworded after its result, from "nothing is
+gained" to the sameness that it always tested, and a refuted sameness is now called "the opposite".
 """
 
 
