@@ -177,7 +177,7 @@ CASES = {
         write("rows.jsonl.gz", ROW),
         ["rows.jsonl.gz", "could not be read"],
     ),
-    "uneven batch": ({"global_batch_size": 0}, None, ["global_batch_size 0"]),
+    "uneven batch": ({"global_batch_size": 0}, None, ["global_batch_size must be at least 1, not 0"]),
     "two batch sizes": (
         {"global_batch_size": 8, "gradient_accumulation_steps": 2},
         None,
@@ -289,7 +289,7 @@ TRAINERS = [
 
 
 @pytest.mark.parametrize(("trainer_class", "config_class"), TRAINERS)
-@pytest.mark.parametrize(("model", "words"), [(None, "`model` is None: give the name"), (3, "`model` is of type int")])
+@pytest.mark.parametrize(("model", "words"), [(None, "`model` is None: give a hub name"), (3, "`model` is of type int")])
 def test_no_model(tmp_path, trainer_class, config_class, model, words):
     args = config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(ValueError, match=words):
