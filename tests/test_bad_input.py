@@ -289,7 +289,9 @@ TRAINERS = [
 
 
 @pytest.mark.parametrize(("trainer_class", "config_class"), TRAINERS)
-@pytest.mark.parametrize(("model", "words"), [(None, "`model` is None: give a hub name"), (3, "`model` is of type int")])
+@pytest.mark.parametrize(
+    ("model", "words"), [(None, "`model` is None: give a hub name"), (3, "`model` is of type int")]
+)
 def test_no_model(tmp_path, trainer_class, config_class, model, words):
     args = config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(ValueError, match=words):
