@@ -446,6 +446,18 @@ LAYOUTS = [
         ("data/test_encoding.py::test_messages_get_trls_ids*", "data/test_encoding.py::test_strings_get_trls_ids*"),
     ),
     Claim(
+        "`chat_rendering`, `special_tokens`, `truncation_mode: trl09`",
+        "ids that TRL 0.9.6 and the code of WPO, SimPO and SPPO gave",
+        "four tokenizers, rows that are cut and rows that are not",
+        ("data/test_authors_ids.py::test_ids_are_those_of_the_authors_code*",),
+    ),
+    Claim(
+        "scores of several assistant turns",
+        PLAIN,
+        "the tokens of the answers alone; packed and padded",
+        ("trainers/test_completion_turns.py::test_sums_are_the_models_own_on_the_answers*",),
+    ),
+    Claim(
         "truncation",
         "TRL's",
         "both sides",
@@ -504,6 +516,18 @@ WRAPPERS = [
         "none",
         "the losses of a run",
         (f"{PAIRS}test_checkpointing_changes_nothing*",),
+    ),
+    Claim(
+        "every n-th layer, selective, all layers recomputed",
+        "none recomputed",
+        "losses, gradient norms and weights",
+        ("trainers/test_checkpointing.py::test_every_mode_trains_alike*",),
+    ),
+    Claim(
+        "micro-batches of tokens",
+        "micro-batches of pairs",
+        "figures and weights after training",
+        ("trainers/test_token_batches.py::test_a_step_is_the_same_in_micro_batches_of_tokens*",),
     ),
     Claim("torch.compile", "none", "the losses of a run", (f"{PAIRS}test_torch_compile_trains_alike*",)),
 ]
