@@ -45,10 +45,12 @@ both, so these seeds cannot say. With about {claims} claims at 95 %, one or two 
 **What was changed after trying.** The world's writers were changed three times on seed 0, before any further seed,
 until pairs could teach the start something other than shorter answers. The rule for choosing hyperparameters was the
 plain maximum at first; it was replaced once, after four seeds of the WPO experiment had shown that it had picked a
-rate for WPO at 50 % at which everything is worse. The cyclic experiment had answers of up to ten words and the rule
+rate for WPO at 50 % at which everything is worse; the runs that it chose anew used those same seeds, so that fresh
+seeds would judge it more cleanly. The cyclic experiment had answers of up to ten words and the rule
 told by a digit at first; on seed 0, and in the case of share 0 on seed 1, neither model learned it, nor with heads
-that read the end of the answer instead of its last word. DPO's betas in the adversarial experiment were raised after
-a small trial run in which every way overfitted its reward model. No
+that read the end of the answer instead of its last word, nor with mean pooling. With several references every run
+was put on four fifths of the pairs after a small trial, since two weightings hold a fifth out. DPO's betas in the
+adversarial experiment were raised after a small trial run in which every way overfitted its reward model. No
 metric or smallest effect was changed; the shuffled-weights claim was reworded after its result, from "nothing is
 gained" to the sameness that it always tested, and a refuted sameness is now called "the opposite".
 """
