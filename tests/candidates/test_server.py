@@ -225,7 +225,13 @@ def test_one_request_that_fails_for_good_ends_the_others():
 def test_an_interrupted_run_waits_for_no_request_that_has_not_begun():
     endpoint = Endpoint()
     endpoint.delay = 0.05
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def interrupt():  # once requests are under way, however long the first takes
+        while len(endpoint.bodies) < 6:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         complete(endpoint, 100, concurrency=2)
     assert len(endpoint.bodies) < 50
