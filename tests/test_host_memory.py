@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from prefopt.host_memory import estimate_host
-from prefopt.memory import Launch, ModelShape
+from prefopt.memory import Launch, ModelShape, Run
 from prefopt.recipes import locate
 from tests.tiny import tiny_model
 
@@ -19,7 +19,7 @@ def shape():
 
 def host(shape, name, **changes):
     launch = replace(Launch.read(locate(name, "accelerate_configs")), **changes)
-    return estimate_host(shape, launch, dtype="bfloat16", bf16=True, optimizer="adamw_torch")
+    return estimate_host(Run(shape, launch, dtype="bfloat16", bf16=True, optimizer="adamw_torch"))
 
 
 def test_every_rank_loads_policy_and_reference_without_sharding(shape):

@@ -42,6 +42,7 @@ from prefopt.trainers.checkpoints import check_space
 from prefopt.trainers.data_tables import data_warnings
 from prefopt.trainers.fitting import NOTHING_ON_CPU, explain, ways_of
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
+from prefopt.trainers.policy import is_adapter
 from prefopt.training import suite_of, tokenise_data
 
 T = TypeVar("T")
@@ -192,14 +193,18 @@ def check_model_and_data(
                 found.notices += data_warnings(data, config.max_length)
             for split, dataset in datasets.items():
                 found.attempt(trainer.check_data, dataset, config, split)
-                if not run.is_adapter(name):
+                if not is_adapter(name):
                     found.attempt(check_fits_model, dataset, model_config, split)
-    if model_config is not None and tokenizer is not None:
-        if rows == "pairs":  # reward models generate nothing
-            found.attempt(run.check_saving, name, model_config, config, model_args, tokenizer)
-        found.attempt(check_disk, name, model_config, config, model_args, found)
-    found.memory = found.attempt(estimate_memory, config, model_args, found)
-    found.host = found.attempt(estimate_host_memory, config, model_args, found)
+    planned = None
+    if model_config is not None:
+        planned = found.attempt(planned_run, name, model_config, config, model_args, found)
+    if model_config is not None and tokenizer is not None and rows == "pairs":  # reward models generate nothing
+        found.attempt(run.check_saving, name, model_config, config, model_args, tokenizer)
+    if planned is not None:
+        if tokenizer is not None:
+            found.attempt(check_disk, planned, config, found)
+        found.memory = found.attempt(estimate_memory, planned, config, found)
+        found.host = estimate_host(planned, saves=config.save_strategy != "no")
     if found.host is not None and found.launch_name:
         here = psutil.virtual_memory().total
         if found.host.total > here:
@@ -210,11 +215,14 @@ def check_model_and_data(
             found.notices.append(f"This is more than the {available / GIB:.0f} GiB of a GPU here.")
 
 
-def planned_run(config: Any, model_args: ModelConfig, found: Findings, *, card: int) -> Run:
-    """Describe the run as the estimate needs it, on a card of so many bytes."""
-    name = str(model_args.model_name_or_path)
-    model_config = run.read_config(name, model_args, config)
-    adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
+def card_bytes() -> int:
+    """Return the memory of the card here, or of the one that is assumed where there is none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_CARD
+
+
+def planned_run(name: str, model_config: Any, config: Any, model_args: ModelConfig, found: Findings) -> Run:
+    """Describe the run as the estimates need it."""
+    adapter = run.adapter_of(name) if is_adapter(name) else run.adapter_config(model_args)
     planned = Run(
         ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code),
         found.launch,
@@ -227,13 +235,12 @@ def planned_run(config: Any, model_args: ModelConfig, found: Findings, *, card: 
         accumulates=config.gradient_accumulation_steps > 1 or config.tokens_per_micro_batch is not None,
         scores_tokens=COMMANDS[found.method].rows == "pairs" or found.method == "rrhf",
     )
-    return with_master_weights(planned, config.master_weights, available=card)
+    return with_master_weights(planned, config.master_weights, available=card_bytes())
 
 
-def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
+def estimate_memory(planned: Run, config: Any, found: Findings) -> Memory:
     """Estimate the memory of one GPU, with what `auto` chooses on it; see `prefopt.memory`."""
-    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else ASSUMED_CARD
-    planned = planned_run(config, model_args, found, card=card)
+    card = card_bytes()
     ways = ways_of(config, planned)
     tokens, scored = micro_batch_tokens(config, found.reports)
     if (wanted := config.tokens_per_micro_batch) is not None and not (wanted == "auto" and found.on_cpu):
@@ -253,34 +260,16 @@ def estimate_memory(config: Any, model_args: ModelConfig, found: Findings) -> Me
     return estimate(planned, way, tokens=tokens, scored_tokens=scored)
 
 
-def estimate_host_memory(config: Any, model_args: ModelConfig, found: Findings) -> Memory:
-    """Estimate the memory of the first node; see `prefopt.host_memory`."""
-    name = str(model_args.model_name_or_path)
-    model_config = run.read_config(name, model_args, config)
-    adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
-    return estimate_host(
-        ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code),
-        found.launch,
-        dtype=model_args.dtype,
-        bf16=config.bf16,
-        optimizer=config.optim.value,
-        keeps_reference=adapter is None and keeps_reference(found.method, config),
-        saves=config.save_strategy != "no",
-    )
-
-
-def check_disk(name: str, model_config: Any, config: Any, model_args: ModelConfig, found: Findings) -> None:
+def check_disk(planned: Run, config: Any, found: Findings) -> None:
     """Raise a ValueError where the disk has no room for the checkpoints that the run will keep."""
-    adapter = run.adapter_of(name) if run.is_adapter(name) else run.adapter_config(model_args)
-    shape = ModelShape.of(model_config, adapter, trust_remote_code=config.trust_remote_code)
     rows = next((data.rows_kept for data in found.reports if data.name == "train"), 0)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * max(found.launch.processes, 1)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(rows / batch) * math.ceil(config.num_train_epochs)
-    size = 4 if model_args.dtype == "float32" else 2
+    trained = planned.shape.trained
     check_space(
         config,
-        size * (shape.parameters if adapter is None else shape.trained),
-        optimizer_bytes(config.optim.value) * shape.trained,
+        planned.loaded_bytes * trained,
+        optimizer_bytes(planned.optimizer) * trained,
         steps=max(steps, 1),
     )
 

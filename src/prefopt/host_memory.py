@@ -18,7 +18,7 @@ buffers, and files that the system keeps cached.
 
 from __future__ import annotations
 
-from prefopt.memory import GIB, Launch, Memory, ModelShape, optimizer_bytes
+from prefopt.memory import GIB, Memory, Run, optimizer_bytes
 
 
 class HostMemory(Memory):
@@ -35,32 +35,19 @@ class HostMemory(Memory):
         return "\n".join([*lines, f"  {'at one time':<12}{self.total / GIB:>9.2f} GiB"])
 
 
-def estimate_host(
-    shape: ModelShape,
-    launch: Launch,
-    *,
-    dtype: str | None,
-    bf16: bool,
-    optimizer: str,
-    keeps_reference: bool = True,
-    saves: bool = True,
-) -> HostMemory:
+def estimate_host(run: Run, *, saves: bool = True) -> HostMemory:
     """Estimate the memory of the first node by the table in the module's docstring.
 
     Args:
-        shape: the model.
-        launch: processes and sharding.
-        dtype: of the loaded weights; "auto" and `None` count as two bytes.
-        bf16: whether the run computes in bfloat16.
-        optimizer: transformers' name of it.
-        keeps_reference: whether a reference model stays in memory.
+        run: model, launch and precision.
         saves: whether checkpoints are written.
     """
+    shape, launch, size = run.shape, run.launch, run.loaded_bytes
+    models = 2 if run.keeps_reference else 1
     local = max(launch.processes // launch.machines, 1)
-    size = 4 if dtype == "float32" else 2
-    copies = size * shape.parameters * (2 if keeps_reference else 1)
+    copies = size * shape.parameters * models
     readers = 1 if launch.reads_once_a_node else local
-    upcast = launch.fsdp and bf16 and size == 2
+    upcast = launch.fsdp and run.bf16 and size == 2
     if launch.zero_stage == 3:
         loading = float(size * shape.parameters)
     else:
@@ -68,10 +55,10 @@ def estimate_host(
     held = 4 if upcast else size
     saving: float = held * shape.trained + size * (shape.parameters - shape.trained)
     if launch.fsdp:
-        saving = max(saving, optimizer_bytes(optimizer) * shape.trained)
+        saving = max(saving, optimizer_bytes(run.optimizer) * shape.trained)
     # 16-bit weights and gradients, float32 masters and moments
-    offloaded = (2 * shape.parameters * (2 if keeps_reference else 1) if launch.offload_weights else 0) + (
-        (6 + optimizer_bytes(optimizer)) * shape.trained if launch.offload_optimizer else 0
+    offloaded = (2 * shape.parameters * models if launch.offload_weights else 0) + (
+        (6 + optimizer_bytes(run.optimizer)) * shape.trained if launch.offload_optimizer else 0
     )
     return HostMemory(
         {

@@ -354,11 +354,16 @@ class Run:
         return self.weight_bytes == 2 and not self.launch.zero_stage and not self.launch.fsdp
 
     @property
+    def loaded_bytes(self) -> int:
+        """Bytes of a weight as it is loaded."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of a weight: accelerate keeps those that FSDP trains in float32."""
         if self.launch.zero_stage and self.bf16:
             return 2
-        return 4 if self.dtype == "float32" or (self.launch.fsdp and self.bf16) else 2
+        return 4 if self.launch.fsdp and self.bf16 else self.loaded_bytes
 
     @property
     def widths(self) -> Widths:

@@ -32,7 +32,7 @@ from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
 from prefopt.trainers.checkpoints import cannot_resume, checkpoint_to_resume, is_whole, last_checkpoint, try_saving
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
-from prefopt.trainers.policy import load_model
+from prefopt.trainers.policy import is_adapter, load_model
 from prefopt.trainers.samples import SAMPLES_FILE
 
 # --- What we know of settings that transformers and TRL declare; of our own, it stands in the fields' metadata.
@@ -428,12 +428,6 @@ def load_tokenizer(name: str, model_args: ModelConfig, args: Any, run_args: RunA
     if run_args.chat_template is not None:
         tokenizer.chat_template = run_args.chat_template
     return with_pad_token(tokenizer)
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether a local folder holds an adapter and no whole model."""
-    path = user_path(name)
-    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
 def adapter_of(name: str) -> PeftConfig:

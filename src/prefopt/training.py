@@ -68,7 +68,6 @@ from prefopt.run import (
     check_devices,
     check_output,
     check_reference,
-    is_adapter,
     is_finished,
     load_tokenizer,
     missing_packages,
@@ -80,6 +79,7 @@ from prefopt.run import (
 )
 from prefopt.trainers.config import model_options
 from prefopt.trainers.data_tables import show_report
+from prefopt.trainers.policy import is_adapter
 from prefopt.trainers.samples import SampleCompletionsCallback
 from prefopt.waiting import announced_wait, watch_extension_locks
 
