@@ -17,6 +17,7 @@ import numpy as np
 
 from prefopt.arguments import setting
 from prefopt.candidates.pairs import sigmoid
+from prefopt.candidates.rankers.judge import fill
 from prefopt.candidates.records import read_records
 from prefopt.candidates.shards import current_processes
 from prefopt.data.rows import Row
@@ -38,7 +39,6 @@ _RIDGE = 1e-3  # keeps models that won or lost everything finite
 VERDICTS = {"A>>B": (1.0, STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, STRONG)}
 VERDICTS |= {"A<<B": (0.0, STRONG), "A<B": (0.0, 1), "B=A": (0.5, 1), "B<A": (1.0, 1), "B<<A": (1.0, STRONG)}
 _VERDICT = re.compile(r"\[?\[([AB<>=]+)\]\]?")
-_FIELD = re.compile(r"\{(question|answer_a|answer_b)\}")
 
 TEMPLATE = """Two assistants have answered the request of a user. Judge which answer serves the user better.
 
@@ -238,7 +238,7 @@ def _judge(
         first, second = answer_text(theirs[uid]), answer_text(mine[uid])
         for number, (a, b) in enumerate(((first, second), (second, first))):
             values = {"question": row["prompt"], "answer_a": a, "answer_b": b}
-            asked[f"{uid}/{number}"] = _FIELD.sub(lambda found, values=values: values[found[1]], template)  # type: ignore[misc]
+            asked[f"{uid}/{number}"] = fill(template, values)
     replies = ask(args.judge, asked, folder)
     judgments = []
     for row in questions:

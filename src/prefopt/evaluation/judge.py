@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.candidates.backends.http import AnswerUnusable, Call, JsonClient, Unusable
+from prefopt.candidates.backends.http import Call, JsonClient, Unusable
+from prefopt.candidates.rankers.judge import LARGEST_UNREADABLE_SHARE, absent_fields, judge_call, message_of
 from prefopt.candidates.shards import current_processes
 from prefopt.data.rows import Row
-from prefopt.evaluation.settings import JudgeSettings
+from prefopt.evaluation.settings import JudgeSettings, prompt_hash
 from prefopt.files import content_hash, read_jsonl, user_path
 from prefopt.progress import Progress
 
 REPLIES_FILE = "judge_replies.jsonl"
-LARGEST_UNREADABLE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def judge_template(settings: JudgeSettings, built_in: str, fields: tuple[str, ..
     if settings.template is None:
         return built_in
     text = user_path(settings.template).read_text(encoding="utf-8")
-    if absent := [name for name in fields if "{" + name + "}" not in text]:
+    if absent := absent_fields(text, fields):
         raise ValueError(f"judge: template: {settings.template} has no {{{absent[0]}}}; it needs {', '.join(fields)}.")
     return text
 
@@ -106,26 +106,19 @@ def _identity(settings: JudgeSettings, question: str) -> str:
 
 
 def _call(settings: JudgeSettings, question: str) -> Call[Reply]:
-    body = {
-        "model": settings.model,
-        "messages": [{"role": "user", "content": question}],
-        "temperature": settings.temperature,
-        "max_tokens": settings.max_tokens,
-    }
-    return Call("chat/completions", body, _read)
+    return judge_call(
+        settings.model, question, _read, temperature=settings.temperature, max_tokens=settings.max_tokens
+    )
 
 
 def _read(reply: dict[str, Any]) -> Reply:
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise AnswerUnusable("its reply holds no message") from None
+    text = message_of(reply)
     usage = reply.get("usage")
     counts = [
         value if isinstance(usage, dict) and isinstance(value := usage.get(name), int) else 0
         for name in ("prompt_tokens", "completion_tokens")
     ]
-    return Reply(content if isinstance(content, str) else "", *counts)
+    return Reply(text, *counts)
 
 
 def judge_record(settings: JudgeSettings, template: str, replies: Mapping[str, Reply], unreadable: int) -> Row:
@@ -146,7 +139,7 @@ def judge_record(settings: JudgeSettings, template: str, replies: Mapping[str, R
         cost = (tokens[0] * settings.input_price + tokens[1] * settings.output_price) / 1e6
     return {
         "model": settings.model,
-        "prompt_hash": content_hash(template)[:16],
+        "prompt_hash": prompt_hash(template),
         "temperature": settings.temperature,
         "judgments": len(replies),
         "unreadable": unreadable,

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from prefopt.arguments import setting
+from prefopt.candidates.rankers.judge import fill
 from prefopt.candidates.shards import current_processes
 from prefopt.data.messages import TextOrMessages
 from prefopt.data.rows import Row
 from prefopt.evaluation.figures import Figure, mean
 from prefopt.evaluation.judge import ask, judge_record, judge_template
-from prefopt.evaluation.settings import SharedSettings, answer_questions, read_rows
+from prefopt.evaluation.settings import SharedSettings, answer_questions, prompt_hash, read_rows
 from prefopt.files import content_hash, write_jsonl
 
 KIND = "mt-bench"
@@ -38,7 +39,6 @@ TEMPERATURES = {
 }
 DEFAULT_TEMPERATURE = 0.7
 _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
-_FIELD = re.compile(r"\{(conversation|reference)\}")
 
 TEMPLATE = """Grade the last answer of the assistant in the conversation below.
 
@@ -224,7 +224,7 @@ def _judge(
                 {
                     "question_id": row["question_id"],
                     "model": args.name,
-                    "judge": [args.judge.model, content_hash(template)[:16]],
+                    "judge": [args.judge.model, prompt_hash(template)],
                     "user_prompt": asked[key],
                     "judgment": replies[key].text,
                     "score": -1 if grade is None else grade,
@@ -242,7 +242,7 @@ def _question(template: str, row: Row, answers: Sequence[str], reference: Sequen
     shown = [f"{m['role']}: {m['content']}" for m in conversation(row["turns"][: turn + 1], answers[: turn + 1])]
     expert = f"\n<expert_answer>\n{reference[turn]}\n</expert_answer>\n" if turn < len(reference) else ""
     values = {"conversation": "\n\n".join(shown), "reference": expert}
-    return _FIELD.sub(lambda found: values[found[1]], template)
+    return fill(template, values)
 
 
 def rating(reply: str) -> float | None:

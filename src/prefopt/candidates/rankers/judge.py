@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from prefopt.arguments import ServerArguments, setting
 from prefopt.candidates.backends.http import AnswerUnusable, Call, JsonClient, Unusable
 from prefopt.candidates.pairs import Array
 from prefopt.candidates.rankers.base import Ranker, Request, Tally, ordered_pairs, plain_text
+
+T = TypeVar("T")
 
 TEMPLATE = """Two assistants answered the same request. Decide which answer serves the user better: correct, complete \
 as far as the request asks, honest and clear. Length alone is no merit, and neither is being shown first.
@@ -37,7 +39,8 @@ VERDICT_LOGIT = math.log(9)  # a verdict given in both orders means a win with p
 VERDICTS = {"A": VERDICT_LOGIT, "B": -VERDICT_LOGIT, "C": 0.0}
 LARGEST_UNREADABLE_SHARE = 0.5
 MAX_TOKENS = 2048  # room for a template that asks for reasons first
-_FIELD = re.compile(r"\{(prompt|answer_a|answer_b)\}")
+FIELDS = ("prompt", "answer_a", "answer_b")
+_FIELD = re.compile(r"\{(\w+)\}")
 _VERDICT = re.compile(r"\[\[(A|B|C)\]\]")
 
 
@@ -71,8 +74,7 @@ class JudgeRanker(Ranker):
         self.concurrency = options.concurrency
         template = options.judge_template
         self.template = TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
-        missing = [name for name in ("prompt", "answer_a", "answer_b") if "{" + name + "}" not in self.template]
-        if missing:
+        if missing := absent_fields(self.template, FIELDS):
             raise ValueError(
                 f"The judge's template {template} has no {{{missing[0]}}}; it needs {{prompt}}, {{answer_a}} and "
                 f"{{answer_b}}."
@@ -120,19 +122,45 @@ class JudgeRanker(Ranker):
             "answer_a": request.candidates[first],
             "answer_b": request.candidates[second],
         }
-        return _FIELD.sub(lambda match: values[match.group(1)], self.template)
+        return fill(self.template, values)
 
     def _call(self, question: str) -> Call[str]:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": MAX_TOKENS,
-        }
-        return Call("chat/completions", body, _message)
+        return judge_call(self.model, question, message_of, temperature=0, max_tokens=MAX_TOKENS)
 
 
-def _message(reply: dict[str, Any]) -> str:
+def absent_fields(template: str, fields: Sequence[str]) -> list[str]:
+    """Return the fields that a judge's prompt lacks, such as {prompt}."""
+    return [name for name in fields if "{" + name + "}" not in template]
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Put values into the fields of a judge's prompt; other braces, those of the values too, stay as they are."""
+    return _FIELD.sub(lambda found: values.get(found[1], found[0]), template)
+
+
+def judge_call(
+    model: str, question: str, read: Callable[[dict[str, Any]], T], *, temperature: float, max_tokens: int
+) -> Call[T]:
+    """Return the request that puts one question to a judge.
+
+    Args:
+        model: the judge's name at its server.
+        question: its whole prompt.
+        read: makes the result of the server's reply; raises `AnswerUnusable` for one that has none.
+        temperature: of the judge.
+        max_tokens: most tokens of its reply.
+    """
+    messages = [{"role": "user", "content": question}]
+    body = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
+    return Call("chat/completions", body, read)
+
+
+def message_of(reply: dict[str, Any]) -> str:
+    """Return the text of a server's reply; "" where it is no text.
+
+    Raises:
+        AnswerUnusable: it holds no message.
+    """
     try:
         content = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
