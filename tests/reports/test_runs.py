@@ -97,7 +97,7 @@ def test_a_run_of_another_program_has_its_checkpoint_only(tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-20"
     history = [*map(log_entry, range(1, 21)), evaluation_entry(20)]
     write_json(checkpoint / "trainer_state.json", {"log_history": history, "global_step": 20})
-    assert log_history(tmp_path / "run") == history
+    assert log_history(tmp_path / "run", []) == history
     write_report([tmp_path / "run"])
     assert "not finished: its last log is of step 20." in pages(tmp_path / "run")[0]
 

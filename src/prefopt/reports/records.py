@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +68,8 @@ def read_run(folder: Path, name: str) -> RunRecord:
     Raises:
         ValueError: the folder holds no training run.
     """
-    history = log_history(folder)
+    lines = _whole_lines(folder / LOG_FILE)
+    history = log_history(folder, lines)
     recipe = _mapping(folder / RECIPE_FILE, lambda path: read_yaml(path)[0])
     if not history and not recipe:
         raise ValueError(f"{folder} holds no training run: neither {RECIPE_FILE}, nor {LOG_FILE}, nor a checkpoint.")
@@ -85,9 +85,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         figures=_mapping(folder / TRAIN_FIGURES, read_json) | _mapping(folder / EVAL_FIGURES, read_json),
         measured=_measured(folder / EVALUATION_FOLDER),
         samples=_whole_lines(folder / SAMPLES_FILE),
-        max_steps=max(
-            (line["max_steps"] for line in _whole_lines(folder / LOG_FILE) if "max_steps" in line), default=0
-        ),
+        max_steps=max((line["max_steps"] for line in lines if "max_steps" in line), default=0),
     )
 
 
@@ -101,12 +99,16 @@ def _measured(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def log_history(folder: Path) -> list[dict[str, Any]]:
+def log_history(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the logs of a run: those of its log file, or of the trainer's state at its end or in a checkpoint.
 
     A run that is continued from a checkpoint logs the steps after it again: the earlier logs of these are left out.
+
+    Args:
+        folder: of the run.
+        lines: of its log file; none where there is no such file.
     """
-    if lines := _whole_lines(folder / LOG_FILE):
+    if lines:
         history: list[dict[str, Any]] = []
         for line in lines:
             if "max_steps" in line:  # training begins here, after this step
@@ -134,6 +136,6 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 def _mapping(path: Path, read: Any) -> dict[str, Any]:
     try:
         value = read(path)
-    except (OSError, ValueError, RecursionError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

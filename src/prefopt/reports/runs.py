@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -274,21 +274,21 @@ def _interval(values: Sequence[float], at_most: float | None) -> tuple[float, fl
 def draw(curve: Curve, records: Sequence[RunRecord]) -> str | None:
     """Draw a curve of all runs that have logged it; None where none has."""
     lines = []
-    found = [metric for metric in curve.metrics if any(series(record, metric)[1] for record in records)]
-    shown = found if len(records) == 1 else found[:2]
+    several = len(records) > 1
+    logged = [metric for metric in curve.metrics if any(series(record, metric)[1] for record in records)]
+    drawn = logged[:2] if several else logged
     for place, record in enumerate(records):
-        for number, metric in enumerate(shown):
+        for number, metric in enumerate(drawn):
             steps, values = series(record, metric)
             if not values:
                 continue
-            parts = [record.name] if len(records) > 1 else []
-            name = ": ".join([*parts, metric.rpartition("/")[2]] if len(shown) > 1 else parts)
-            look = {"colour": place if len(records) > 1 else number, "dashed": len(records) > 1 and number > 0}
-            width = 1 if curve.exact else window(len(values))
-            if width == 1:
-                lines.append(Line(name, steps, values, **look))  # type: ignore[arg-type]
-            else:
-                lines.append(Line(name, steps, *moving_mean(values, width, curve.at_most), raw=values, **look))  # type: ignore[arg-type]
+            parts = [record.name] if several else []
+            name = ": ".join([*parts, metric.rpartition("/")[2]] if len(drawn) > 1 else parts)
+            line = Line(name, steps, values, colour=place if several else number, dashed=several and number > 0)
+            if not curve.exact and (width := window(len(values))) > 1:
+                means, low, high = moving_mean(values, width, curve.at_most)
+                line = replace(line, y=means, low=low, high=high, raw=values)
+            lines.append(line)
     if not lines:
         return None
     return line_chart(
