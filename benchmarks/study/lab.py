@@ -300,6 +300,22 @@ class Lab:
 
     # ---- data
 
+    def sampled_pairs(self, policy: Any, seed: int, count: int, name: str) -> list[Row]:
+        """Draw up to `count` annotated pairs: the best and the worst of four samples of a policy to each prompt.
+
+        Args:
+            policy: whose samples.
+            seed: of prompts and samples.
+            count: how many; a quarter more prompts are asked, since some answers tie.
+            name: of the annotator's draws, so that two sets do not share them.
+        """
+        prompts, rng = self.prompts(seed, count + count // 4), random.Random(f"{name} {seed}")
+        rows: list[Row] = []
+        for prompt, texts in zip(prompts, self.sample(policy, prompts, 4, seed=seed)):
+            row = annotate(prompt, best_and_worst(prompt, texts), rng)
+            rows += [row] if row is not None else []
+        return rows[:count]
+
     def comparisons(
         self,
         seed: int,

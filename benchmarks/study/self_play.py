@@ -73,6 +73,14 @@ def tables(lab: Lab, ranker: Any, prompts: Sequence[str], answers: Sequence[Sequ
     return [each - each.T for each in values]
 
 
+def train_round(
+    lab: Lab, trainer: type, config: type, policy: Any, rows: Sequence[Row], *, beta: float, seed: int, **loss: Any
+) -> Any:
+    """Train a round on pairs of the policy's own samples, in smaller batches than from all pairs at once."""
+    settings = {"beta": beta, "per_device_train_batch_size": 16, "seed": seed, "vocab_metrics": False, **loss}
+    return lab.train(trainer, config, policy, rows, **settings).model
+
+
 def play(
     lab: Lab,
     start: Any,
@@ -99,16 +107,6 @@ def play(
             for pair in select_pairs(texts, logits.double().numpy(), policy=picking):
                 columns = {name: getattr(pair, name) for name in READ_COLUMNS.get(method, ())}
                 rows.append(pair_row(prompt, texts[pair.chosen], texts[pair.rejected], **columns))
-        policy = lab.train(
-            trainer,
-            config,
-            policy,
-            rows,
-            beta=beta,
-            per_device_train_batch_size=16,
-            seed=seed,
-            vocab_metrics=False,
-            **loss,
-        ).model
+        policy = train_round(lab, trainer, config, policy, rows, beta=beta, seed=seed, **loss)
         found.append(measure(policy))
     return found

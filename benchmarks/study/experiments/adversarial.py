@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.study.experiments.base import SMALLEST, Experiment, best, by_seed, grouped, mean
 from benchmarks.study.lab import Lab, pair_row
 from benchmarks.study.results import Row
+from benchmarks.study.self_play import train_round
 from benchmarks.study.statistics import Claim, difference
 from benchmarks.study.world import ANNOTATED, assistant, draw_answer, golden_answer, true_reward, user
 from prefopt import (
@@ -73,29 +74,12 @@ to it."""
             if reward_model is None or way == "loop":
                 golden = way in ("loop", "fixed + golden")
                 reward_model = self.reward_model(lab, seed, policy if golden else None)
-            if way == "no loop":
-                if number == 0:
-                    rows = self.pairs(lab, reward_model, start, seed, 0, ROUNDS)
-                    policy = self.train(lab, start, rows, seed, beta)
-                    rounds.append(lab.score(policy, start, seed))
+            if way == "no loop" and number > 0:
                 continue
-            policy = self.train(lab, policy, self.pairs(lab, reward_model, policy, seed, number, 1), seed, beta)
+            rows = self.pairs(lab, reward_model, policy, seed, number, ROUNDS if way == "no loop" else 1)
+            policy = train_round(lab, DPOTrainer, DPOConfig, policy, rows, beta=beta, seed=seed)
             rounds.append(lab.score(policy, start, seed))
         return {**rounds[-1], "rounds": rounds, **self.accuracies(lab, reward_model, policy, seed)}
-
-    @staticmethod
-    def train(lab: Lab, policy: Any, rows: Sequence[Row], seed: int, beta: float) -> Any:
-        """Train a round of DPO."""
-        return lab.train(
-            DPOTrainer,
-            DPOConfig,
-            policy,
-            rows,
-            beta=beta,
-            per_device_train_batch_size=16,
-            seed=seed,
-            vocab_metrics=False,
-        ).model
 
     @staticmethod
     def reward_model(lab: Lab, seed: int, opponent: Any | None) -> Any:

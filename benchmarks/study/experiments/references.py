@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from benchmarks.study.experiments.base import SMALLEST, Experiment, best, by_seed, grouped, mean
-from benchmarks.study.lab import START_WRITER, Lab, annotate, best_and_worst
+from benchmarks.study.lab import START_WRITER, Lab
 from benchmarks.study.results import Row
 from benchmarks.study.statistics import Claim, difference, reach
 from benchmarks.study.world import WORDS
@@ -99,14 +98,7 @@ hundreds of nats there, so spread is rarely small."""
             "own": start,
             **{name: lab.policy(seed, writer, pupil=2 + n) for n, (name, writer) in enumerate(WRITERS.items())},
         }
-        count = 2 * lab.scale.prompts
-        prompts = lab.prompts(seed, count + count // 4)
-        rng = random.Random(f"references {seed}")
-        rows = []
-        for prompt, texts in zip(prompts, lab.sample(start, prompts, 4, seed=seed)):
-            row = annotate(prompt, best_and_worst(prompt, texts), rng)
-            rows += [row] if row is not None else []
-        rows = rows[:count]
+        rows = lab.sampled_pairs(start, seed, 2 * lab.scale.prompts, "references")
         for side in ("chosen", "rejected"):
             asked = [(row["prompt"][0]["content"], row[side][0]["content"]) for row in rows]
             scores = [lab.logps(model, asked) for model in models.values()]

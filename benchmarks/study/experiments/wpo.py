@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.experiments.base import SMALLEST, Experiment, best, by_seed, grouped, mean
-from benchmarks.study.lab import START_WRITER, Lab, annotate, best_and_worst
+from benchmarks.study.lab import START_WRITER, Lab
 from benchmarks.study.results import Row
 from benchmarks.study.statistics import Claim, contrast, difference, reach
 from prefopt import DPOConfig, DPOTrainer, WPOConfig, WPOTrainer
@@ -121,14 +121,9 @@ are not."""
     @staticmethod
     def _pairs_of(lab: Lab, seed: int, count: int, name: str) -> list[Row]:
         policy = lab.policy(seed) if name == "own" else lab.policy(seed, OTHER_WRITER, pupil=1)
-        prompts = lab.prompts(seed, count + count // 4)
-        rng = random.Random(f"{name} {seed}")
-        rows = []
-        for prompt, texts in zip(prompts, lab.sample(policy, prompts, 4, seed=seed)):
-            row = annotate(prompt, best_and_worst(prompt, texts), rng)
-            rows += [row] if row is not None else []
-        assert len(rows) >= count, "too few prompts whose answers differ"
-        return rows[:count]
+        rows = lab.sampled_pairs(policy, seed, count, name)
+        assert len(rows) == count, "too few prompts whose answers differ"
+        return rows
 
     def claims(self, rows: Sequence[Row], chosen: Any) -> list[Claim]:
         """Return the claims of the paper as this world can test them."""
