@@ -8,17 +8,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import datasets
 import torch
-import transformers
 
 from benchmarks.study.experiments import EXPERIMENTS
-from benchmarks.study.lab import Lab, OutOfTime, Scale
+from benchmarks.study.lab import Lab, Scale
 from benchmarks.study.page import write_page
 from benchmarks.study.results import Results
+from benchmarks.study.workers import run
 from benchmarks.study.world import Shape
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="with --device cuda: tiny sizes, on the CPU")
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, help="at most this many seeds beside seed 0")
+    parser.add_argument("--workers", type=int, help="processes, each with seeds of its own (2; 1 with --device cuda)")
     parser.add_argument("--minutes", type=float, help="stop after this time; a rerun goes on (12 with --device cuda)")
     parser.add_argument(
         "--results", type=Path, help="file of finished units (benchmarks/study/results/<device>.jsonl)"
@@ -50,54 +51,50 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.dry_run and options.device != "cuda":
         parser.error("--dry-run is for --device cuda; --quick is the small run on a CPU.")
-    if options.minutes is None and options.device == "cuda":
+    cuda = options.device == "cuda"
+    if cuda and not options.dry_run and not options.only_page and not torch.cuda.is_available():
+        parser.error("--device cuda finds no GPU; --dry-run tries the same with tiny sizes on the CPU.")
+    if options.minutes is None and cuda:
         options.minutes = 12.0
+    if options.workers is None:
+        options.workers = 1 if cuda else 2
     return options
 
 
-def make_lab(options: argparse.Namespace) -> Lab:
-    """Make the lab that the options ask for."""
+def lab_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the lab that the options ask for, without its record."""
     cuda = options.device == "cuda"
-    if cuda and not options.dry_run and not options.only_page and not torch.cuda.is_available():
-        raise SystemExit("study: --device cuda finds no GPU; --dry-run tries the same with tiny sizes on the CPU.")
+    return {
+        "scale": (TINY_CUDA if options.dry_run else CUDA) if cuda else QUICK if options.quick else Scale(),
+        "device": "cpu" if options.dry_run else options.device,
+        "deadline": None if options.minutes is None else time.monotonic() + 60 * options.minutes,
+        "seeds": options.seeds if options.seeds is not None else 2 if options.quick else 3 if cuda else None,
+        "quick": options.quick or options.dry_run,
+        "policies": Path("outputs/study/policies"),
+    }
+
+
+def results_path(options: argparse.Namespace) -> Path:
+    """Return the file of finished units."""
     name = "quick" if options.quick else f"{options.device}{'-dry' if options.dry_run else ''}"
-    default = (
-        Path("outputs/study/quick.jsonl") if options.quick or options.dry_run else HERE / "results" / f"{name}.jsonl"
-    )
-    seeds = options.seeds if options.seeds is not None else 2 if options.quick else 3 if cuda else None
-    scale = (TINY_CUDA if options.dry_run else CUDA) if cuda else QUICK if options.quick else Scale()
-    return Lab(
-        Results(options.results or default),
-        scale=scale,
-        device="cpu" if options.dry_run else options.device,
-        only_read=options.only_page,
-        deadline=None if options.minutes is None else time.monotonic() + 60 * options.minutes,
-        seeds=seeds,
-        quick=options.quick or options.dry_run,
-        policies=Path("outputs/study/policies"),
-    )
+    folder = Path("outputs/study") if options.quick or options.dry_run else HERE / "results"
+    return options.results or folder / f"{name}.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not recorded yet, check it (`--quick`) or write the page."""
     options = parse(arguments)
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    lab = make_lab(options)
-    begin = time.monotonic()
-    try:
-        for name in options.only:
-            EXPERIMENTS[name].run(lab)
-    except OutOfTime:
+    begin, path, settings = time.monotonic(), results_path(options), lab_settings(options)
+    if not options.only_page and not run(path, settings, options.only, options.workers):
         print("study: time is over; run the command again to go on.", flush=True)
+    lab = Lab(Results(path), only_read=True, **settings)
     if options.quick:
         for name in options.only:
-            EXPERIMENTS[name].check([row for row in lab.visited if row["settings"]["experiment"] == name])
+            experiment = EXPERIMENTS[name]
+            experiment.check(experiment.read(lab)[1])
     elif not options.dry_run or options.page:
         write_page(lab, options.page or PAGE)
-    print(f"study: {len(lab.visited)} units, {time.monotonic() - begin:.0f} s", flush=True)
+    print(f"study: {len(lab.results)} units recorded, {time.monotonic() - begin:.0f} s", flush=True)
     return 0
 
 

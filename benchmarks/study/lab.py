@@ -9,6 +9,7 @@ import contextlib
 import copy
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -120,10 +121,10 @@ class Lab:
                 raise Missing
             if self.deadline is not None and time.monotonic() > self.deadline:
                 raise OutOfTime
-            begin = time.monotonic()
+            begin, used = time.monotonic(), time.process_time()
             with quiet():
                 outcome = work()
-            row = self.results.add(settings, outcome, time.monotonic() - begin)
+            row = self.results.add(settings, outcome, time.monotonic() - begin, time.process_time() - used)
             shown = {k: v for k, v in settings.items() if k not in ("scale", "device", "version")}
             print(f"{time.strftime('%H:%M:%S')} {row['seconds']:6.1f} s  {shown}", flush=True)
         self.visited.append(row)
@@ -179,7 +180,10 @@ class Lab:
         if made is not None:
             partial = made.with_name(f"{made.name}.{os.getpid()}")
             policy.save_pretrained(partial)
-            partial.rename(made)
+            try:
+                partial.rename(made)
+            except OSError:  # another process was faster
+                shutil.rmtree(partial)
         return policy
 
     @staticmethod

@@ -63,9 +63,7 @@ def write_page(lab: Lab, path: Path) -> None:
     summary: list[list[object]] = []
     claims = 0
     for experiment in EXPERIMENTS.values():
-        begin = len(reader.visited)
-        chosen = experiment.run(reader)
-        rows = reader.visited[begin:]
+        chosen, rows = experiment.read(reader)
         found = experiment.claims(rows, chosen) if measured(rows) else []
         claims += len(found)
         summary += [summary_row(experiment, claim) for claim in found]

@@ -50,13 +50,15 @@ def test_a_finished_unit_is_read_and_not_run_again(tmp_path):
 def test_a_line_that_a_kill_cut_off_is_run_again_and_the_others_stay(tmp_path):
     path = tmp_path / "units.jsonl"
     results = Results(path)
-    results.add({"seed": 1}, {"reward": 1.0}, 2.0)
+    results.add({"seed": 1}, {"reward": 1.0}, 2.0, 1.5)
     whole = path.read_text()
     path.write_text(whole + '{"settings": {"se')
     again = Results(path)
     assert len(again) == 1 and again.find({"seed": 2}) is None
-    again.add({"seed": 2}, {"reward": 2.0}, 2.0)
+    again.add({"seed": 2}, {"reward": 2.0}, 2.0, 1.5)
     assert [json.loads(line)["settings"]["seed"] for line in path.read_text().splitlines()] == [1, 2]
+    results.read()  # another process sees it
+    assert results.find({"seed": 2})["outcome"] == {"reward": 2.0}
     path.write_text("nonsense\n" + whole)
     with pytest.raises(ValueError, match="line 1"):
         Results(path)
@@ -192,7 +194,8 @@ def test_the_page_has_the_design_before_results_and_says_what_is_missing(tmp_pat
 
     with monkeypatch.context() as patched:
         patched.setattr(Lab, "unit", fake)
-        experiment.run(lab)
+        for seed in experiment.planned(lab):
+            experiment.run_seed(lab, experiment.choose(lab), seed)
     write_page(Lab(results), tmp_path / "docs" / "study.md")
     page = (tmp_path / "docs" / "study.md").read_text()
     assert page.index("## Design") < page.index("## Summary") < page.index("## Layouts and precision")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,11 +17,16 @@ SMALLEST = 0.03
 
 
 class Experiment(ABC):
-    """An experiment. Hyperparameters are chosen on seed 0; claims are about seeds 1 to `seeds`."""
+    """An experiment. Hyperparameters are chosen on seed 0; claims are about `seeds` further ones.
+
+    Attributes:
+        first_seed: of the further ones; above 1 where earlier ones had been seen when something was changed.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     seeds: ClassVar[int]
+    first_seed: ClassVar[int] = 1
     design: ClassVar[str]
     reading: ClassVar[str]
     real_scale: ClassVar[str]
@@ -49,22 +55,21 @@ class Experiment(ABC):
     def check(self, rows: Sequence[Row]) -> None:
         """Assert what two seeds can show, for `--quick`."""
 
-    def planned(self, lab: Lab) -> int:
-        """How many seeds beside seed 0 this lab runs."""
-        return self.seeds if lab.seeds is None else min(self.seeds, lab.seeds)
+    def planned(self, lab: Lab) -> range:
+        """Return the seeds beside seed 0 that this lab runs."""
+        count = self.seeds if lab.seeds is None else min(self.seeds, lab.seeds)
+        return range(self.first_seed, self.first_seed + count)
 
-    def run(self, lab: Lab) -> Any:
-        """Run everything that is not recorded yet; return what seed 0 decided, or None where a reader lacks that."""
-        try:
+    def read(self, lab: Lab) -> tuple[Any, list[Row]]:
+        """Read what is recorded: what seed 0 decided (None where that is missing), and the units of all seeds."""
+        begin = len(lab.visited)
+        chosen = None
+        with contextlib.suppress(Missing):
             chosen = self.choose(lab)
-        except Missing:
-            return None
-        for seed in range(1, self.planned(lab) + 1):
-            try:
-                self.run_seed(lab, chosen, seed)
-            except Missing:
-                continue
-        return chosen
+            for seed in self.planned(lab):
+                with contextlib.suppress(Missing):
+                    self.run_seed(lab, chosen, seed)
+        return chosen, lab.visited[begin:]
 
     def unit(self, lab: Lab, stage: str, seed: int, work: Callable[[], Row], **settings: Any) -> Row:
         """Run or read one unit of this experiment."""

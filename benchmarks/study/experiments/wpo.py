@@ -51,6 +51,7 @@ class OffPolicy(Experiment):
     name = "wpo"
     title = "WPO against DPO"
     seeds = 16
+    first_seed = 5  # the rule for choosing hyperparameters was changed after 1 to 4 had been seen
     design = """Two policies are taught from scratch: the start, and another one whose texts are as good but in
 another style: they open with a word that the start never says and the rule does not count. A pair is the best and
 the worst of four samples of one policy under the true rule, swapped in one case of ten. The share of pairs whose two
@@ -131,7 +132,7 @@ are not."""
         def gap(share: float, mine: str, theirs: str) -> dict[int, float]:
             return contrast(*(by_seed(rows, "reward", share=share, method=method) for method in (mine, theirs)))
 
-        zero = dict.fromkeys(range(1, self.seeds + 1), 0.0)
+        zero = dict.fromkeys(range(self.first_seed, self.first_seed + self.seeds), 0.0)
         asked: list[tuple[str, str, Any, Any, dict[str, Any]]] = [
             (
                 "On the policy's own pairs WPO and DPO agree",
