@@ -23,6 +23,7 @@ from prefopt import DPOConfig, WPOConfig, memory
 from prefopt.arguments import default_of
 from prefopt.cli import COMMANDS, arguments_of
 from prefopt.files import read_yaml
+from prefopt.hardware import GIB
 from prefopt.pages import escape
 from prefopt.pipelines.run import LOOPS, PipelineArguments
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
@@ -342,7 +343,7 @@ def memory_table() -> str:
                 keeps_reference=reference,
             )
             size = memory.estimate(run, memory.Recomputation("all"), tokens=TOKENS, scored_tokens=SCORED).total
-            number = f"{size / memory.GIB:.0f}"
+            number = f"{size / GIB:.0f}"
             cells.append(f"**{number}**" if size < FITS else number)
         rows.append(tuple(cells))
     return table(("cards × accelerate config, what is trained", *MODELS), rows)

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer
 
 from prefopt import DPOConfig, DPOTrainer
+from prefopt.hardware import GIB
 from prefopt.memory import (
-    GIB,
     USABLE,
     Launch,
     ModelShape,

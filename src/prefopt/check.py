@@ -17,11 +17,11 @@ from prefopt import run
 from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport, check_fits_model
+from prefopt.hardware import GIB
 from prefopt.host_memory import estimate_host
 from prefopt.launch import launch_words, split_launch_settings, world_size
 from prefopt.memory import (
     ASSUMED_CARD,
-    GIB,
     Launch,
     Memory,
     ModelShape,

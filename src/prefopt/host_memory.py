@@ -18,7 +18,8 @@ buffers, and files that the system keeps cached.
 
 from __future__ import annotations
 
-from prefopt.memory import GIB, Memory, Run, optimizer_bytes
+from prefopt.hardware import GIB
+from prefopt.memory import Memory, Run, optimizer_bytes
 
 
 class HostMemory(Memory):

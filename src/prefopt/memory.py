@@ -38,8 +38,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from prefopt.files import read_object, read_yaml
+from prefopt.hardware import GIB
 
-GIB = 2**30
 USABLE = 0.9
 """Share of a card's memory that an estimate may fill; kernels, fragmentation and the CUDA context take the rest."""
 ASSUMED_CARD = 80 * 10**9

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from prefopt.scoring.layouts import PackedLayout, PaddedLayout
 from prefopt.scoring.logprobs import install_scoring, score_completions
-from prefopt.trainers.base import keep_float32_under_fsdp2
 from prefopt.trainers.checkpointing import checkpoint_selectively
+from prefopt.trainers.sharding import keep_float32_under_fsdp2
 from tests.scoring.helpers import plain_logps, random_groups
 from tests.tiny import tiny_model
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from peft import LoraConfig
 
-from prefopt.trainers.base import METHOD_STATE_FILE
 from prefopt.trainers.checkpoints import FILES_RECORD
+from prefopt.trainers.saving import METHOD_STATE_FILE
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import test_multi_reference as multi_reference
 from tests.trainers.pairs import make_trainer, preference_rows

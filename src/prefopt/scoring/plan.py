@@ -10,6 +10,7 @@ every rank computes the whole plan and takes its own part.
 from __future__ import annotations
 
 import heapq
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -265,3 +266,9 @@ def pack_rows(members: Sequence[int], sizes: Sequence[int], capacity: int) -> tu
 def _permutation(size: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(size, generator=generator).tolist()
+
+
+def row_capacity(lengths: Sequence[GroupLengths], *, tokens: float) -> int:
+    """Return the capacity of a packed row that is to hold so many tokens, or the longest group."""
+    longest = max(group.packed for group in lengths)
+    return math.ceil(max(longest, tokens) / 1024) * 1024

@@ -2,7 +2,7 @@
 
 A method trainer defines the loss of one micro-batch (`step_loss`). `BaseTrainer` runs it over micro-batches and ranks
 so that the gradient is that of the mean over the whole optimizer step, each example is used once an epoch, and metrics
-are those of the whole step. It comes first; after it the callback, the data loader and the row capacity that it uses.
+are those of the whole step. `SavingTrainer` below it saves and resumes.
 
 Letters: B examples of a micro-batch.
 """
@@ -11,66 +11,38 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
-from huggingface_hub import save_torch_state_dict
-from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
-from prefopt import files
-from prefopt._transformers import HookedTrainer
 from prefopt._trl import is_log_completions
-from prefopt.data.encoding import vocabulary_fingerprint
-from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import TokenizationReport, check_fits_model
 from prefopt.hardware import peak_memory_gib
 from prefopt.launch import print_on_main
-from prefopt.memory import optimizer_bytes
-from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_packing
-from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
+from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch, row_capacity
 from prefopt.trainers import fitting
 from prefopt.trainers.checkpointing import checkpoint_selectively
-from prefopt.trainers.checkpoints import (
-    cannot_resume,
-    check_origin,
-    check_saved_shapes,
-    check_space,
-    checkpoint_to_resume,
-    is_whole,
-    one_line_about_storage,
-    record_files,
-    try_saving,
-)
-from prefopt.trainers.collators import PlannedBatches
+from prefopt.trainers.collators import PlannedBatches, PlannedLoader
 from prefopt.trainers.console import print_few_figures
 from prefopt.trainers.metrics import FiniteWatch, MetricLog, MetricSums
-from prefopt.trainers.model_card import write_model_card
-from prefopt.trainers.policy import base_model_of, compile_blocks, use_liger, weights_fingerprint
+from prefopt.trainers.policy import base_model_of, compile_blocks, compiled_so_far, use_liger
 from prefopt.trainers.precision import MasterWeights, UpdatesLost, keep_updates
-from prefopt.trainers.sharding import give_addresses
-
-METHOD_STATE_FILE = "method_state.json"
-"""File of a checkpoint that holds what `BaseTrainer.method_state` returns."""
+from prefopt.trainers.saving import SavingTrainer
+from prefopt.trainers.sharding import describe_wrapping, give_addresses, keep_float32_under_fsdp2
 
 LARGEST_LOAD_RATIO = 2.0
 """Tokens of the heaviest rank over those of the lightest from which on a warning says so."""
@@ -87,7 +59,7 @@ def evaluated(name: str) -> str:
     return name if name.startswith(EVALUATION) else f"{EVALUATION}/{name}"
 
 
-class BaseTrainer(HookedTrainer):
+class BaseTrainer(SavingTrainer):
     """Base of all trainers here; see the module's docstring.
 
     Args:
@@ -146,7 +118,6 @@ class BaseTrainer(HookedTrainer):
         self._masters: MasterWeights | None = None
         self._updates_lost: UpdatesLost | None = None
         self._tokens_seen = 0.0
-        self._origin: dict[str, str] = {}
         self._warned_of_uneven_ranks = False
         self._packing = ""  # what `describe_run` says about the choice of the layout
         self._clock = time.perf_counter()
@@ -271,29 +242,27 @@ class BaseTrainer(HookedTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside model, optimizer and schedule (JSON values)."""
-        tokens = self._tokens_seen + self._log_buffer.total("num_tokens")
-        return {"num_tokens": tokens} | ({"origin": self._origin} if self._origin else {})
-
-    def origin(self) -> dict[str, str]:
-        """Return fingerprints of all that a run starts from, before it trains; all ranks call it."""
-        rows: Any = self.train_dataset
-        found = {
-            "the training data": rows_fingerprint(rows, set(rows.column_names) - set(REFERENCE_COLUMNS)),
-            "the tokenizer": vocabulary_fingerprint(self.processing_class),
-            "the chat template": files.content_hash(self.processing_class.chat_template),
-        }
-        if self.state.global_step == 0 and (policy := weights_fingerprint(self.model)) is not None:
-            found["the model that is trained"] = policy
-        return found
+        return super().method_state() | {"num_tokens": self._tokens_seen + self._log_buffer.total("num_tokens")}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Restore what `method_state` returned."""
         self._tokens_seen = state["num_tokens"]
 
+    def keeps_float32_copies(self) -> bool:
+        """See `SavingTrainer.keeps_float32_copies`."""
+        return self._masters is not None or super().keeps_float32_copies()
+
     def describe_run(self) -> str:
-        """Describe processes, wrapping and batches in one line."""
-        wrapping, batches = describe_wrapping(self.model_wrapped), f"{self.layout.name}{self._packing}"
-        return f"Training on {self.args.world_size} process(es) as {wrapping}; batches: {batches}."
+        """Describe processes, wrapping, batches and what the method adds in one line."""
+        return f"{'; '.join(self.run_facts())}."
+
+    def run_facts(self) -> list[str]:
+        """Return the parts of `describe_run`."""
+        wrapping = describe_wrapping(self.model_wrapped)
+        return [
+            f"Training on {self.args.world_size} process(es) as {wrapping}",
+            f"batches: {self.layout.name}{self._packing}",
+        ]
 
     def why_not_packed(self) -> str | None:
         """Return the method's own reason against packed rows, if it has one."""
@@ -491,25 +460,7 @@ class BaseTrainer(HookedTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `transformers.Trainer.train`. Resuming restores the method's state as well."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoint_to_resume(Path(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
-        elif resume_from_checkpoint and not is_whole(Path(resume_from_checkpoint)):
-            raise ValueError(cannot_resume(Path(resume_from_checkpoint)))
-        if (
-            not self._origin
-            and self.train_dataset is not None
-            and (self.args.save_strategy != "no" or resume_from_checkpoint)
-        ):
-            self._origin = self.origin()
-        if resume_from_checkpoint:
-            file = Path(resume_from_checkpoint) / METHOD_STATE_FILE
-            state = files.read_json(file) if file.exists() else {}
-            before = state.get("origin")
-            check_origin(str(resume_from_checkpoint), before, self._origin, may_change=self.args.resume_changed)
-            if state:
-                self.load_method_state(state)
+        resume_from_checkpoint = self.prepare_to_resume(resume_from_checkpoint)
         self.restart_clock()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -681,87 +632,6 @@ class BaseTrainer(HookedTrainer):
             "rewards."
         )
 
-    # ---- saving
-
-    def after_model_saved(self, folder: Path) -> None:
-        """Check that every tensor was saved whole (ZeRO-3 can write empty ones)."""
-        if self.is_world_process_zero():
-            check_saved_shapes(folder)
-
-    def before_checkpoint(self, folder: Path) -> None:
-        """Remove the mark of a whole checkpoint that an earlier run left, which was resumed from one before it."""
-        if self.is_world_process_zero():
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-
-    def after_weights_of_checkpoint(self, folder: Path) -> None:
-        """Write the model card and the method's state, which may fail, only once the weights are on the disk."""
-        self.create_model_card()
-        if self.is_world_process_zero():
-            files.write_json(folder / METHOD_STATE_FILE, self.method_state())
-
-    def before_checkpoint_is_whole(self, folder: Path) -> None:
-        """Record what the checkpoint holds."""
-        record_files(folder)
-
-    def save_weights_alone(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
-        """Save the weights, as a config, tokenizer or argument could not be saved with them."""
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            state_dict = get_peft_model_state_dict(model, state_dict=state_dict)
-        save_torch_state_dict(state_dict if state_dict is not None else model.state_dict(), folder)
-        print(f"The weights are in {folder}; what else belongs to the model could not be saved.", flush=True)
-
-    def writing(self, folder: Path) -> AbstractContextManager[None]:
-        """See `one_line_about_storage`."""
-        return one_line_about_storage(folder, Path(self.args.output_dir))
-
-    def _save_without_weights(self, folder: Path) -> None:
-        """Save everything that is saved with the weights, and may fail."""
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            for config in model.peft_config.values():
-                config.save_pretrained(str(folder))
-        else:
-            model.save_pretrained(folder, state_dict={})
-        self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        write_model_card(self, folder)
-        files.write_json(folder / METHOD_STATE_FILE, self.method_state())
-
-    def check_saving(self) -> None:
-        """Raise a ValueError on all ranks where the model could not be saved after training."""
-        self._raise_on_all_ranks(lambda: try_saving(Path(self.args.output_dir), self._save_without_weights))
-
-    def check_space(self) -> None:
-        """Raise a ValueError on all ranks where the disk has no room for the checkpoints that the run will keep."""
-        args, model = self.args, self.accelerator.unwrap_model(self.model)
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)  # of ZeRO-3
-        saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
-        weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
-        # masters, or the weights once more in accelerate's own file beside model.safetensors
-        copies = 4 if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._masters is not None else 0
-        states = (optimizer_bytes(args.optim) + copies) * trained
-        self._raise_on_all_ranks(lambda: check_space(args, weights, states, steps=self.state.max_steps))
-
-    def _raise_on_all_ranks(self, check: Callable[[], None]) -> None:
-        problem, cause = "", None
-        if self.is_world_process_zero():
-            try:
-                check()
-            except ValueError as error:
-                problem, cause = str(error), error.__cause__
-        (problem,) = broadcast_object_list([problem])
-        if problem:
-            raise ValueError(problem) from cause
-
-    def create_model_card(  # type: ignore[override]  # the arguments are those of TRL's trainers
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write a README.md with method, paper and settings into the output folder (main process only)."""
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            write_model_card(self, folder, model_name=model_name, dataset_name=dataset_name, tags=tags)
-
 
 def _add_flag(sums: MetricSums, flag: torch.Tensor) -> None:
     sums.add_max("not_finite", flag, torch.ones_like(flag, dtype=torch.bool))
@@ -809,59 +679,3 @@ class _RunCallback(TrainerCallback):
         """Stop on a loss that is not finite where fp16's gradient scaler left the update out, and its hook with it."""
         self.trainer.check_finite(step=state.global_step)
         self.trainer.record_lost_updates()
-
-
-class PlannedLoader(DataLoader):
-    """Data loader that passes its epoch on to its plan.
-
-    The Trainer calls `set_epoch` of the loader and of a sampler that wraps another, but not of a plain batch sampler.
-    """
-
-    batch_sampler: BatchPlan
-
-    def set_epoch(self, epoch: int) -> None:
-        """Have the plan draw the order of `epoch`."""
-        self.batch_sampler.set_epoch(epoch)
-
-    def use_layout(self, layout: Layout) -> None:
-        """Lay out batches in another way; call it before the first one."""
-        dataset: Any = self.dataset
-        dataset.layout = layout
-        if layout.name == "padded":
-            self.batch_sampler.max_tokens_per_row = None
-
-
-def row_capacity(lengths: Sequence[GroupLengths], *, tokens: float) -> int:
-    """Return the capacity of a packed row that is to hold so many tokens, or the longest group."""
-    longest = max(group.packed for group in lengths)
-    return math.ceil(max(longest, tokens) / 1024) * 1024
-
-
-def compiled_so_far() -> dict[str, float]:
-    """Return `perf/compiled_graphs` and `perf/compile_seconds` of this process; empty where nothing was compiled.
-
-    A count that still grows after the first steps means that shapes keep changing.
-    """
-    utils = sys.modules.get("torch._dynamo.utils")  # imported by the first compilation
-    if utils is None or not (graphs := utils.counters["stats"]["unique_graphs"]):
-        return {}
-    seconds = sum((metrics.duration_us or 0) for metrics in utils.get_compilation_metrics()) / 1e6
-    return {"perf/compiled_graphs": float(graphs), "perf/compile_seconds": seconds}
-
-
-def keep_float32_under_fsdp2(accelerator: Accelerator) -> None:
-    """Have FSDP2 return outputs as they are and reduce gradients in float32, before anything is sharded.
-
-    Under `mixed_precision: bf16` accelerate sets both to bf16: the root module would round log-probs of hundreds of
-    nats to 8 bits, and heads' rewards as well.
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-        policy = plugin.mixed_precision_policy
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-
-
-def describe_wrapping(model: Any) -> str:
-    """Name the type that a model is wrapped into, with DeepSpeed's ZeRO stage."""
-    name = type(model).__name__
-    return f"{name} (ZeRO-{model.zero_optimization_stage()})" if name == "DeepSpeedEngine" else name

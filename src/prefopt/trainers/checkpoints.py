@@ -23,12 +23,12 @@ from transformers.utils import logging
 
 from prefopt import files
 from prefopt.files import user_path
+from prefopt.hardware import GIB
 from prefopt.launch import print_on_main
 
 FILES_RECORD = "checkpoint_files.json"
 """File of a checkpoint that lists its files with their sizes, and the SHA-256 of those with weights."""
 
-GIB = 2**30
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  # torch, FSDP, FSDP sharded, DeepSpeed
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from prefopt.data.rows import METHOD_COLUMNS, REFERENCE_COLUMNS
 from prefopt.scoring.layouts import Group, Layout
-from prefopt.scoring.plan import GroupLengths, MicroBatch
+from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
 
 PAIR_COLUMNS = (*METHOD_COLUMNS, "chosen_bytes", "rejected_bytes")
 
@@ -172,3 +173,23 @@ class PlannedBatches(torch.utils.data.Dataset):
         columns = self.dataset[micro_batch.indices]
         examples = [dict(zip(columns, values)) for values in zip(*columns.values())]
         return self.collate(examples, micro_batch, self.layout)
+
+
+class PlannedLoader(DataLoader):
+    """Data loader that passes its epoch on to its plan.
+
+    The Trainer calls `set_epoch` of the loader and of a sampler that wraps another, but not of a plain batch sampler.
+    """
+
+    batch_sampler: BatchPlan
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the plan draw the order of `epoch`."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def use_layout(self, layout: Layout) -> None:
+        """Lay out batches in another way; call it before the first one."""
+        dataset: Any = self.dataset
+        dataset.layout = layout
+        if layout.name == "padded":
+            self.batch_sampler.max_tokens_per_row = None

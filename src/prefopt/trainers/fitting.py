@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from prefopt.hardware import GIB
 from prefopt.memory import (
-    GIB,
     USABLE,
     Launch,
     ModelShape,

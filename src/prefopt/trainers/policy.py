@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -265,3 +266,15 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     """Compile every decoder layer by itself, in place: names and parameters stay, and one graph serves all layers."""
     for layer in decoder_layers(model):
         layer.compile(backend=backend)
+
+
+def compiled_so_far() -> dict[str, float]:
+    """Return `perf/compiled_graphs` and `perf/compile_seconds` of this process; empty where nothing was compiled.
+
+    A count that still grows after the first steps means that shapes keep changing.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")  # imported by the first compilation
+    if utils is None or not (graphs := utils.counters["stats"]["unique_graphs"]):
+        return {}
+    seconds = sum((metrics.duration_us or 0) for metrics in utils.get_compilation_metrics()) / 1e6
+    return {"perf/compiled_graphs": float(graphs), "perf/compile_seconds": seconds}

@@ -26,7 +26,7 @@ from prefopt.launch import print_on_main
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.logprobs import CompletionScores, score_completions
-from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, describe_wrapping, evaluated
+from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, evaluated
 from prefopt.trainers.collators import CustomCollator, PairCollator
 from prefopt.trainers.config import PreferenceConfig
 from prefopt.trainers.data_tables import show_report
@@ -49,7 +49,7 @@ from prefopt.trainers.reference import (
     reference_fingerprint,
     reference_module,
 )
-from prefopt.trainers.sharding import shard
+from prefopt.trainers.sharding import describe_wrapping, shard
 
 SIDES = ("chosen", "rejected")
 
@@ -429,8 +429,8 @@ class PreferenceTrainer(BaseTrainer):
         if self.ref_model is not None:
             restore_attention(self.ref_model)
 
-    def describe_run(self) -> str:
-        """Describe processes, wrapping, batches and reference in one line."""
+    def run_facts(self) -> list[str]:
+        """See `BaseTrainer.run_facts`; where reference scores come from as well."""
         if self.args.precompute_ref_log_probs:
             reference = "cached scores"
         elif self.reference is None:
@@ -439,7 +439,7 @@ class PreferenceTrainer(BaseTrainer):
             reference = "the policy with its adapter off or exchanged"
         else:
             reference = f"live, {describe_wrapping(self.reference.module)}"
-        return f"{super().describe_run()[:-1]}; reference: {reference}."
+        return [*super().run_facts(), f"reference: {reference}"]
 
     # ---- data
 

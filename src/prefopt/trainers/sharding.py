@@ -9,6 +9,7 @@ the first rank of all and shards each weight at once.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,3 +129,21 @@ def shard(module: nn.Module, accelerator: Accelerator) -> nn.Module:
         return fsdp2_prepare_model(accelerator, module).eval()
     finally:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = chosen
+
+
+def keep_float32_under_fsdp2(accelerator: Accelerator) -> None:
+    """Have FSDP2 return outputs as they are and reduce gradients in float32, before anything is sharded.
+
+    Under `mixed_precision: bf16` accelerate sets both to bf16: the root module would round log-probs of hundreds of
+    nats to 8 bits, and heads' rewards as well.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def describe_wrapping(model: Any) -> str:
+    """Name the type that a model is wrapped into, with DeepSpeed's ZeRO stage."""
+    name = type(model).__name__
+    return f"{name} (ZeRO-{model.zero_optimization_stage()})" if name == "DeepSpeedEngine" else name
