@@ -1,14 +1,49 @@
-"""Progress of long stages: a bar with rate and time left on a terminal or in a notebook, a line a minute in a log."""
+"""Progress of long stages: a bar with rate and time left on a terminal or in a notebook, a line a minute in a log.
+
+`library_bars` silences the bars that libraries draw meanwhile.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
 LOG_SECONDS = 60.0
+
+
+@contextmanager
+def library_bars(*, shown: bool) -> Iterator[None]:
+    """Silence the bars of `datasets`, transformers and the hub's client within, and restore what was before.
+
+    Args:
+        shown: True leaves everything as it is.
+    """
+    if shown:
+        yield
+        return
+    import datasets  # `prefopt --help` must not wait for these
+    import huggingface_hub.utils
+    from transformers.utils import logging as weights
+
+    hub: Any = huggingface_hub.utils  # documented there, though its type hints do not export them
+    libraries = (
+        (datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
+        (not weights.is_progress_bar_enabled(), weights.disable_progress_bar, weights.enable_progress_bar),
+        # last: transformers switches the hub's bars with its own
+        (hub.are_progress_bars_disabled(), hub.disable_progress_bars, hub.enable_progress_bars),
+    )
+    for _, silence, _ in libraries:
+        silence()
+    try:
+        yield
+    finally:
+        for was_silent, silence, show in libraries:
+            (silence if was_silent else show)()
 
 
 class _Lines:

@@ -14,8 +14,8 @@ import math
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -43,6 +43,7 @@ from prefopt.data.tokenization import TokenizationReport, check_fits_model
 from prefopt.hardware import peak_memory_gib
 from prefopt.launch import print_on_main
 from prefopt.memory import optimizer_bytes
+from prefopt.progress import library_bars
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
@@ -512,7 +513,8 @@ class BaseTrainer(HookedTrainer):
                 self.load_method_state(state)
         self.restart_clock()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with library_bars(shown=not self.args.disable_tqdm):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.restore_attention()
 
@@ -711,9 +713,12 @@ class BaseTrainer(HookedTrainer):
         save_torch_state_dict(state_dict if state_dict is not None else model.state_dict(), folder)
         print(f"The weights are in {folder}; what else belongs to the model could not be saved.", flush=True)
 
-    def writing(self, folder: Path) -> AbstractContextManager[None]:
-        """See `one_line_about_storage`."""
-        return one_line_about_storage(folder, Path(self.args.output_dir))
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """See `one_line_about_storage` and `library_bars`."""
+        bars = library_bars(shown=not self.args.disable_tqdm)
+        with bars, one_line_about_storage(folder, Path(self.args.output_dir)):
+            yield
 
     def _save_without_weights(self, folder: Path) -> None:
         """Save everything that is saved with the weights, and may fail."""
