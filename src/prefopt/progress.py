@@ -62,29 +62,52 @@ class _Lines:
         self.stream.flush()
 
 
-class Progress:
-    """Context that shows how far a stage is.
+def can_redraw() -> bool:
+    """Return whether a bar can be drawn over its earlier state: on a terminal and in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def make_bar(total: int, description: str, *, unit: str, done: int = 0, shown: bool = True) -> tqdm:
+    """Make a bar, or what writes its state as a line a minute where it cannot be redrawn.
 
     Args:
         total: number of things to do.
         description: what is done, such as "Scoring under llama-3".
         unit: one of the things.
+        done: things that were done before.
+        shown: False for a bar that is never drawn.
+    """
+    redrawn = can_redraw()
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=description,
+        unit=f" {unit}",
+        disable=not shown,
+        file=None if redrawn else _Lines(sys.stderr),
+        mininterval=0.1 if redrawn else LOG_SECONDS,
+        maxinterval=10.0 if redrawn else LOG_SECONDS,
+        ascii=not redrawn,
+        dynamic_ncols=redrawn,
+    )
+
+
+def print_above_bars(text: str) -> None:
+    """Print lines on stdout: above a bar that is being drawn on the same terminal, not at its end."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """Context that shows how far a stage is.
+
+    Args:
+        total, description, unit: see `make_bar`.
         shown: False on all processes but one, and with `disable_tqdm`.
     """
 
     def __init__(self, total: int, description: str, *, unit: str, shown: bool = True) -> None:
-        terminal = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._bar = tqdm(
-            total=total,
-            desc=description,
-            unit=f" {unit}",
-            disable=not shown,
-            file=None if terminal else _Lines(sys.stderr),
-            mininterval=0.1 if terminal else LOG_SECONDS,
-            maxinterval=10.0 if terminal else LOG_SECONDS,
-            ascii=not terminal,
-            dynamic_ncols=terminal,
-        )
+        self._bar = make_bar(total, description, unit=unit, shown=shown)
 
     def __enter__(self) -> Progress:
         return self
