@@ -28,6 +28,7 @@ from prefopt.launch import (
     without_launch_words,
 )
 from prefopt.pages import printable
+from prefopt.progress import library_bars
 from prefopt.recipes.convert import unknown_key
 from prefopt.recipes.help import keys_help
 from prefopt.recipes.recipe import BEFORE_TRAINING, before_training, build, load_settings, parse_settings
@@ -232,12 +233,13 @@ def _run_command(name: str, words: list[str]) -> int:
         return status
     for notice in recipe.notices:
         print_on_main(notice)
-    if command.rows:
-        from prefopt.training import train
+    with library_bars(shown=not recipe.values.get("disable_tqdm")):
+        if command.rows:
+            from prefopt.training import train
 
-        train(name, function_of(name), command.rows, recipe, classes)
-    else:
-        function_of(name)(*build(recipe, classes))
+            train(name, function_of(name), command.rows, recipe, classes)
+        else:
+            function_of(name)(*build(recipe, classes))
     return 0
 
 

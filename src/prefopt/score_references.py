@@ -17,6 +17,7 @@ from prefopt.arguments import missing
 from prefopt.data import load_datasets
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.launch import launch, print_on_main, split_launch_settings, without_launch_words, world_size
+from prefopt.progress import library_bars
 from prefopt.recipes.recipe import Recipe, load_settings, parse_settings
 from prefopt.references.cache import default_folder
 from prefopt.references.health import cards_table
@@ -46,10 +47,11 @@ def run(words: list[str]) -> int:
     recipe = parse_settings(name, settings, classes)
     if launch_settings:
         return launch(launch_settings, [COMMAND, *without_launch_words(words)])
-    if method == MULTI_REFERENCE:
-        _score_text(recipe, classes)
-    else:
-        _score_tokens(function_of(method), recipe, classes)
+    with library_bars(shown=not recipe.values.get("disable_tqdm")):
+        if method == MULTI_REFERENCE:
+            _score_text(recipe, classes)
+        else:
+            _score_tokens(function_of(method), recipe, classes)
     return 0
 
 

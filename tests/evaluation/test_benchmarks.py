@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -278,6 +279,117 @@ def test_pooled_style_control_is_centred_as_on_the_leaderboard():
     loss = lambda w: np.sum(np.logaddexp(0, features @ w) - won * (features @ w))  # noqa: E731
     strength = minimize(loss, np.zeros(4), tol=1e-12).x[0]
     assert found.value == pytest.approx(1 / (1 + math.exp(-strength)), abs=1e-4)
+
+
+def arena_run(folder, *, metadata):
+    """Judgments and answers of the models m and o and of the baseline on 40 questions; `metadata` of each answer.
+
+    Returns:
+        The words of the command, and for each counted comparison of m and o: model, share won, both token counts.
+    """
+    rng = np.random.default_rng(7)
+    tokens = {name: rng.integers(20, 400, size=40).tolist() for name in ("m", "o", "base")}
+    for name, counts in tokens.items():
+        rows = [
+            {"uid": str(n), "model": name, "messages": [{"role": "assistant", "content": {"answer": "word " * count}}]}
+            for n, count in enumerate(counts)
+        ]
+        write_jsonl(folder / f"{name}.jsonl", [row | metadata(name, count) for row, count in zip(rows, counts)])
+    battles = []
+    for name in ("m", "o"):
+        judged = []
+        for n in range(40):
+            longer = tokens[name][n] > tokens["base"][n]
+            first, second = (bool(rng.random() < (0.75 if longer else 0.35)) for _ in range(2))
+            games = [{"score": "B>A" if first else "A>B"}, {"score": "A>>B" if second else "A<B"}]
+            judged.append({"uid": str(n), "model": name, "category": "c", "baseline": "base", "games": games})
+            battles += [(name, float(second), tokens[name][n], tokens["base"][n])] * (3 if second else 1)
+            battles.append((name, float(first), tokens[name][n], tokens["base"][n]))
+        write_jsonl(folder / f"{name}-judged.jsonl", judged)
+    pool = f"{{o: {{judgments: {folder / 'o-judged.jsonl'}, answers: {folder / 'o.jsonl'}}}}}"
+    words = ["evaluate", "--kind=arena-hard", f"--output_dir={folder / 'out'}", f"--style_pool={pool}"]
+    words += [f"--judgments={folder / 'm-judged.jsonl'}", f"--model_answers={folder / 'm.jsonl'}"]
+    return [*words, f"--baseline_answers={folder / 'base.jsonl'}"], battles
+
+
+def published_score(battles):
+    """The benchmark's own regression, on all battles: indicators of the model less the baseline's, scaled features."""
+    from scipy.optimize import minimize
+
+    mine, theirs = (np.array([each[place] for each in battles], dtype=float) for place in (2, 3))
+    x = (mine - theirs) / (mine + theirs)
+    x = (x - x.mean()) / x.std(ddof=1)  # no markdown: the other features are zero
+    names = np.array([[name == "base", name == "m", name == "o"] for name, *_ in battles], dtype=float)
+    features = np.column_stack([names - [1, 0, 0], x])
+    won = np.array([each[1] for each in battles])
+    loss = lambda w: np.sum(np.logaddexp(0, features @ w) - won * (features @ w)) + 1e-9 * w @ w  # noqa: E731
+    base, m, *_ = minimize(loss, np.zeros(4), tol=1e-12).x
+    return math.exp(m) / (math.exp(m) + math.exp(base))
+
+
+class FakeTiktoken:
+    """tiktoken with a vocabulary of words, or without the network that it fetches one from."""
+
+    def __init__(self, *, offline=False):
+        self.offline = offline
+
+    def encoding_for_model(self, model):
+        assert model == "gpt-4o"
+        if self.offline:
+            raise ConnectionError("no network")
+        return self
+
+    def encode(self, text, *, disallowed_special):
+        return text.split()
+
+
+@pytest.mark.parametrize("counted", ["by the files", "here"])
+def test_style_control_by_tokens_is_the_published_regression(tmp_path, monkeypatch, counted):
+    """Each file has the counts; or only the baseline's has, as when a new model's answers meet the published ones."""
+    words, battles = arena_run(
+        tmp_path,
+        metadata=lambda name, n: {"metadata": {"token_len": n}} if counted == "by the files" or name == "base" else {},
+    )
+    fake = FakeTiktoken(offline=counted == "by the files")
+    monkeypatch.setitem(sys.modules, "tiktoken", fake)
+    assert cli.main(words) == 0
+    figures = read_json(tmp_path / "out" / "evaluation.json")["figures"]
+    assert figures.keys() == {"score", "style_controlled/score"}
+    assert figures["style_controlled/score"]["value"] == pytest.approx(published_score(battles), abs=1e-4)
+
+
+def test_style_control_by_characters_has_another_name(tmp_path, monkeypatch, capsys):
+    """One model's answers without counts: all lengths are characters, one line says why."""
+    words, battles = arena_run(
+        tmp_path, metadata=lambda name, n: {} if name == "o" else {"metadata": {"token_len": n * n}}
+    )
+    monkeypatch.setitem(sys.modules, "tiktoken", FakeTiktoken(offline=True))
+    assert cli.main(words) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "characters" in line and "TIKTOKEN" in line]
+    assert "40 answers, the first of o, have no metadata.token_len" in line
+    figures = read_json(tmp_path / "out" / "evaluation.json")["figures"]
+    assert figures.keys() == {"score", "style_controlled_by_characters/score"}
+    # five characters a word: relative differences are those of the words
+    assert figures["style_controlled_by_characters/score"]["value"] == pytest.approx(
+        published_score(battles), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_answers_are_written_with_their_token_count(tmp_path, monkeypatch, offline):
+    monkeypatch.setitem(sys.modules, "tiktoken", FakeTiktoken(offline=offline))
+    write_jsonl(tmp_path / "question.jsonl", [{"uid": "1", "category": "c", "prompt": "q"}])
+    record = {"prompt_id": "1", "prompt": "q", "candidates": [{"text": "# one\ntwo three"}]}
+    write_jsonl(tmp_path / "answers.jsonl", [record])
+    base = arena_files(tmp_path, {"1": "base"}, "base")
+    with serving(judging(lambda text: "[[A=B]]")) as address:
+        words = ["evaluate", "--kind=arena-hard", f"--output_dir={tmp_path / 'out'}", "--model_name=mine"]
+        words += [f"--judge={{model: judge, base_url: {address}, retries: 0}}", "--style_control=false"]
+        words += [f"--questions={tmp_path / 'question.jsonl'}", f"--baseline_answers={base}"]
+        assert cli.main([*words, f"--answers={tmp_path / 'answers.jsonl'}"]) == 0
+    (row,) = read_jsonl(tmp_path / "out" / "model_answer.jsonl")
+    assert row["metadata"]["header_count"]["h1"] == 1
+    assert row["metadata"].get("token_len") == (None if offline else 4)
 
 
 def test_mt_bench_answers_two_turns_and_grades_both(tmp_path, tiny_policy):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import io
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 from transformers import PrinterCallback, ProgressCallback
 
+from prefopt import SampleCompletionsCallback, progress
 from prefopt.trainers import console
 from prefopt.trainers.console import duration, step_line
 from tests.trainers.pairs import make_trainer, preference_rows
@@ -61,6 +64,50 @@ def test_a_run_on_a_terminal_and_in_a_log_file(tmp_path, bars, terminal, capsys,
     else:
         assert short == [] and len([entry for entry in whole if len(entry) > 20 and "loss" in entry]) == 3
     assert all("wpo/weight_max" in entry for entry in trainer.state.log_history[:3]), "the state has all of it"
+
+
+class Terminal(io.StringIO):
+    """What both streams of a program write to one terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_nothing_is_printed_at_the_end_of_a_bar(tmp_path, monkeypatch):
+    """Steps, evaluations and samples begin a line of their own, which tqdm clears of its bars."""
+    trainer = make_trainer(
+        tmp_path, "WPO", rows=preference_rows(12), max_steps=2, logging_steps=1, disable_tqdm=False,
+        eval_strategy="steps", eval_steps=1, trainer_options={"eval_dataset": preference_rows(6, seed=1)},
+    )  # fmt: skip
+    trainer.add_callback(SampleCompletionsCallback(trainer, 1, max_new_tokens=2))
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    trainer.train()
+    trainer.evaluate()
+    text = terminal.getvalue()
+    for begin, count in (("step ", 2 + 3), ("evaluation ", 3)):  # three samples
+        assert len(re.findall(rf"(?:^|[\r\n]){begin}\d", text)) == len(re.findall(rf"{begin}\d", text)) == count
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_a_log_file_gets_a_line_a_minute_and_no_bar(tmp_path, capsys, monkeypatch, done):
+    """Rate and time left are those of the steps that this process trains, after a checkpoint too."""
+    options = {"trainer_options": {"eval_dataset": preference_rows(6, seed=1)}}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    rows = preference_rows(16)
+    if done:
+        make_trainer(tmp_path, "WPO", rows=rows, **settings, **options).train()
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    trainer = make_trainer(tmp_path, "WPO", rows=rows, disable_tqdm=False, **settings, **options)
+    capsys.readouterr()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2") if done else None)
+    written = capsys.readouterr().err.split("\n")
+    lines = [line for line in written if "%|" in line and "Writing model shards" not in line]
+    assert all(line.startswith("Training:") and "\r" not in line for line in lines)
+    assert f" {done}/4 " in lines[0] and " 4/4 " in lines[-1]
+    assert len(lines) >= 4 - done and all("steps/s]" in line or "s/ steps]" in line for line in lines)
+    assert trainer.pop_callback(ProgressCallback) is not None
 
 
 def test_the_callbacks_of_transformers_stay_what_they_are(tmp_path):

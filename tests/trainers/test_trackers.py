@@ -62,9 +62,9 @@ def test_wandb_offline(tmp_path):
 
 
 @pytest.mark.slow
-def test_mlflow_in_a_folder(tmp_path):
+def test_mlflow_in_a_file(tmp_path):
     mlflow = pytest.importorskip("mlflow")
-    store = (tmp_path / "mlruns").as_uri()
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     group = tracker_group(tmp_path / "loop" / "logs" / "iteration-1-train.log")
     track(tmp_path, "mlflow", MLFLOW_TRACKING_URI=store, **group)
     client = mlflow.MlflowClient(store)

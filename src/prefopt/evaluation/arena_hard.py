@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from prefopt.evaluation.judge import ask, judge_record, judge_template
 from prefopt.evaluation.settings import SharedSettings, answer_questions, read_rows
 from prefopt.evaluation.win_rate import fit_logistic
 from prefopt.files import content_hash, write_jsonl
+from prefopt.launch import print_on_main
+
+Answers = Mapping[str, Row]  # rows by uid
 
 KIND = "arena-hard"
 _ONLY = {"kind": (KIND,)}
@@ -34,6 +37,9 @@ QUESTION_COLUMNS, ANSWER_COLUMNS = ("uid", "category", "prompt"), ("uid", "model
 FIELDS = ("question", "answer_a", "answer_b")
 STRONG = 3  # a clear verdict counts as three, as published
 STYLE_RESAMPLES = 100
+TOKENIZER = "gpt-4o"  # the model whose tokens the benchmark counts
+# names of the figures: the benchmark's own, and that with another measure of length
+BY_TOKENS, BY_CHARACTERS = "style_controlled", "style_controlled_by_characters"
 _RIDGE = 1e-3  # keeps models that won or lost everything finite
 # (first better, by how much); each verdict may be written from either side
 VERDICTS = {"A>>B": (1.0, STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, STRONG)}
@@ -136,7 +142,7 @@ def evaluate(args: ArenaHardSettings) -> dict[str, Any]:
 
     Returns:
         `kind`, `model`, `baselines`, `judge`, `figures`: `score`, one for each category, each also as
-        `style_controlled/...`.
+        `style_controlled/...`, or `style_controlled_by_characters/...` where tokens cannot be counted.
 
     Raises:
         ValueError: files of other questions, or a judge that cannot be used.
@@ -196,6 +202,7 @@ def _answers(args: ArenaHardSettings, questions: Sequence[Row], folder: Path) ->
         texts = {uid: by_prompt[prompt] for uid, prompt in prompts.items()}
     else:
         texts = {uid: row["text"] for uid, row in answer_questions(args, prompts, folder / "generated").items()}
+    count = token_counter()
     rows = [
         {
             "uid": uid,
@@ -206,7 +213,7 @@ def _answers(args: ArenaHardSettings, questions: Sequence[Row], folder: Path) ->
                 {"role": "assistant", "content": {"answer": text}},
             ],
             "tstamp": time.time(),
-            "metadata": markdown_counts(text),
+            "metadata": ({"token_len": count(text)} if count else {}) | markdown_counts(text),
         }
         for uid, text in texts.items()
     ]
@@ -277,12 +284,14 @@ def _won(row: Row) -> list[float] | None:
 
 
 def _battles(
-    judgments: Sequence[Row], mine: Mapping[str, Row], baselines: Mapping[str, Mapping[str, Row]]
+    judgments: Sequence[Row], mine: Answers, baselines: Mapping[str, Answers], *, style: str | None
 ) -> list[Battle]:
+    """Return the counted comparisons, with features of style where `style` names the figure that needs them."""
     battles = []
     for row in judgments:
         uid, theirs = str(row["uid"]), baselines.get(row["category"], baselines.get("", {}))
-        styles = [style_features(answers[uid]) if uid in answers else None for answers in (mine, theirs)]
+        found = [answers.get(uid) if style is not None else None for answers in (mine, theirs)]
+        styles = [None if each is None else style_features(each, by_tokens=style == BY_TOKENS) for each in found]
         battles += [Battle(str(row["model"]), uid, won, *styles) for won in _won(row) or ()]
     return battles
 
@@ -290,36 +299,40 @@ def _battles(
 def _figures(
     args: ArenaHardSettings,
     judgments: Sequence[Row],
-    mine: Mapping[str, Row],
-    baselines: Mapping[str, Mapping[str, Row]],
+    mine: Answers,
+    baselines: Mapping[str, Answers],
 ) -> dict[str, Figure]:
+    pool = [_pooled(files) for files in args.style_pool.values()] if args.style_control else []
+    answers = [mine, *baselines.values(), *(theirs for _, theirs in pool)]
+    style = style_figure(answers) if args.style_control else None
     categories = list(dict.fromkeys(row["category"] for row in judgments))
     parts = {"score": list(judgments)}
     if len(categories) > 1:
         parts |= {name: [row for row in judgments if row["category"] == name] for name in categories}
     figures: dict[str, Figure] = {}
     for name, rows in parts.items():
-        battles = _battles(rows, mine, baselines)
+        battles = _battles(rows, mine, baselines, style=style)
         if not battles:
             raise ValueError(f"no question of {name} has two verdicts that can be read.")
         figures[name] = arena_score(battles, confidence=args.confidence)
-        if args.style_control:
+        if style is not None:
             kept = {row["category"] for row in rows}
-            pool = [battle for each in args.style_pool.values() for battle in _pooled(each, kept, baselines)]
-            found = style_controlled_score(battles, pool, confidence=args.confidence)
-            figures[f"style_controlled/{name}"] = found
+            others = [
+                battle
+                for judged, theirs in pool
+                for battle in _battles([r for r in judged if r["category"] in kept], theirs, baselines, style=style)
+            ]
+            figures[f"{style}/{name}"] = style_controlled_score(battles, others, confidence=args.confidence)
     return figures
 
 
-def _pooled(
-    files: Mapping[str, str], categories: set[str], baselines: Mapping[str, Mapping[str, Row]]
-) -> list[Battle]:
+def _pooled(files: Mapping[str, str]) -> tuple[list[Row], dict[str, Row]]:
+    """Return the judgments and the answers of a further model."""
     if set(files) != {"judgments", "answers"}:
         raise ValueError(
             f"style_pool: each model needs `judgments` and `answers`, not {', '.join(files) or 'nothing'}."
         )
-    rows = [row for row in read_rows(files["judgments"], ("uid", "games")) if row["category"] in categories]
-    return _battles(rows, _by_uid(files["answers"]), baselines)
+    return read_rows(files["judgments"], ("uid", "model", "category", "games")), _by_uid(files["answers"])
 
 
 def arena_score(battles: Sequence[Battle], *, confidence: float) -> Figure:
@@ -357,15 +370,50 @@ def markdown_counts(text: str) -> Row:
     }
 
 
-def style_features(row: Row) -> np.ndarray:
-    """Return (4,) of an answer: characters, and numbers of headers, list items and bold parts.
+def token_counter() -> Callable[[str], int] | None:
+    """Return what counts the tokens of a text as the benchmark does; None without tiktoken or its vocabulary."""
+    try:
+        import tiktoken
 
-    The benchmark counts the tokens of one vocabulary that it fetches; characters are known to everyone, and only
-    ratios of lengths enter.
+        encoding = tiktoken.encoding_for_model(TOKENIZER)
+    except (ImportError, OSError):  # errors of the download are OSErrors
+        return None
+    return lambda text: len(encoding.encode(text, disallowed_special=()))
+
+
+def answer_tokens(row: Row) -> int | None:
+    """Return the number of tokens that an answer's `metadata` has; None where it has none."""
+    metadata = row.get("metadata")
+    found = metadata.get("token_len") if isinstance(metadata, Mapping) else None
+    return found if isinstance(found, int) else None
+
+
+def style_figure(answers: Sequence[Answers]) -> str:
+    """Return the name of the figure that the answers allow; count the tokens of those that lack `metadata.token_len`.
+
+    Lengths are in one measure: characters for all where one answer's tokens cannot be counted, which is printed.
     """
+    lacking = [row for each in answers for row in each.values() if answer_tokens(row) is None]
+    count = token_counter() if lacking else None
+    if lacking and count is None:
+        print_on_main(
+            f"arena-hard: style control measures length in characters: {len(lacking)} answers, the first of "
+            f"{lacking[0]['model']}, have no metadata.token_len, and tiktoken's vocabulary of {TOKENIZER} is not at "
+            "hand (pip install tiktoken; offline, TIKTOKEN_CACHE_DIR names the folder that holds it)."
+        )
+        return BY_CHARACTERS
+    for row in lacking:
+        assert count is not None
+        row["metadata"] = {"token_len": count(answer_text(row))}
+    return BY_TOKENS
+
+
+def style_features(row: Row, *, by_tokens: bool) -> np.ndarray:
+    """Return (4,) of an answer: its length in tokens or characters, and numbers of headers, list items, bold parts."""
     text = answer_text(row)
     counts = markdown_counts(text)
-    return np.array([len(text), *(sum(found.values()) for found in counts.values())], dtype=np.float64)
+    length = answer_tokens(row) if by_tokens else len(text)
+    return np.array([length, *(sum(found.values()) for found in counts.values())], dtype=np.float64)
 
 
 def style_controlled_score(battles: Sequence[Battle], pool: Sequence[Battle], *, confidence: float) -> Figure:

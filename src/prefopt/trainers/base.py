@@ -30,6 +30,7 @@ from prefopt._trl import is_log_completions
 from prefopt.data.tokenization import TokenizationReport, check_fits_model
 from prefopt.hardware import peak_memory_gib
 from prefopt.launch import print_on_main
+from prefopt.progress import library_bars
 from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
 from prefopt.scoring.packing import choose_layout, nearest_to_probe, probe_packing
@@ -463,7 +464,8 @@ class BaseTrainer(SavingTrainer):
         resume_from_checkpoint = self.prepare_to_resume(resume_from_checkpoint)
         self.restart_clock()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with library_bars(shown=not self.args.disable_tqdm):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.restore_attention()
 

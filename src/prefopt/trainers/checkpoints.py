@@ -19,12 +19,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import logging
 
 from prefopt import files
 from prefopt.files import user_path
 from prefopt.hardware import GIB
 from prefopt.launch import print_on_main
+from prefopt.progress import library_bars
 
 FILES_RECORD = "checkpoint_files.json"
 """File of a checkpoint that lists its files with their sizes, and the SHA-256 of those with weights."""
@@ -154,11 +154,10 @@ def try_saving(folder: Path, save: Callable[[Path], Any]) -> None:
     Raises:
         ValueError: it cannot; nothing has been trained yet.
     """
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of weights that are not written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".try-saving-") as trial:
+        silence = library_bars(shown=False)  # the bar of weights that are not written
+        with silence, tempfile.TemporaryDirectory(dir=folder, prefix=".try-saving-") as trial:
             save(Path(trial))
     except Exception as error:
         if isinstance(error, OSError) or files.storage_fault(error, folder) is not None:
@@ -176,9 +175,6 @@ def try_saving(folder: Path, save: Callable[[Path], Any]) -> None:
         raise ValueError(
             f"The model could not be saved after training, so it is not trained: {reason}{advice}"
         ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def check_space(args: Any, weights: float, states: float, *, steps: int) -> None:

@@ -22,6 +22,7 @@ from prefopt._trl import disable_dropout_in_model
 from prefopt.arguments import setting
 from prefopt.data.encoding import with_pad_token
 from prefopt.data.tokenization import TokenizationReport, tokenize_comparisons
+from prefopt.progress import library_bars
 from prefopt.scoring.layouts import Group, Layout
 from prefopt.scoring.plan import GroupLengths, MicroBatch
 from prefopt.trainers.base import EVALUATION, TRAINING, BaseTrainer, evaluated
@@ -244,15 +245,16 @@ class ComparisonTrainer(BaseTrainer):
             raise ValueError("`model` is None: give a hub name, a folder, or a model in memory.")
         args = args if args is not None else self.config_class("trainer_output")
         set_seed(args.seed)  # the weights of a new head or adapter are drawn before Trainer sets it
-        loaded = self.load(model, args, quantization_config)
-        processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
-        self.data = ComparisonData(args, processing_class, self.check_rows)
-        self.tokenization_reports, self.given_datasets = self.data.reports, self.data.given
-        train_dataset = self.data.prepare(train_dataset, TRAINING)
-        eval_dataset = self.data.prepare(eval_dataset, EVALUATION)
-        self.check_text(loaded, processing_class)
-        if peft_config is not None:
-            loaded = add_adapter(loaded, args, self.adapter_config(peft_config, loaded))
+        with library_bars(shown=not args.disable_tqdm):
+            loaded = self.load(model, args, quantization_config)
+            processing_class = with_pad_token(processing_class or load_tokenizer(loaded, args))
+            self.data = ComparisonData(args, processing_class, self.check_rows)
+            self.tokenization_reports, self.given_datasets = self.data.reports, self.data.given
+            train_dataset = self.data.prepare(train_dataset, TRAINING)
+            eval_dataset = self.data.prepare(eval_dataset, EVALUATION)
+            self.check_text(loaded, processing_class)
+            if peft_config is not None:
+                loaded = add_adapter(loaded, args, self.adapter_config(peft_config, loaded))
         check_trainable(loaded)
         if args.disable_dropout:
             disable_dropout_in_model(loaded)
@@ -298,6 +300,7 @@ class ComparisonTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """Evaluate; a data set given here is tokenised like the one of the constructor."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = self.data.prepare(eval_dataset, evaluated(metric_key_prefix))
+            with library_bars(shown=not self.args.disable_tqdm):
+                eval_dataset = self.data.prepare(eval_dataset, evaluated(metric_key_prefix))
             self.check_text(self.accelerator.unwrap_model(self.model), self.processing_class)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

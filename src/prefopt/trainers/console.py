@@ -1,6 +1,7 @@
 """What a step prints: on a terminal and in a notebook one aligned line of the few figures that matter.
 
-The whole log goes to trackers, to the trainer's state and, where the output is no terminal, to the output as before.
+In a log file, where a bar cannot be redrawn, progress is a line a minute. The whole log goes to trackers, to the
+trainer's state and, where the output is no terminal, to the output as before.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from prefopt._transformers import HookedTrainer, progress_callbacks
+from prefopt.progress import can_redraw, make_bar, print_above_bars
 
 
 def few_figures(logs: Mapping[str, Any], args: Any) -> dict[str, str]:
@@ -70,10 +72,30 @@ def print_few_figures(trainer: HookedTrainer) -> None:
 
     Their `on_log` is replaced, not the callbacks: `trainer.remove_callback(PrinterCallback)` goes on finding them.
     """
-    for callback, kind in progress_callbacks(trainer):
+    for found, kind in progress_callbacks(trainer):
+        callback = found
+        if type(found) is ProgressCallback and not can_redraw():
+            trainer.remove_callback(found)
+            callback = ProgressLines()
+            trainer.add_callback(callback)
         whole = callback.on_log
         new: Any = _Clock(callback, whole, _notebook_row if kind == "notebook" else _terminal_line)
         callback.on_log = new  # type: ignore[method-assign]
+
+
+class ProgressLines(ProgressCallback):
+    """Progress in a log file: a line a minute with rate and time left, and none for evaluations."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin at the step from which the run goes on."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = make_bar(state.max_steps, "Training", unit="steps", done=state.global_step)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Draw nothing."""
 
 
 class _Clock:
@@ -100,11 +122,7 @@ def _terminal_line(callback: Any, args: Any, state: Any, logs: dict[str, Any], s
     line = step_line(logs, args, state, seconds_left=seconds_left)
     if line is None:
         return False
-    bar = getattr(callback, "training_bar", None)
-    if bar is not None:
-        bar.write(line)
-    else:
-        print(line, flush=True)
+    print_above_bars(line)
     return True
 
 

@@ -23,6 +23,7 @@ from prefopt.data.encoding import with_pad_token
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.data.tokenization import tokenize_pairs
 from prefopt.launch import print_on_main
+from prefopt.progress import library_bars
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import restore_attention
 from prefopt.scoring.logprobs import CompletionScores, score_completions
@@ -169,20 +170,21 @@ class PreferenceTrainer(BaseTrainer):
         note_default_beta(args)
         set_seed(args.seed)  # a new adapter's weights are drawn before Trainer sets it
         self.tokenization_reports, self.given_datasets = {}, {}
-        if processing_class is None:
-            loaded = load_model(model, args, quantization_config)
-            tokenizer = with_pad_token(load_tokenizer(loaded, args))
-            train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, tokenizer)
-        else:
-            # mistakes in the data are found before any weights are loaded
-            tokenizer = with_pad_token(processing_class)
-            train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, tokenizer)
-            loaded = load_model(model, args, quantization_config)
-        self.reference_is_initial = ref_model is None
-        self._scores_given = False
-        self._cached_module: str | None = None  # fingerprint of a reference that is given up once it has scored
-        reference = reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
-        policy = with_adapter(loaded, args, peft_config)
+        with library_bars(shown=not args.disable_tqdm):
+            if processing_class is None:
+                loaded = load_model(model, args, quantization_config)
+                tokenizer = with_pad_token(load_tokenizer(loaded, args))
+                train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, tokenizer)
+            else:
+                # mistakes in the data are found before any weights are loaded
+                tokenizer = with_pad_token(processing_class)
+                train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset, args, tokenizer)
+                loaded = load_model(model, args, quantization_config)
+            self.reference_is_initial = ref_model is None
+            self._scores_given = False
+            self._cached_module: str | None = None  # fingerprint of a reference that is given up once it has scored
+            reference = reference_module(model, loaded, ref_model, args, quantization_config, peft_config)
+            policy = with_adapter(loaded, args, peft_config)
         self.keeps_reference = reference is not None and not args.precompute_ref_log_probs
         super().__init__(
             model=policy,
@@ -536,7 +538,8 @@ class PreferenceTrainer(BaseTrainer):
 
     def _prepare_late(self, dataset: Dataset, name: str) -> Dataset:
         """Prepare a data set that comes after the constructor."""
-        prepared = self._prepare(dataset, name)
+        with library_bars(shown=not self.args.disable_tqdm):
+            prepared = self._prepare(dataset, name)
         assert prepared is not None
         if not self.args.precompute_ref_log_probs or REFERENCE_COLUMNS[0] in prepared.column_names:
             return prepared

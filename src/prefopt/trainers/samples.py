@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from prefopt._transformers import tensorboard_writer
 from prefopt.pages import Sample, markdown_page, printable
+from prefopt.progress import print_above_bars
 from prefopt.trainers.base import BaseTrainer
 from prefopt.trainers.preference import PreferenceTrainer
 from prefopt.trainers.reference import adapter_of_reference
@@ -132,7 +133,7 @@ class SampleCompletionsCallback(TrainerCallback):
             lines = [f"step {step}, prompt: {_short(sample['prompt'])}", f"  policy:    {_short(sample['policy'])}"]
             if sample["reference"] is not None:
                 lines.append(f"  reference: {_short(sample['reference'])}")
-            print("\n".join(lines), flush=True)
+            print_above_bars("\n".join(lines))
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / SAMPLES_FILE, "a", encoding="utf-8") as file:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from prefopt._transformers import HookedTrainer
 from prefopt.data.encoding import vocabulary_fingerprint
 from prefopt.data.rows import REFERENCE_COLUMNS
 from prefopt.memory import optimizer_bytes
+from prefopt.progress import library_bars
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.trainers.checkpoints import (
     cannot_resume,
@@ -163,9 +164,12 @@ class SavingTrainer(HookedTrainer):
         save_torch_state_dict(state_dict if state_dict is not None else model.state_dict(), folder)
         print(f"The weights are in {folder}; what else belongs to the model could not be saved.", flush=True)
 
-    def writing(self, folder: Path) -> AbstractContextManager[None]:
-        """See `one_line_about_storage`."""
-        return one_line_about_storage(folder, Path(self.args.output_dir))
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """See `one_line_about_storage` and `library_bars`."""
+        bars = library_bars(shown=not self.args.disable_tqdm)
+        with bars, one_line_about_storage(folder, Path(self.args.output_dir)):
+            yield
 
     def create_model_card(  # type: ignore[override]  # the arguments are those of TRL's trainers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
