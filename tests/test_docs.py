@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import prefopt
-from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of, with_current_names, with_positional
+from prefopt.cli import COMMANDS, METHODS, arguments_of, main, method_of, with_current_names, with_positional
 from prefopt.launch import LAUNCH_KEYS, launch_words, split_launch_settings
 from prefopt.pipelines.run import read_pipeline
 from prefopt.recipes.legacy import LEGACY_KEYS
@@ -160,6 +160,34 @@ def check_python(tree: ast.AST) -> None:
         ):
             fields = {field.name for field in dataclasses.fields(names[node.func.id])}
             assert {keyword.arg for keyword in node.keywords if keyword.arg} <= fields, ast.unparse(node)
+
+
+def test_the_adversarial_guide_makes_the_files_that_its_recipe_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "downloaded").mkdir()
+
+    def dialogue(name: str) -> str:
+        return f"\n\nHuman: a question for {name}\n\nAssistant:"
+
+    def comparison(name: str) -> dict[str, object]:
+        return {"text": [f"{dialogue(name)}<sep> yes", f"{dialogue(name)}<sep> no"], "scores": [1.0, 0.0]}
+
+    files = {
+        "hh_split_rm.golden": [{"query_id": 0, "query": dialogue("rewards"), "golden": " yes"}],
+        "hh_split_rm_alpaca_v0.sample": [{"query_id": 0, "query": dialogue("rewards"), "sample_0": " no"}],
+        "hh_split_llm_alpaca_v0.sample": [{"query_id": 0, "query": dialogue("policies"), "sample_0": " no"}],
+        "hh_split_rm.train": [comparison("training")],
+        "hh_cleaned_origin.test": [comparison("tests"), comparison("tests")],
+        "hh_cleaned_origin.train": [comparison("all")],
+    }
+    for name, rows in files.items():
+        (tmp_path / "downloaded" / f"{name}.json").write_text(json.dumps(rows))
+    (snippet,) = blocks("docs/how_to/apo_on_hh.md", "python")
+    exec(compile(snippet, "apo_on_hh.md", "exec"), {})
+    lines = (tmp_path / "data/hh_split/eval/test_prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"prompt_id": "test-0", "prompt": dialogue("tests")}]
+    assert main(["pipeline", "pipelines/adversarial_llama_7b", "--dry_run"]) == 0, capsys.readouterr().err
+    assert "adversarial-reward-model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("page", "text"), YAMLS)
