@@ -2,7 +2,7 @@
 # The set-up runs once and again only after constraints.txt or pyproject.toml has changed.
 #
 #   make quickstart        train a tiny chat model with WPO on this machine's CPU (about two minutes)
-#   make test              the whole offline test suite
+#   make test              every fast test, offline, on the CPU
 #   make quality           what CI checks: lint, format, types, imports;  make style fixes the first two
 #   make fuzz              random inputs to everything that reads what others wrote, for two minutes
 #   make faults            kill every command at random times and compare the ends (ARGS='--kills 100 --seed 1')

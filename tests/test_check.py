@@ -203,6 +203,15 @@ def test_a_recipe_for_a_gpu_is_checked_as_it_will_run_there(tmp_path, model, dat
     assert "There is no GPU here" in printed
 
 
+def test_a_missing_package_is_named_once_and_none_for_what_cannot_run_here(tmp_path, model, data, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    recipe = tiny_recipe(tmp_path, model, data, attn_implementation="flash_attention_2", optim="adamw_bnb_8bit")
+    status, printed = check(capsys, recipe)
+    assert (status, printed.count("needs the package")) == (2, 1), printed
+    assert "adamw_bnb_8bit needs the package bitsandbytes" in printed
+    assert "attn_implementation: flash_attention_2 needs a GPU; set sdpa on a CPU." in printed
+
+
 def test_method_is_named_or_asked_for(tmp_path, model, data, capsys):
     recipe = tiny_recipe(tmp_path, model, data, method=None)
     assert main(["check", str(recipe)]) == 2
@@ -211,6 +220,8 @@ def test_method_is_named_or_asked_for(tmp_path, model, data, capsys):
     assert (status, printed.splitlines()[0]) == (0, "method: dpo")
     assert main(["check", str(recipe), "--method", "dop"]) == 2
     assert "unknown method 'dop'; did you mean 'dpo'?" in capsys.readouterr().err
+    assert main(["check", "--method", "dpo", "mine.yaml"]) == 2
+    assert "the recipe comes first, as in: mine.yaml --method dpo" in capsys.readouterr().err
 
 
 def test_packages_that_settings_need(tmp_path, model, data, capsys, monkeypatch):

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import prefopt
-from prefopt.cli import COMMANDS, METHODS, arguments_of, method_of, with_current_names, with_positional
+from prefopt.cli import COMMANDS, METHODS, arguments_of, main, method_of, with_current_names, with_positional
 from prefopt.launch import LAUNCH_KEYS, launch_words, split_launch_settings
 from prefopt.pipelines.run import read_pipeline
 from prefopt.recipes.legacy import LEGACY_KEYS
@@ -162,6 +162,34 @@ def check_python(tree: ast.AST) -> None:
             assert {keyword.arg for keyword in node.keywords if keyword.arg} <= fields, ast.unparse(node)
 
 
+def test_the_adversarial_guide_makes_the_files_that_its_recipe_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "downloaded").mkdir()
+
+    def dialogue(name: str) -> str:
+        return f"\n\nHuman: a question for {name}\n\nAssistant:"
+
+    def comparison(name: str) -> dict[str, object]:
+        return {"text": [f"{dialogue(name)}<sep> yes", f"{dialogue(name)}<sep> no"], "scores": [1.0, 0.0]}
+
+    files = {
+        "hh_split_rm.golden": [{"query_id": 0, "query": dialogue("rewards"), "golden": " yes"}],
+        "hh_split_rm_alpaca_v0.sample": [{"query_id": 0, "query": dialogue("rewards"), "sample_0": " no"}],
+        "hh_split_llm_alpaca_v0.sample": [{"query_id": 0, "query": dialogue("policies"), "sample_0": " no"}],
+        "hh_split_rm.train": [comparison("training")],
+        "hh_cleaned_origin.test": [comparison("tests"), comparison("tests")],
+        "hh_cleaned_origin.train": [comparison("all")],
+    }
+    for name, rows in files.items():
+        (tmp_path / "downloaded" / f"{name}.json").write_text(json.dumps(rows))
+    (snippet,) = blocks("docs/how_to/apo_on_hh.md", "python")
+    exec(compile(snippet, "apo_on_hh.md", "exec"), {})
+    lines = (tmp_path / "data/hh_split/eval/test_prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"prompt_id": "test-0", "prompt": dialogue("tests")}]
+    assert main(["pipeline", "pipelines/adversarial_llama_7b", "--dry_run"]) == 0, capsys.readouterr().err
+    assert "adversarial-reward-model" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("page", "text"), YAMLS)
 def test_a_recipe_on_a_page_is_read(page, text, tmp_path):
     values = yaml.safe_load(text)
@@ -232,6 +260,56 @@ def test_every_metric_that_a_trainer_records_is_in_the_glossary():
     said = {"side": "chosen", "kind": "human", "suffix": ""}
     filled = {re.sub(r"\{(\w+)\}", lambda found: said.get(found[1], "x"), name) for name in recorded}
     assert not [name for name in filled if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+
+
+# --- the API pages
+
+API_PAGES = {page: text for page, text in PAGES.items() if page.startswith("docs/reference/api_")}
+NOT_FOR_USERS = ("docs/extending.md", "docs/architecture.md")  # they show how the library itself is changed
+
+
+def found(dotted: str) -> tuple[str, object]:
+    """The module of a dotted name, and what the name stands for: a module, or a name in one."""
+    try:
+        return dotted, importlib.import_module(dotted)
+    except ImportError:
+        module, _, name = dotted.rpartition(".")
+        return module, getattr(importlib.import_module(module), name)
+
+
+def documented_modules(text: str) -> set[str]:
+    """The modules that an API page describes, in whole or in some of their names."""
+    modules = set()
+    for kind, dotted, options in re.findall(r"^\.\. auto(\w+):: (\S+)\n((?:   :.*\n)*)", text, re.M):
+        module, value = found(dotted)
+        modules.add(module if kind == "module" else value.__module__)
+        if ":imported-members:" in options:
+            modules |= {getattr(value, name).__module__ for name in value.__all__}
+    return modules
+
+
+def public_modules() -> set[str]:
+    """Those of what `prefopt` exports, all of evaluation, and those that pages and notebooks import from or name."""
+    exported = [name for name in prefopt.__all__ if not name.endswith("Config")]  # settings have pages of their own
+    modules = {found(f"prefopt.{name}")[1] for name in exported}
+    modules = {getattr(value, "__module__", None) or value.__name__ for value in modules}
+    modules |= {f"prefopt.evaluation.{path.stem}" for path in (ROOT / "src/prefopt/evaluation").glob("[a-z]*.py")}
+    texts = [text for page, text in PAGES.items() if page not in (*NOT_FOR_USERS, *API_PAGES)]
+    for text in (*texts, *(path.read_text() for path in NOTEBOOKS)):
+        imported = re.findall(r"^from (prefopt\.[\w.]+) import", text, re.M)
+        named = re.findall(r"`(prefopt\.[a-z_.]+\w*)", text)
+        modules |= {found(name)[0] for name in (*imported, *named)}
+    return modules - {"prefopt", "prefopt.evaluation"}
+
+
+def test_every_public_module_is_on_one_api_page():
+    pages = {page: documented_modules(text) for page, text in API_PAGES.items()}
+    public = public_modules()
+    assert len(public) > 40 and "prefopt.evaluation.judge" in public and "prefopt.trainers.samples" in public
+    places = {module: [page for page in pages if module in pages[page]] for module in sorted(public)}
+    assert {module: pages for module, pages in places.items() if len(pages) != 1} == {}
+    listed = re.findall(r"^(api_\w+)$", PAGES["docs/reference/index.md"], re.M)
+    assert sorted(API_PAGES) == sorted(f"docs/reference/{name}.md" for name in listed)
 
 
 # --- pages from the code

@@ -108,6 +108,8 @@ def inspect(words: list[str], method: str | None = None) -> Findings:
     if not found.launch_name:
         found.attempt(run.check_devices, recipe)
     found.problems += run.missing_packages(recipe)
+    if found.on_cpu:
+        found.attempt(run.check_attention_on_cpu, recipe)
     found.attempt(suite_of, recipe)
     config, data_args, model_args, run_args = build_each(recipe, classes, found)
     if config is not None:

@@ -171,7 +171,10 @@ def method_of(settings: list[Setting]) -> str:
         )
     if not named:
         raise ValueError(f"the recipe does not say for which method it is: add --method ({', '.join(METHODS)}).")
-    name = str(named[-1].value).replace("_", "-")
+    value = named[-1].value
+    if isinstance(value, list):
+        raise ValueError(f"method takes one word; the recipe comes first, as in: {value[1]} --method {value[0]}.")
+    name = str(value).replace("_", "-")
     if name not in METHODS:
         raise ValueError(f"{named[-1].place}: {unknown_key(name, METHODS).replace('key', 'method')}")
     return name

@@ -105,10 +105,17 @@ def build_configs(recipe: Recipe, classes: Sequence[type], processes: int) -> tu
     check_precision(values)
     configs = build(Recipe(recipe.name, values), classes)
     configs[1].evaluates = may_evaluate(recipe)
-    attention = values.get("attn_implementation") or ""
-    if attention.startswith("flash_attention") and configs[0].device.type == "cpu":
-        raise ValueError(f"attn_implementation {attention} needs a GPU: use sdpa here.")
+    if configs[0].device.type == "cpu":
+        check_attention_on_cpu(recipe)
     return configs
+
+
+def check_attention_on_cpu(recipe: Recipe) -> None:
+    """Raise a ValueError where a recipe that runs on a CPU asks for flash attention."""
+    attention = recipe.values.get("attn_implementation") or ""
+    if attention.startswith("flash_attention"):
+        place = recipe.places["attn_implementation"]
+        raise ValueError(f"{place}: attn_implementation: {attention} needs a GPU; set sdpa on a CPU.")
 
 
 def config_values(recipe: Recipe) -> dict[str, Any]:
@@ -209,14 +216,16 @@ def check_adapter_keys(recipe: Recipe) -> None:
 
 def missing_packages(recipe: Recipe) -> list[str]:
     """Return a sentence for each setting that needs a package which is not installed."""
-    sentences = []
+    sentences: dict[str, None] = {}  # each once, in this order: one value may match two patterns
     for key, pattern, module, install in NEEDS_PACKAGE:
+        if key == "attn_implementation" and recipe.values.get("use_cpu"):
+            continue  # no package makes it run there
         given = plain(recipe.values.get(key))
         wanted = any(fnmatch(str(item), pattern) for item in (given if isinstance(given, list) else [given]))
         modules = module.split("|")
         if wanted and all(importlib.util.find_spec(name) is None for name in modules):
-            sentences.append(f"{recipe.places[key]}: {key}: {given} needs the package {modules[0]}: {install}.")
-    return sentences
+            sentences[f"{recipe.places[key]}: {key}: {given} needs the package {modules[0]}: {install}."] = None
+    return list(sentences)
 
 
 # --- The run's folder

@@ -164,6 +164,7 @@ SPPO = (
     + _ZEPHYR_ERA.replace("do_eval: true", 'do_eval: "no"')
     .replace("evaluation_strategy: steps", 'evaluation_strategy: "no"')
     .replace('save_strategy: "steps"\nsave_steps: 10000', 'save_strategy: "epoch"')
+    .replace("num_train_epochs: 2", "num_train_epochs: 6")
 )
 
 # name -> (command, recipe, overrides that are neither model, data nor hardware but belong to the original's own launch

@@ -54,6 +54,3 @@ def test_keys():
             assert key in fields | LEGACY_KEYS | named | {"mistral", "llama3", "gemma2"}, key
     for key in re.findall(r"`--(\w+)`", TEXT):
         assert key in fields | LAUNCH_KEYS | {"flag"}, key
-    assert all(
-        f"`{key}`" in TEXT for key in ("torch_dtype", "warmup_ratio", "use_flash_attention_2", "evaluation_strategy")
-    )

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -62,6 +67,7 @@ def test_notices_and_values(tmp_path):
         ("label_pad_token_id: -100", {}),
         ("gamma_beta_ratio: 0.3", {"gamma_beta_ratio": 0.3, "loss_type": ["simpo"]}),
         ("gamma_beta_ratio: 0.3\nloss_type: hinge", {"gamma_beta_ratio": 0.3, "loss_type": ["hinge"]}),
+        ("gamma_beta_ratio: 0.3\nsft_weight: 0", {"gamma_beta_ratio": 0.3, "loss_type": ["simpo"]}),
         ("do_eval: 'no'\neval_strategy: no", {"do_eval": False, "eval_strategy": "no"}),
         ("overwrite_output_dir: true", {"overwrite_output_dir": True}),
     ],
@@ -80,6 +86,7 @@ def test_single_keys(tmp_path, old, new):
         ("auto_insert_empty_system_msg: true", "only False is possible"),
         ("rpo_alpha: 0.2", "write loss_type: [sigmoid, sft]"),
         ("max_completion_length: 256", "set max_length and max_prompt_length"),
+        ("sft_weight: 0.1", "write loss_type: [simpo, sft] and loss_weights: [1, SFT_WEIGHT]"),
         ("streaming: true", "only False is possible"),
         ("truncation_side: right", "only left is possible"),
         ("warmup_ratio: 0.1\nwarmup_steps: 3", "given twice"),
@@ -139,3 +146,47 @@ def test_runs_with_model_data_and_hardware_replaced(tmp_path, model, data, name,
     assert (output / "eval_results.json").exists() == (
         name not in ("sppo", "handbook-apo")
     )  # which say do_eval: false
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "how_to" / "migrating.md").read_text(encoding="utf-8")
+# section of the page -> the file that its command names, and what decides the run in it
+ROUTES = {
+    "From the alignment handbook": (legacy_recipes.HANDBOOK, {"loss_type": ["sigmoid"], "epochs": 2}),
+    "From SimPO": (legacy_recipes.SIMPO, {"loss_type": ["simpo"], "epochs": 2, "gamma_beta_ratio": 0.3}),
+    "From SPPO": (legacy_recipes.SPPO, {"loss_type": ["sppo"], "epochs": 1, "optim": "rmsprop", "beta": 0.001}),
+    "From WPO": (legacy_recipes.WPO, {"loss_type": ["sigmoid"], "epochs": 2, "use_weighting": True}),
+}
+
+
+def conversations(row):
+    """A row as these projects publish it: the question as text, and whole conversations."""
+    question = row["prompt"]
+    return row | {"prompt": question[0]["content"]} | {side: question + row[side] for side in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize("section", ROUTES)
+def test_a_route_of_the_page_is_checked_and_trained(tmp_path, model, data, section, capsys):
+    """The command and the lines that the page gives, on the file that it names, with tiny model and data in it."""
+    text, expected = ROUTES[section]
+    route = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    (line,) = re.findall(r"^(prefopt (?:dpo|wpo|sppo) \S+\.yaml.*)$", route, re.M)
+    command, words = line.split()[1], shlex.split(line.split(".yaml", 1)[1])
+    launching = words.index("--num_processes")
+    del words[launching : launching + 4]  # a launcher, for eight cards
+    folder = tmp_path / "data"
+    for path in data.iterdir():
+        write_jsonl(folder / path.name, [conversations(row) for row in read_jsonl(path)])
+    for old, new in (("some/model", model), ("somebody/preferences", folder), ("split_size: 2000", "split_size: 4")):
+        text = text.replace(old, str(new))
+    ids = "".join(re.findall(r"^```yaml\n(.*?)^```$", route, re.M | re.S))
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(text.replace("bf16: true", "bf16: false\nuse_cpu: true") + ids)
+    words += ["--attn_implementation=sdpa", f"--output_dir={output}"]
+    assert main(["check", str(recipe), f"--method={command}", *words]) == 0, capsys.readouterr().out
+    assert main([command, str(recipe), *words]) == 0, capsys.readouterr().err
+    resolved = yaml.safe_load((output / "recipe.yaml").read_text())
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["epoch"] == expected.pop("epochs") and state["global_step"] >= 1
+    assert {key: resolved[key] for key in expected} == expected
+    assert {key: resolved[key] for key in yaml.safe_load(ids) or {}} == (yaml.safe_load(ids) or {})
+    assert (output / "model.safetensors").exists()

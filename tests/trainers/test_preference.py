@@ -757,6 +757,11 @@ def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
         ({"label_smoothing": 0.7}, "label_smoothing must lie in"),
         ({"loss_type": "discopop", "discopop_tau": 3.0}, "tau must lie in"),
         ({"loss_type": "simpo", "gamma_beta_ratio": -1.0}, "gamma_beta_ratio"),
+        (
+            {"loss_type": "sigmoid", "gamma_beta_ratio": 0.3},
+            "is read with loss_type simpo only.* loss_type is sigmoid",
+        ),
+        ({"loss_type": ["ipo", "hinge"], "label_smoothing": 0.1}, "sigmoid or .* only.* loss_type is ipo, hinge"),
         ({"selective_checkpointing": True}, "turn that on as well"),
     ],
     ids=str,

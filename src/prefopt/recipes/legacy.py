@@ -44,6 +44,8 @@ ALWAYS_SO: dict[str, tuple[Any, str]] = {
     "dataset_streaming": (False, "data is read whole"),
     "streaming": (False, "data is read whole"),
     "rpo_alpha": (None, "for its SFT term write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA]"),
+    "sft_weight": (0.0, "for its SFT term write loss_type: [simpo, sft] and loss_weights: [1, SFT_WEIGHT]"),
+    "max_target_length": (None, "only decoder models are trained"),
     "max_completion_length": (
         None,
         "completions keep the room that max_length leaves beside the prompt; set max_length and max_prompt_length",

@@ -7,13 +7,15 @@ Letters: B pairs, K references.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from prefopt import losses
+from prefopt.arguments import default_of
 
 Pair = tuple[Tensor, Tensor]
 """One (B,) tensor for the chosen completions and one for the rejected."""
@@ -170,3 +172,18 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 SFT = "sft"
 """Adds the mean negative log-prob of chosen tokens; the trainer computes it over the whole optimizer step."""
 REFERENCE_FREE_LOSSES = (SFT, *(name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference))
+
+
+def check_unread_settings(config: Any, loss_types: Sequence[str]) -> None:
+    """Raise a ValueError where a setting of losses is set and none of the run's losses reads it."""
+    readers: dict[str, list[str]] = {}
+    for loss_type, loss in PAIR_LOSSES.items():
+        for setting in loss.settings:
+            readers.setdefault(setting.name, []).append(loss_type)
+    for field in dataclasses.fields(config):
+        names = readers.get(field.name)
+        if names and getattr(config, field.name) != default_of(field) and not set(names) & set(loss_types):
+            raise ValueError(
+                f"{field.name} is read with loss_type {' or '.join(names)} only, and this run's loss_type is "
+                f"{', '.join(loss_types)}: change it, or remove {field.name}."
+            )

@@ -40,6 +40,7 @@ from prefopt.trainers.pair_losses import (
     PairLoss,
     PairScores,
     ReferenceScores,
+    check_unread_settings,
 )
 from prefopt.trainers.policy import load_model, load_tokenizer, with_adapter
 from prefopt.trainers.reference import (
@@ -406,6 +407,7 @@ class PreferenceTrainer(BaseTrainer):
                 f"WPO's weights belong to pairs, and {clash[0]!r} has no value per pair. Turn `use_weighting` off, or "
                 "drop that loss."
             )
+        check_unread_settings(args, names)
         for name in names:
             if name != SFT:
                 table[name].check_settings(args, name)
