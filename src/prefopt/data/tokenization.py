@@ -53,7 +53,7 @@ from prefopt.files import content_hash
 from prefopt.waiting import announced_wait
 
 # part of the cache key: raise it whenever the same input would give other ids
-VERSION = 4
+VERSION = 5
 OUTCOME = "_outcome"
 # settings of models that compute positions from a formula, and go beyond those that they were trained on
 OTHER_POSITIONS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_pct", "alibi")
