@@ -1,18 +1,20 @@
 """What users get wrong, end to end: one line that says what, where and how to mend it; status 2; nothing left behind.
 
-Weights must not be loaded for any of these: the loader is replaced by one that fails the test.
+Weights must not be loaded before a mistake that they do not show is found: the loader is replaced by one that fails.
 """
 
 from __future__ import annotations
 
 import gzip
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prefopt import (
@@ -29,7 +31,7 @@ from prefopt import (
 )
 from prefopt.cli import main
 from prefopt.data import DataArguments, DataSource, load_datasets
-from tests.tiny import tiny_tokenizer, write_checkpoint
+from tests.tiny import tiny_model, tiny_tokenizer, write_checkpoint
 from tests.tiny_runs import pair_rows, tiny_recipe, write_model, write_pairs
 
 
@@ -81,6 +83,39 @@ def earlier_run(folder: Path, model: Path) -> None:
 def earlier_checkpoint(folder: Path, model: Path) -> None:
     write_checkpoint(folder / "out" / "checkpoint-7")
     (folder / "out" / "recipe.yaml").write_text("beta: 3\nlearning_rate: 1.0\n")
+
+
+def without(*parts: str, name: str = "model"):
+    """Copy the model without some of its weights, or under other names."""
+
+    def prepare(folder: Path, model: Path) -> None:
+        shutil.copytree(model, folder / name)
+        weights = load_file(folder / name / "model.safetensors")
+        kept = {key: value for key, value in weights.items() if not any(part in key for part in parts)}
+        save_file(kept, folder / name / "model.safetensors", metadata={"format": "pt"})
+
+    return prepare
+
+
+def adapter(damage=None):
+    """Save an adapter on the model, and damage its weights."""
+
+    def prepare(folder: Path, model: Path) -> None:
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder / "adapter")
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder / "adapter")
+        path = folder / "adapter" / "adapter_model.safetensors"
+        weights = damage(load_file(path)) if damage else {}
+        path.unlink()
+        if weights:
+            save_file(weights, path)
+
+    return prepare
+
+
+def other_tokenizer(folder: Path, model: Path) -> None:
+    tiny_model().save_pretrained(folder / "other")
+    tiny_tokenizer("chatml").save_pretrained(folder / "other")
 
 
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -184,6 +219,16 @@ CASES = {
         ["two ways to say one thing"],
     ),
     "attention that needs a GPU": ({"attn_implementation": "flash_attention_2"}, None, ["needs a GPU"]),
+    "reference with another tokenizer": (
+        {"ref_model_name_or_path": "{folder}/other"},
+        other_tokenizer,
+        ["ref_model_name_or_path", "has another tokenizer than model_name_or_path"],
+    ),
+    "settings of another adapter": (
+        {"model_name_or_path": "{folder}/adapter", "use_peft": True, "lora_r": 3},
+        adapter(dict),
+        ["recipe.yaml, line", "lora_r is 3, and the adapter", "has 2: remove it"],
+    ),
     "WPO without weights": ({"use_weighting": False}, None, ["use_weighting"]),
     "streamed data": ({"dataset_streaming": True}, None, ["dataset_streaming", "only False is possible"]),
     "reference scores of other data": (
@@ -205,6 +250,36 @@ CASES = {
         {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
         write("rows.jsonl", SCORED.format(score="-3.5") + SCORED.format(score="null").replace('"a"', '"d"')),
         ["ref_chosen_logps"],
+    ),
+}
+# mistakes that only the weights show
+LOADED_CASES = {
+    "missing weights": ({"model_name_or_path": "{folder}/model"}, without("layers.1.mlp.up"), ["lacks 1 weights"]),
+    "missing weights of the reference": (
+        {"ref_model_name_or_path": "{folder}/other"},
+        without("layers.1", name="other"),
+        ["other lacks 9 weights", "model.layers.1.input_layernorm.weight"],
+    ),
+    "weights of another shape": (
+        {"model_init_kwargs": {"hidden_size": 64, "ignore_mismatched_sizes": True}},
+        None,
+        ["in another shape"],
+    ),
+    "unknown keyword of the model": ({"model_init_kwargs": {"foo": 1}}, None, ["cannot be loaded", "'foo'"]),
+    "adapter without weights": (
+        {"model_name_or_path": "{folder}/adapter"},
+        adapter(),
+        ["adapter holds an adapter_config.json, but no weights"],
+    ),
+    "adapter of another model": (
+        {"model_name_or_path": "{folder}/adapter"},
+        adapter(lambda weights: {name.replace("layers.1", "layers.7"): each for name, each in weights.items()}),
+        ["adapter does not fit the model", "layers.1.self_attn.q_proj"],
+    ),
+    "adapter of another shape": (
+        {"ref_model_name_or_path": "{folder}/adapter"},
+        adapter(lambda weights: {name: each[:, :1].clone() for name, each in weights.items()}),
+        ["adapter does not fit the model", "size mismatch"],
     ),
 }
 
@@ -232,6 +307,27 @@ def test_bad_recipe(name, tmp_path, model, data, capsys, request):
     for words in expected:
         assert words in errors[0], errors[0]
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", LOADED_CASES)
+def test_bad_weights(name, tmp_path, model, data, capfd):
+    changes, prepare, expected = LOADED_CASES[name]
+    if prepare is not None:
+        prepare(tmp_path, model)
+    filled = {
+        key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in changes.items()
+    }
+    assert main(["wpo", str(tiny_recipe(tmp_path, model, data, **filled))]) == 2
+    printed = capfd.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith("prefopt: error: ")]
+    assert not [words for words in expected if words not in line], line
+    assert "Traceback" not in printed and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_may_be_the_reference(tmp_path, model, data):
+    adapter(dict)(tmp_path, model)
+    recipe = tiny_recipe(tmp_path, model, data, ref_model_name_or_path=str(tmp_path / "adapter"))
+    assert main(["wpo", str(recipe)]) == 0
 
 
 def test_all_mistakes_are_shown_at_once(tmp_path, model, data, capsys, no_weights):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -141,11 +142,16 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(folder):
     open_folder(folder, MINE, overwrite=False)
     checkpoint(folder, 10)
     left = ("model.safetensors", "trainer_state.json", "config.json", "adapter_config.json", "eval_results.json")
-    for name in (*left, "notes.txt"):
+    for name in (*left, "notes.txt", "checkpoint-notes.txt"):
         (folder / name).write_text("")
+    elsewhere = Path(checkpoint(folder.parent, 20))
+    (folder / "checkpoint-20").symlink_to(elsewhere)
+    (folder / "checkpoint-best").mkdir()
     assert start(folder, overwrite=True) is None
     open_folder(folder, MINE.replace("0.1", "0.2"), overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "package_versions.json", "recipe.yaml"]
+    kept = ["checkpoint-best", "checkpoint-notes.txt", "notes.txt", "package_versions.json", "recipe.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    assert (elsewhere / "model.safetensors").is_file()
     assert "0.2" in (folder / RECIPE_FILE).read_text()
 
 

@@ -23,7 +23,9 @@ SECRET = 'a"quite/secret-Schlüssel'
 @pytest.mark.parametrize(
     "key",
     ["token", "hub_token", "--hub-token", "HF_TOKEN", "api_key", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "password",
-     "db_password", "Authorization", "use_auth_token", "push_to_hub_token", "client_secret"],
+     "db_password", "Authorization", "use_auth_token", "push_to_hub_token", "client_secret", "accessToken", "hubToken",
+     "openaiApiKey", "api_keys", "hub_tokens", "secrets", "credential", "OPENAI_API_KEY_2", "Set-Cookie", "basic_auth",
+     "X-Amz-Signature", "pwd", "azure_account_key"],
 )  # fmt: skip
 def test_keys_that_hold_secrets(key):
     assert is_secret(key)
@@ -32,7 +34,7 @@ def test_keys_that_hold_secrets(key):
 @pytest.mark.parametrize(
     "key",
     ["eos_token", "pad_token", "image_token", "key_variable", "max_tokens_per_row", "tokens_per_batch", "row_id_key",
-     "max_new_tokens", "secretary", "keys"],
+     "max_new_tokens", "secretary", "keys", "tokens", "num_tokens", "eos_tokens", "author", "design", "adam_beta2"],
 )  # fmt: skip
 def test_keys_that_hold_none(key):
     assert not is_secret(key)
@@ -74,6 +76,39 @@ def test_texts(monkeypatch):
         masked("eos_token=</s> beta=0.1 hub_token: expected text")
         == "eos_token=</s> beta=0.1 hub_token: expected text"
     )
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["github_pat_11ABCDEFG0abcdefghij_klm", "glpat-abcdefghij1234567890", "AIzaSyA1234567890abcdefghijklmnopqrstuv",
+     "gsk_abcdefghijklmnopqrstuvwxyz", "nvapi-abcdefghijklmnopqrstuvwxyz", "r8_abcdefghijklmnopqrstuvwxyz",
+     "api_org_abcdefghijklmnopqrst", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.abcDEF123"],
+)  # fmt: skip
+def test_values_that_give_themselves_away(secret):
+    assert masked(f"in {secret}, say") == "in ***, say"
+    assert without_secrets({"model": [secret]}) == {"model": ["***"]}
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:p@ss@host/x", "https://***@host/x"),
+        ("https://me:pa/ss@host/x", "https://***@host/x"),
+        ("s3://AKIAABCDEFGHIJKLMNOP:word@bucket", "s3://***@bucket"),
+        ("https://host:80/x@main", "https://host:80/x@main"),
+        ("git+https://github.com/x/y@main", "git+https://github.com/x/y@main"),
+        ("https://host/x?sig=abcdef", "https://host/x?sig=***"),
+    ],
+)
+def test_passwords_within_addresses(address, shown):
+    assert masked(f"at {address} now") == f"at {shown} now"
+
+
+def test_secrets_below_a_secret_key_and_numbers_are_noted():
+    remember_secrets({"api_keys": ["first-value", {"second": "second-value"}], "password": 73519246, "token": True})
+    assert masked("first-value, second-value, 73519246, True") == "***, ***, ***, True"
+    assert masked(r"password='it\'s mine'!") == "password=***!"
+    assert masked("Authorization: Basic bWU6d29yZA==") == "Authorization: Basic ***"
 
 
 @pytest.mark.parametrize("config_class", [DPOConfig, WPOConfig, RewardConfig, RRHFConfig, SFTConfig])
@@ -118,6 +153,8 @@ def test_resolved_recipe():
         ["--model_init_kwargs", "{token: some-secret"],
         ["--hub_token=some-secret", "--ref_model_name_or_path", "some-secret"],
         ["--hub_tokn", "x", "--hub_token=some-secret"],
+        ["--model_init_kwargs", "{accessToken: some-secret, dtype: x}", "--ref_model_name_or_path", "some-secret"],
+        ["--hub_token", "[some-secret, 1]", "--beta", "some-secret"],
     ],
 )
 def test_messages(words, capsys):

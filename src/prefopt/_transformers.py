@@ -70,6 +70,9 @@ class HookedTrainer(Trainer):
     def before_checkpoint_is_whole(self, folder: Path) -> None:
         """Run on the main process when only the trainer's state is missing from the checkpoint `folder`."""
 
+    def after_checkpoint(self, folder: Path) -> None:
+        """Run on the main process of each node that saves once the checkpoint `folder` is whole: remove older ones."""
+
     def save_weights_alone(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         """Run on a rank that could not save config, weights and tokenizer as usual."""
 
@@ -104,6 +107,7 @@ class HookedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             self.after_model_saved(folder)
         if _internal_call:
+            self.args.save_total_limit = None  # after the arguments were saved; see `_save_checkpoint`
             self.after_weights_of_checkpoint(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -120,9 +124,16 @@ class HookedTrainer(Trainer):
         # no event comes before a checkpoint: `on_save` comes after its last file
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(self._get_output_dir(trial=trial)) / name
-        with self.writing(folder):
-            self.before_checkpoint(folder)
-            super()._save_checkpoint(model, trial)
+        # Trainer would remove any folder called checkpoint-*, whoever made it, by the times of files
+        limit = self.args.save_total_limit
+        try:
+            with self.writing(folder):
+                self.before_checkpoint(folder)
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            self.after_checkpoint(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # the last that every rank writes; the main process writes the trainer's state after it, which therefore proves

@@ -204,17 +204,22 @@ MASK = "***"
 # a key that is one of these, or ends with one after an underscore; `eos_token` and the like are none
 SECRET_KEYS = (
     "token", "hub_token", "hf_token", "auth_token", "access_token", "refresh_token", "session_token", "bearer_token",
-    "api_token", "secret_token", "api_key", "apikey", "access_key", "secret_key", "private_key", "secret", "password",
-    "passwd", "passphrase", "credentials", "authorization",
+    "api_token", "secret_token", "sas_token", "api_key", "apikey", "access_key", "secret_key", "private_key",
+    "account_key", "signing_key", "encryption_key", "subscription_key", "openai_key", "secret", "password", "passwd",
+    "pwd", "passphrase", "credential", "authorization", "auth", "bearer", "cookie", "jwt", "connection_string",
+    "signature", "sig",
 )  # fmt: skip
 # values that give themselves away wherever they stand: tokens of hubs and servers, and passwords within addresses
 _SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{12,})"
-    r"|(?<=://)[^/\s@'\"]+(?=@)|(?<=Bearer )[^\s'\"]+"
+    r"(?<=://)[^\s'\"/@:]*:(?!\d+/)[^\s'\"]+(?=@)"  # a password may hold what an address must not: / and @
+    r"|(?<=://)[^/\s@'\"]+(?=@)|(?<=Bearer )[^\s'\"]+|(?<=(?i:authorization: basic) )[^\s'\"]+"
+    r"|\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
+    r"|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{12,}|AIza[\w-]{30,}|(?:gsk|r8)_[A-Za-z0-9]{20,}"
+    r"|(?:nvapi|xai|pplx)-[\w-]{20,}|wandb_v1_\w{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
 )
 # name=value and "name": value; then {name: value, name: value}, as YAML has it on one line
 _PAIRS = (
-    re.compile(r"""([\w-]+)(['"]\s*:\s*|=)('[^']*'|"[^"]*"|[^\s,;'"})\]]+)"""),
+    re.compile(r"""([\w-]+)(['"]\s*:\s*|=)('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\s,;'"})\]]+)"""),
     re.compile(r"(?<=[{,])(\s*[\w-]+)(:\s*)([^\s,}]+)"),
 )
 _SHORTEST = 4  # shorter values are not replaced in texts: they would take half of a message with them
@@ -223,7 +228,10 @@ _seen: set[str] = set()
 
 def is_secret(key: str) -> bool:
     """Return whether a setting, a header or an environment variable of this name holds a secret."""
-    name = key.lstrip("-").lower().replace("-", "_")
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.lstrip("-")).lower().replace("-", "_")  # accessToken
+    name = re.sub(r"_?\d+$", "", name)  # API_KEY_2
+    if name != "tokens":
+        name = name.removesuffix("s")
     return name in SECRET_KEYS or any(name.endswith(f"_{end}") for end in SECRET_KEYS if end != "token")
 
 
@@ -249,16 +257,21 @@ def without_secrets(value: Any) -> Any:
     return value
 
 
-def remember_secrets(value: Any) -> None:
-    """Note the secret values of a config, at any depth, so that `masked` finds them in any text from now on."""
+def remember_secrets(value: Any, *, secret: bool = False) -> None:
+    """Note the secret values of a config, at any depth, so that `masked` finds them in any text from now on.
+
+    Args:
+        value: a config, or a part of one.
+        secret: whether it stands below a key that says so.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if is_secret(str(key)) and isinstance(item, str):
-                _seen.add(str(item))
-            remember_secrets(item)
+            remember_secrets(item, secret=secret or is_secret(str(key)))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            remember_secrets(item)
+            remember_secrets(item, secret=secret)
+    elif secret and isinstance(value, (str, int, float)) and _holds_secret(value):
+        _seen.add(str(value))
 
 
 def masked(text: str) -> str:

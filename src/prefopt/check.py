@@ -188,6 +188,8 @@ def check_model_and_data(
     model_config = found.attempt(run.read_config, name, model_args, config)
     found.attempt(run.check_reference, run_args, config, rows)
     tokenizer = found.attempt(run.load_tokenizer, name, model_args, config, run_args) if model_config else None
+    if tokenizer is not None:
+        found.attempt(run.check_reference_tokenizer, run_args, config, tokenizer)
     if tokenizer is not None and data_args is not None:
         with contextlib.redirect_stdout(sys.stderr):
             datasets, found.reports = found.attempt(tokenise_data, rows, tokenizer, config, data_args) or ({}, [])

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -30,7 +29,15 @@ from prefopt.files import parse_yaml, read_yaml, user_path, write_json, write_te
 from prefopt.launch import is_launched, print_on_main, world_size
 from prefopt.recipes.arguments import RunArguments
 from prefopt.recipes.recipe import Recipe, build, plain, resolved_yaml
-from prefopt.trainers.checkpoints import cannot_resume, checkpoint_to_resume, is_whole, last_checkpoint, try_saving
+from prefopt.trainers.checkpoints import (
+    cannot_resume,
+    checkpoint_to_resume,
+    checkpoints_of,
+    is_whole,
+    last_checkpoint,
+    remove_checkpoint,
+    try_saving,
+)
 from prefopt.trainers.pair_losses import REFERENCE_FREE_LOSSES
 from prefopt.trainers.policy import is_adapter, load_model
 from prefopt.trainers.samples import SAMPLES_FILE
@@ -79,6 +86,11 @@ ADAPTER_KEYS = (
     "lora_task_type", "lora_init", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
 LM_HEADS = ("lm_head", "embed_out", "output")
+# key -> name in an adapter's config
+ADAPTER_SETTINGS = {
+    "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}  # fmt: skip
 
 # --- Settings
 
@@ -205,6 +217,14 @@ def check_adapter_keys(recipe: Recipe) -> None:
     given = [key for key in ADAPTER_KEYS if key in values and values[key] != defaults[key]]
     if given and not values.get("use_peft"):
         raise ValueError(f"{recipe.places[given[0]]}: {given[0]} needs use_peft: true; without it, remove it.")
+    name = values.get("model_name_or_path")
+    adapter = adapter_of(name) if name is not None and is_adapter(name) else None
+    for key, its_name in ADAPTER_SETTINGS.items() if adapter is not None else ():
+        if key in given and values[key] != (has := getattr(adapter, its_name, values[key])):
+            raise ValueError(
+                f"{recipe.places[key]}: {key} is {values[key]}, and the adapter {name}, which is trained on, has "
+                f"{has}: remove it, or merge that adapter into its base first."
+            )
     targets = values.get("lora_target_modules") or []
     heads = [name for name in ([targets] if isinstance(targets, str) else targets) if name in LM_HEADS]
     if heads:
@@ -332,8 +352,8 @@ def is_finished(output_dir: Path, *, evaluated: bool) -> bool:
 def open_folder(output_dir: Path, resolved: str, *, overwrite: bool) -> None:
     """Write the recipe and the versions to the run's folder; with `overwrite`, first remove what another run left."""
     if overwrite:
-        for checkpoint in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for checkpoint in checkpoints_of(output_dir):
+            remove_checkpoint(checkpoint)
         for path in (*(output_dir / name for name in LEFT_BY_RUNS), *output_dir.glob("*.safetensors")):
             path.unlink(missing_ok=True)
     write_text(output_dir / RECIPE_FILE, resolved)
@@ -405,9 +425,32 @@ def check_reference(run_args: RunArguments, args: Any, rows: str) -> None:
         raise ValueError("ref_model_name_or_path: this method has no reference model; remove it.")
     if set(args.loss_type) <= set(REFERENCE_FREE_LOSSES):
         raise ValueError(f"ref_model_name_or_path: {', '.join(args.loss_type)} has no reference; remove it.")
-    with _readable_errors("ref_model_name_or_path", name):
-        AutoConfig.from_pretrained(
-            name, revision=run_args.ref_model_revision or "main", trust_remote_code=args.trust_remote_code
+    _config_of("ref_model_name_or_path", name, run_args.ref_model_revision or "main", args.trust_remote_code)
+
+
+def check_reference_tokenizer(run_args: RunArguments, args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if the reference has other ids for the policy's tokens: it scores the policy's ids.
+
+    A reference that was saved without a tokenizer is not compared.
+
+    Raises:
+        ValueError: names one of these tokens.
+    """
+    name, revision = run_args.ref_model_name_or_path, run_args.ref_model_revision or "main"
+    if name is None:
+        return
+    try:
+        reference = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return
+    ids = reference.get_vocab()
+    other = [(own, token) for token, own in tokenizer.get_vocab().items() if ids.get(token, own) != own]
+    if other:
+        own, token = min(other)
+        raise ValueError(
+            f"ref_model_name_or_path {name!r} has another tokenizer than model_name_or_path ({token!r} is token "
+            f"{ids[token]} there and {own} here), so it would score other texts: choose a reference of the same "
+            "family, or `multi-reference-dpo`, whose references score texts."
         )
 
 
@@ -420,12 +463,16 @@ def read_config(name: str, model_args: ModelConfig, args: Any) -> Any:
     path = user_path(name)
     if path.is_dir() and not (path / "config.json").exists() and not is_adapter(name):
         raise ValueError(f"model_name_or_path: the folder {name} holds no model (no config.json).")
-    revision = model_args.model_revision
-    with _readable_errors("model_name_or_path", name):
-        if is_adapter(name):
+    return _config_of("model_name_or_path", name, model_args.model_revision, args.trust_remote_code)
+
+
+def _config_of(key: str, name: str, revision: str, trusted: bool) -> Any:
+    """Read the config of the model that a key names, or of a local adapter's base."""
+    if is_adapter(name):
+        with _readable_errors(key, name):
             name, revision = str(adapter_of(name).base_model_name_or_path), "main"
-    with _readable_errors("model_name_or_path", name):
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    with _readable_errors(key, name):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
 
 
 def load_tokenizer(name: str, model_args: ModelConfig, args: Any, run_args: RunArguments) -> PreTrainedTokenizerBase:
@@ -468,14 +515,7 @@ def pair_models(name: str, args: Any, model_args: ModelConfig, run_args: RunArgu
     """Return policy and reference of a pair method, as keywords of its trainer; an adapter is loaded here."""
     models = {**single_model(name, args, model_args, run_args), "ref_model": load_reference(run_args, args)}
     if is_adapter(name):
-        # peft takes no names of types, unlike transformers
-        dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, str(model_args.dtype))
-        models["model"] = AutoPeftModelForCausalLM.from_pretrained(
-            name,
-            is_trainable=True,
-            quantization_config=models["quantization_config"],
-            **{**args.model_init_kwargs, "dtype": dtype},
-        )
+        models["model"] = load_model(name, args, models["quantization_config"])
         args.model_init_kwargs = models["quantization_config"] = models["peft_config"] = None
         print_on_main(f"{name} is an adapter: it is trained on, and its present weights are the reference.")
     return models

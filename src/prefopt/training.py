@@ -68,6 +68,7 @@ from prefopt.run import (
     check_devices,
     check_output,
     check_reference,
+    check_reference_tokenizer,
     is_finished,
     load_tokenizer,
     missing_packages,
@@ -341,6 +342,7 @@ def make_trainer(
     check_reference(run_args, args, rows)
     config = read_config(name, model_args, args)
     tokenizer = load_tokenizer(name, model_args, args, run_args)
+    check_reference_tokenizer(run_args, args, tokenizer)
     # an adapter may bring embeddings that its base's config does not know of
     fits = None if is_adapter(name) else config
     train_dataset, eval_dataset, reports = prepare_data(trainer_class, rows, tokenizer, args, data_args, fits)

@@ -70,6 +70,35 @@ def test_a1_only_answers_are_scored(row, reason):
             normalise_comparison({**row, "responses": [row["chosen"], row["rejected"]], "scores": [1.0, 0.0]})
 
 
+@pytest.mark.parametrize("role", ["human", "User", "gpt", "Assistant", "SYSTEM"])
+def test_a1_a_role_under_another_name_is_a_fault(role):
+    other = {**GOOD, "prompt": [turn("critic", "x")]}  # a role that a template may know
+    reason, detail = fault_of({**GOOD, "prompt": [turn(role, "Hi")]}, good=other)
+    assert reason == "wrong type" and f"the role {role!r}, which must be" in detail
+
+
+def test_a1_an_empty_turn_among_answers_is_a_fault():
+    chosen = [turn("assistant", " "), turn("user", "And?"), A]
+    assert fault_of({**GOOD, "chosen": chosen}) == ("empty completion", "one of its assistant turns is empty")
+    assert fault_of({**GOOD, "chosen": [*chosen[1:][::-1], turn("assistant", "")]})[0] == "empty completion"
+
+
+def test_a1_a_string_prompt_that_no_turn_holds_is_a_fault():
+    whole = {"chosen": [U, A], "rejected": [U, B]}
+    assert fault_of({**whole, "prompt": "Talk like a pirate."}, good={**GOOD, "prompt": "Hi"})[0] == (
+        "prompt that is in no turn"
+    )
+    for prompt in ("Hi", "  hi\n", "<user> Hi <assistant>", ""):
+        assert normalise_pair({**whole, "prompt": prompt})["prompt"] == [U]
+
+
+def test_a4_half_a_character_costs_one_row():
+    half = json.dumps([turn("user", "Hi \ud83d")])
+    for row in ({"prompt": half}, {"tools": json.dumps([declared("mail\ud83d", "to")])}):
+        texts = {**{name: json.dumps(value) for name, value in GOOD.items()}, "tools": None}
+        assert "half a character, '\\ud83d'" in fault_of({**texts, **row}, good=texts)[1]
+
+
 def test_a1_a_string_prompt_at_the_beginning_of_both_answers_is_a_repetition():
     prompt = "Which colour has the sky at noon?"
     row = {"prompt": prompt, "chosen": prompt + " Blue.", "rejected": prompt + " Red."}
@@ -161,6 +190,52 @@ def test_a3_pairs_that_differ_in_their_reasoning_alone_are_not_called_identical(
     assert fault_of(row, CHAT)[0] is None  # a template that keeps it
     spaced = {**GOOD, "chosen": [turn("assistant", "  Blue,\n\n and  more. ")]}
     assert fault_of(spaced, CHAT)[0] is None  # templates trim
+
+
+def test_a3_a_template_that_leaves_out_system_turns_or_tools():
+    silent = tiny_tokenizer("llama3")
+    silent.chat_template = CHAT_TEMPLATES["llama3"].replace("in messages", "in messages if m['role'] != 'system'")
+    reason, detail = fault_of({**GOOD, "prompt": [S, U]}, silent)
+    assert reason == "text lost in the chat template" and "leaves out system turns, such as 'Be brief.'" in detail
+    knows_tools = tiny_tokenizer("llama3")
+    knows_tools.chat_template = "{{ tools | tojson }}" + CHAT_TEMPLATES["llama3"].replace(
+        "m['content'] | trim", "m['content'] ~ m['tool_calls']"
+    )
+    called = call("weather", {"city": "Rome"})
+    for row in (
+        {**GOOD, "chosen": [called]},
+        {**GOOD, "prompt": [U, called, turn("tool", "12 °C")]},
+        {**GOOD, "tools": [declared("weather", "city")]},
+    ):
+        good = {**GOOD, "tools": None}
+        assert "does not show 'weather'" in fault_of(row, good=good)[1]
+        assert fault_of(row, knows_tools, good=good)[0] is None
+
+
+LAST_QUESTION = (
+    "{{ bos_token }}{% set last = (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
+    "{% for m in messages if m['role'] != 'system' %}{% if m['role'] == 'user' %}[INST] "
+    "{% if m == last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }} {% endif %}"
+    "{{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "row"),
+    [
+        ("{{ bos_token }}{{ strftime_now('%S.%f') }}" + CHAT_TEMPLATES["chatml"], GOOD),
+        ("{% if not add_generation_prompt %}{{ 'Done. ' }}{% endif %}" + CHAT_TEMPLATES["llama3"], GOOD),
+        (LAST_QUESTION, {"prompt": [S, U], "chosen": [A, turn("user", "Sure?"), A], "rejected": [B]}),
+    ],
+)
+def test_a3_a_prompt_that_changes_with_the_answer_is_not_scored(template, row):
+    tokenizer = tiny_tokenizer("llama3")
+    tokenizer.chat_template = template
+    good = {**GOOD, "prompt": [turn("user", "x")], "chat_template_kwargs": None}
+    with pytest.raises(ValueError, match="prompt that the chat template changes once an answer follows"):
+        tokenize_pairs(Dataset.from_list([{**good, **row}]), tokenizer, max_length=None, on_bad_row="raise")
+    if template == LAST_QUESTION:
+        assert fault_of({**row, "chosen": [A]}, tokenizer)[0] is None
 
 
 @pytest.mark.parametrize("style", ["llama3", "chatml", "gemma2", "mistral", "zephyr"])
@@ -358,6 +433,9 @@ WHOLE = {"instruction": "Hi", "chosen": [U, A], "rejected": [U, B]}
         ({"Query": "what?", "chosen": "a", "rejected": "b"}, "Query"),
         ({"user_question": "what?", "question_id": "7f", "chosen": "a", "rejected": "b"}, "user_question"),
         ({"messages": [turn("user", "what?")], "chosen": "a", "rejected": "b"}, "messages"),
+        ({"messages": [turn("user", [{"type": "text", "text": "x?"}])], "chosen": "a", "rejected": "b"}, "messages"),
+        ({"conversations": [{"from": "human", "value": "x?"}], "chosen": "a", "rejected": "b"}, "conversations"),
+        ({**GOOD, "systemPrompt": "Be brief."}, "systemPrompt"),
         (
             {"prompt": "p", "system_prompt": "Be brief.", "responses": ["a", "b"], "scores": [1.0, 0.0]},
             "system_prompt",
@@ -372,6 +450,14 @@ def test_a2_an_unused_column_that_belongs_to_the_prompt_stops_the_run(tmp_path, 
         write_jsonl(tmp_path / "rows.jsonl", [row])
         with pytest.raises(ValueError, match=rf"rows.jsonl' .*'{column}'"):
             load_datasets(DataArguments([DataSource(str(tmp_path / "rows.jsonl"))]))
+
+
+def test_a2_text_of_the_last_rows_alone_stops_the_run_too():
+    rows = [
+        {"prompt": f"Hi {n}", "chosen": "a", "rejected": "b", "system": "" if n < 200 else "x"} for n in range(250)
+    ]
+    with pytest.raises(ValueError, match="text in the column 'system' that nothing reads"):
+        tokenize_pairs(Dataset.from_list(rows), PLAIN, max_length=None)
 
 
 def test_a2_columns_that_say_nothing_new_are_left_alone():

@@ -390,10 +390,16 @@ def no_random_state(checkpoint):
     (checkpoint / "rng_state.pth").unlink()
 
 
-def flipped_bit(checkpoint):
-    data = bytearray((checkpoint / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (checkpoint / "model.safetensors").write_bytes(data)
+def flipped(name, place=-1):
+    def flip(checkpoint):
+        data = bytearray((checkpoint / name).read_bytes())
+        data[place if place < 0 else len(data) // place] ^= 1
+        (checkpoint / name).write_bytes(data)
+
+    return flip
+
+
+flipped_bit = flipped("model.safetensors")
 
 
 def cut_off(name):
@@ -404,8 +410,8 @@ def cut_off(name):
     return cut
 
 
-def unread_record(checkpoint):
-    (checkpoint / "checkpoint_files.json").write_text("{")
+def written(name, text):
+    return lambda checkpoint: (checkpoint / name).write_text(text)
 
 
 DAMAGES = {
@@ -417,7 +423,14 @@ DAMAGES = {
     "cut weights": (cut_off("model.safetensors"), "model.safetensors has"),
     "cut optimizer": (cut_off("optimizer.pt"), "optimizer.pt has"),
     "cut state": (cut_off("trainer_state.json"), "was not written to its end"),
-    "record": (unread_record, "checkpoint_files.json cannot be read"),
+    "flipped optimizer": (flipped("optimizer.pt", 2), "optimizer.pt is not what was written"),
+    "flipped random state": (flipped("rng_state.pth", 2), "rng_state.pth is not what was written"),
+    "state without a step": (written("trainer_state.json", "{}"), "was not written to its end"),
+    "state that is a list": (written("trainer_state.json", "[]"), "was not written to its end"),
+    "record": (written("checkpoint_files.json", "{"), "checkpoint_files.json cannot be read"),
+    "list as record": (written("checkpoint_files.json", "[]"), "checkpoint_files.json cannot be read"),
+    "numbers as record": (written("checkpoint_files.json", '{"a": 3}'), "checkpoint_files.json cannot be read"),
+    "deep record": (written("checkpoint_files.json", "[" * 99999), "checkpoint_files.json cannot be read"),
 }
 
 
@@ -432,7 +445,7 @@ def saved_run(tmp_path_factory):
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_left_out_for_the_next_older_one(tmp_path, saved_run, kind, recorded, capsys):
     damage, words = DAMAGES[kind]
-    if not recorded and kind in ("flipped bit", "no random state", "record"):
+    if not recorded and (kind in ("flipped bit", "no random state") or "record" in kind):
         pytest.skip("nothing tells")
     shutil.copytree(saved_run, tmp_path / "out")
     for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
@@ -456,6 +469,33 @@ def test_the_run_continues_from_the_older_checkpoint_as_if_it_had_not_stopped(tm
     expected = load_file(saved_run / "checkpoint-4" / "model.safetensors")
     assert all(torch.equal(trainer.model.state_dict()[name], tensor) for name, tensor in expected.items())
     assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")
+
+
+def test_a_damaged_state_of_the_method_is_one_line(tmp_path, saved_run):
+    """Of a release that kept no record."""
+    shutil.copytree(saved_run, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-4" / "checkpoint_files.json").unlink()
+    (tmp_path / "out" / "checkpoint-4" / "method_state.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"method_state.json is damaged .*: continue from another checkpoint"):
+        any_trainer(tmp_path, "DPO").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_only_checkpoints_of_the_run_are_rotated(tmp_path, saved_run, limit):
+    """Of later steps first, which the run has left behind; whatever else is called checkpoint-* is not its own."""
+    out = tmp_path / "out"
+    shutil.copytree(saved_run, out)
+    for name in ("checkpoint-best", "checkpoint-2-copy", "checkpoint-9"):
+        shutil.copytree(saved_run / "checkpoint-2", out / name)
+    (out / "checkpoint-9" / "optimizer.pt").unlink()
+    (out / "checkpoint-4").rename(tmp_path / "elsewhere")
+    trainer = any_trainer(tmp_path, "DPO", save_strategy="steps", save_steps=2, save_total_limit=limit)
+    trainer.train(resume_from_checkpoint=True)
+    kept = ["checkpoint-4"] if limit == 1 else ["checkpoint-2", "checkpoint-4"]
+    names = sorted(path.name for path in out.glob("checkpoint-*"))
+    assert names == sorted([*kept, "checkpoint-2-copy", "checkpoint-best"])
+    saved = torch.load(out / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert trainer.args.save_total_limit == saved.save_total_limit == limit
 
 
 def test_checkpoints_of_weights_alone_are_not_continued_from(tmp_path):
@@ -567,6 +607,12 @@ def test_a_logarithmic_warm_up_is_deepspeeds(tmp_path):
     expected = [1e-3 * math.log(max(step, 1)) / math.log(6) for step in range(6)]
     assert rates["log"][:6] == pytest.approx(expected) and rates["log"][6:] == rates["linear"][6:]
     assert rates["log"][2] > 1.1 * rates["linear"][2]
+
+
+def test_ids_beyond_the_embeddings_of_the_reference_are_found_too(tmp_path):
+    options = {"ref_model": tiny_model(vocab_size=16)}
+    with pytest.raises(ValueError, match=r"set has the token id \d+, but the reference has 16 embeddings"):
+        make_trainer(tmp_path, rows=preference_rows(4), trainer_options=options)
 
 
 @pytest.mark.parametrize("set_name", ["train_dataset", "eval_dataset"])

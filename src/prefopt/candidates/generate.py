@@ -33,6 +33,7 @@ from prefopt.candidates.workers import work_in_children
 from prefopt.data.rows import CONTEXT_COLUMNS
 from prefopt.data.sources import DataSource
 from prefopt.files import write_json, write_jsonl
+from prefopt.models.heads import adapter_read_whole, load_whole
 from prefopt.references.fingerprints import adapted_model, files_fingerprint, model_folder
 
 # the flags of the SPPO scripts that mean the same
@@ -376,7 +377,8 @@ def _local(job: Generation) -> Backend:
     from prefopt.candidates.backends.local import TransformersBackend
 
     args, base = job.args, job.base
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = load_whole(
+        AutoModelForCausalLM.from_pretrained,
         base or args.model_name_or_path,
         revision=None if base else args.model_revision,
         dtype=args.dtype,
@@ -407,7 +409,8 @@ def _with_adapter(model: Any, folder: str) -> Any:
             if rows != embeddings.weight.shape[0]:
                 model.resize_token_embeddings(rows)
             break
-    return PeftModel.from_pretrained(model, folder).get_base_model()
+    with adapter_read_whole(folder):
+        return PeftModel.from_pretrained(model, folder).get_base_model()
 
 
 def _engine(job: Generation) -> Backend:

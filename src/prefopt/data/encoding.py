@@ -10,7 +10,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -191,8 +191,8 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return repr(tokenizer.name_or_path) if tokenizer.name_or_path else "this model"
 
 
-def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Count the leading ids that both sequences have."""
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Count the leading ids, or characters, that both sequences have."""
     shorter = min(len(first), len(second))
     return next((index for index in range(shorter) if first[index] != second[index]), shorter)
 
@@ -277,7 +277,9 @@ def _encode_conversations(
     for group, parts in zip(groups, render(groups, tokenizer)):
         fault = next((part for part in parts if isinstance(part, BadRow)), None)
         if fault is None and marks is not None:
-            fault = marks.fault(group) or _lost_text(group, parts[1:])
+            fault = marks.fault(group) or _lost_text(group, parts)
+            if rendering == "joint":
+                fault = fault or _changed_prompt(group, parts)
         rendered.append(fault or parts)
     texts = [text for parts in rendered if not isinstance(parts, BadRow) for text in parts]
     ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
@@ -339,20 +341,55 @@ def _empty_system_turn(tokenizer: PreTrainedTokenizerBase) -> list[Message]:
     return turn
 
 
-def _lost_text(group: TextGroup, wholes: Sequence[str]) -> BadRow | None:
-    """Return a fault if a template leaves out text of an answer, as some do with the reasoning of earlier turns."""
-    for completion, whole in zip(group.completions, wholes):
-        shown = " ".join(whole.split())
-        for message in completion:
-            assert isinstance(message, dict)
-            for name in ANSWER_TEXTS if message["role"] == ASSISTANT else ():
-                text = " ".join(str(message.get(name) or "").split())
-                if text not in shown:
-                    return BadRow(
-                        Fault.TEXT_LOST,
-                        f"the template does not show {text[:60]!r}: set a `chat_template` that keeps whole answers, "
-                        "or take out of the answers what the template leaves out",
-                    )
+def _lost_text(group: TextGroup, parts: Sequence[str]) -> BadRow | None:
+    """Return a fault if a template leaves out tools, or of an answer its text or its calls of tools.
+
+    Some do so with the reasoning of earlier turns, and many know no tools.
+    """
+    needed = [(parts[0], _tool_names([*(group.tools or []), *_calls(group.prompt)]))]
+    for completion, whole in zip(group.completions, parts[1:]):
+        answers: Any = [turn for turn in completion if turn["role"] == ASSISTANT]  # type: ignore[index]
+        texts = [str(turn.get(name) or "") for turn in answers for name in ANSWER_TEXTS]
+        needed.append((whole, [*texts, *_tool_names(_calls(completion))]))
+    for part, texts in needed:
+        shown = " ".join(part.split())
+        for text in (" ".join(text.split()) for text in texts):
+            if text not in shown:
+                return BadRow(
+                    Fault.TEXT_LOST,
+                    f"the template does not show {text[:60]!r}: set a `chat_template` that does, or take out of the "
+                    "row what the template leaves out",
+                )
+    return None
+
+
+def _calls(turns: Any) -> list[Any]:
+    return [call for turn in turns for call in turn.get("tool_calls") or []]
+
+
+def _tool_names(tools: Iterable[Any]) -> list[str]:
+    """Return the names of declared or called tools."""
+    functions = (tool.get("function", tool) for tool in tools if isinstance(tool, dict))
+    return [str(each["name"]) for each in functions if isinstance(each, dict) and each.get("name")]
+
+
+def _changed_prompt(group: TextGroup, parts: Sequence[str]) -> BadRow | None:
+    """Return a fault if the prompt and prompt + completion part before the prompt's last text, which would be scored.
+
+    Templates do so that write the time, or move a system turn to the last question.
+    """
+    prompt, *wholes = parts
+    if all(whole.startswith(prompt) for whole in wholes):
+        return None
+    shared = min(common_prefix_length(prompt, whole) for whole in wholes)
+    for message in reversed(group.prompt):
+        assert isinstance(message, dict)
+        text = str(message.get("content") or "").strip()
+        if text and (place := prompt.rfind(text)) >= 0:  # a template may write it in other words
+            if place + len(text) <= shared:
+                return None
+            found = f"they part at {prompt[shared : shared + 40]!r}: set a `chat_template` that renders it alike"
+            return BadRow(Fault.PROMPT_CHANGES, found)
     return None
 
 
@@ -406,10 +443,12 @@ class TemplateMarks:
     Attributes:
         headers: what the template writes before a question, and between a question and its answer.
         ends: the special tokens that it writes after an answer.
+        drops_system: whether it leaves out a system turn without a word.
     """
 
     headers: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
+    drops_system: bool = False
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TemplateMarks:
@@ -427,13 +466,23 @@ class TemplateMarks:
             before = before.split(token)[-1]  # a system turn that the template adds comes first
         opening, between = before.strip(), between.strip()
         headers = (between, *((opening,) if opening not in special else ()))
-        return cls(tuple(header for header in headers if "<" in header or "[" in header), ends)
+        drops_system = False
+        with suppress(Exception):  # a template that takes no system turn raises for each row that has one
+            system = {"role": "system", "content": "INSTRUCTION"}
+            drops_system = "INSTRUCTION" not in str(tokenizer.apply_chat_template([system, *turns], tokenize=False))
+        return cls(tuple(header for header in headers if "<" in header or "[" in header), ends, drops_system)
 
     def fault(self, group: TextGroup) -> BadRow | None:
-        """Return a fault if a message holds a header, or an answer ends with the end of a turn."""
+        """Return a fault if a message holds a header, an answer ends with the end of a turn, or a turn is left out."""
         for message in (turn for turns in (group.prompt, *group.completions) for turn in turns):
             assert isinstance(message, dict)
             text = str(message.get("content") or "").rstrip()
+            if self.drops_system and message["role"] == "system" and text:
+                return BadRow(
+                    Fault.TEXT_LOST,
+                    f"the template leaves out system turns, such as {text[:60]!r}: set a `chat_template` that has "
+                    "them, or put their text into the first question",
+                )
             ends = [end for end in self.ends if message["role"] == ASSISTANT and text.endswith(end)]
             if found := [*(header for header in self.headers if header in text), *ends]:
                 return BadRow(

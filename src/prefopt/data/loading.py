@@ -16,7 +16,7 @@ from prefopt.data.sources import DataSource, load_source
 from prefopt.data.tokenization import OUTCOME, RowTokenizer, form_of, main_process_first, outcomes_of
 from prefopt.files import content_hash
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass

@@ -25,6 +25,9 @@ MESSAGES_AS_TEXT = re.compile(
 RESERVED_SETTINGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 # what a row gives its template: rows are data, and a template may repeat a text or count up to a number
 MOST_SETTING_BYTES, MOST_SETTING_DEPTH, LARGEST_SETTING = 65_536, 16, 10_000_000
+# names that other forms of data have for a role; most templates write any name into a header that no model has seen
+OTHER_ROLES = {"human": "user", "gpt": ASSISTANT, "bot": ASSISTANT, "chatbot": ASSISTANT}
+KNOWN_ROLES = ("system", "user", ASSISTANT, "tool", "developer")
 # a string prompt this long at the beginning of all completions is no accident
 REPEATED_CHARACTERS = 20
 
@@ -56,6 +59,8 @@ class Fault(StrEnum):
     FORBIDDEN_SETTING = "template setting that a row may not make"
     LARGE_SETTING = "template setting that is too large"
     TEXT_LOST = "text lost in the chat template"
+    PROMPT_LOST = "prompt that is in no turn"
+    PROMPT_CHANGES = "prompt that the chat template changes once an answer follows"
     TEMPLATED = "templated already"
     NOT_JSON = "conversation that is a string"
 
@@ -121,7 +126,11 @@ def clean_text(value: Any, field: str, tools: Sequence[Any] | None = None) -> Te
 
 def _clean_message(message: Message, field: str, tools: Sequence[Any]) -> Message:
     cleaned: Message = without_none(message)
-    content = cleaned.get("content")
+    content, role = cleaned.get("content"), cleaned["role"]
+    lowered = role.strip().lower()
+    meant = OTHER_ROLES.get(lowered, lowered if lowered in KNOWN_ROLES else role)
+    if meant != role:
+        raise BadRow(Fault.WRONG_TYPE, f"a turn of `{field}` has the role {role!r}, which must be {meant!r}")
     if isinstance(cleaned.get("tool_calls"), list):
         cleaned["tool_calls"] = [_clean_call(call, tools) for call in cleaned["tool_calls"]]
     if isinstance(content, list):
@@ -255,7 +264,9 @@ def split_prompt(
             return prompt, list(responses)
         if all(response[0]["role"] == "assistant" for response in responses):  # type: ignore[index]
             return as_messages(prompt), list(responses)
-        return _implied(responses)
+        implied, answers = _implied(responses)
+        _check_same_prompt(prompt, as_messages(implied))
+        return implied, answers
     if not prompt:
         raise BadRow(Fault.EMPTY_PROMPT, "`prompt` is an empty list of messages")
     if all(strings):
@@ -269,8 +280,8 @@ def check_answers(prompt: TextOrMessages, responses: Sequence[TextOrMessages]) -
     """Check that what is scored are answers to the prompt.
 
     Raises:
-        BadRow: a completion does not end with an assistant turn, or has turns of its prompt, in the same words or in
-            others: a system turn, or a user turn that does not follow an answer.
+        BadRow: a completion does not end with an assistant turn, has an empty one, or has turns of its prompt, in the
+            same words or in others: a system turn, or a user turn that does not follow an answer.
     """
     if isinstance(prompt, str):
         written = prompt.strip()
@@ -286,9 +297,27 @@ def check_answers(prompt: TextOrMessages, responses: Sequence[TextOrMessages]) -
         roles = [turn["role"] for turn in turns]  # type: ignore[index]
         if ASSISTANT not in roles or roles[-1] != ASSISTANT:
             raise BadRow(Fault.NO_ANSWER, f"its turns are those of {', '.join(roles)}")
+        if any(is_blank([turn]) for turn in turns if turn["role"] == ASSISTANT):  # type: ignore[index, list-item]
+            raise BadRow(Fault.EMPTY_COMPLETION, "one of its assistant turns is empty")
         before = [turn["role"] for turn in prompt][-1:]
         if "system" in roles or (roles[0] == "user" and before != [ASSISTANT]):
             raise BadRow(Fault.REPEATS_PROMPT, f"it begins with a {roles[0]} turn after the prompt's {before[0]} turn")
+
+
+def _check_same_prompt(prompt: str, turns: list[Message]) -> None:
+    """Raise a BadRow for a string beside conversations that share no turn with it: it would not be read."""
+    written, texts = plain_words(prompt), [plain_words(str(turn.get("content") or "")) for turn in turns]
+    if turns and not any(text and (text in written or written in text) for text in texts):
+        raise BadRow(
+            Fault.PROMPT_LOST,
+            f"`prompt` {_short(prompt)} is in no turn of the conversations: map it (`columns: {{system: prompt}}`) or "
+            "leave it out",
+        )
+
+
+def plain_words(text: str) -> str:
+    """Return a text for comparisons, whatever its white space and letter case."""
+    return " ".join(text.split()).casefold()
 
 
 def _implied(responses: Sequence[TextOrMessages]) -> tuple[TextOrMessages, list[TextOrMessages]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from datasets import Dataset, Features, Json, List, Value
@@ -23,6 +23,7 @@ from prefopt.data.messages import (
     clean_text,
     clean_tools,
     is_blank,
+    plain_words,
     split_prompt,
 )
 from prefopt.files import content_hash
@@ -66,6 +67,9 @@ METADATA_WORDS = frozenset({
     "id", "ids", "source", "type", "lang", "language", "score", "length", "len", "tokens", "name", "model", "category",
     "hash", "idx", "index", "url", "version", "dataset", "difficulty", "quality", "topic", "tags", "label", "key",
 })  # fmt: skip
+# where the text of a message stands: ShareGPT's is a `value`, that of a part a `text`
+MESSAGE_TEXTS = ("content", "value", "text")
+SAMPLED_ROWS = 1000
 CONTEXT_COLUMNS = ("tools", "chat_template_kwargs")
 COMPLETION_COLUMNS = {"pairs": ("chosen", "rejected"), "comparisons": ("responses",), "prompts": ()}
 
@@ -149,10 +153,12 @@ def check_unused_text(dataset: Dataset, kind: Kind, *, where: str = "The dataset
     if not suspects or is_tokenised(names, kind) or kind not in ("pairs", "comparisons"):
         return
     known = [name for name in dataset.column_names if name in read]
-    for row in dataset.select_columns([*suspects, *known]).select(range(min(len(dataset), 100))):
-        shown = " ".join(_plain(row[name]) for name in known)
+    # from all parts of the set: the rows of one source may be the only ones with a system turn
+    places = range(0, len(dataset), max(len(dataset) // SAMPLED_ROWS, 1))
+    for row in dataset.select_columns([*suspects, *known]).select(places):
+        shown = " ".join(text for name in known for text in _plain_texts(row[name]))
         for name in suspects:
-            if (text := _plain(row[name])) and text not in shown:
+            if text := next((text for text in _plain_texts(row[name]) if text not in shown), None):
                 role = "system" if "system" in name.lower() else "prompt"
                 raise ValueError(
                     f"{where} has text in the column {name!r} that nothing reads ({text[:60]!r}). Map it, as in "
@@ -162,17 +168,20 @@ def check_unused_text(dataset: Dataset, kind: Kind, *, where: str = "The dataset
 
 
 def _is_prompt_like(name: str) -> bool:
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    return name.lower() in PROMPT_LIKE or bool(words & PROMPT_WORDS and not words & METADATA_WORDS)
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()  # systemPrompt
+    words = set(re.split(r"[^a-z]+", name))
+    return name in PROMPT_LIKE or bool(words & PROMPT_WORDS and not words & METADATA_WORDS)
 
 
-def _plain(value: Any) -> str:
-    """Return all words of a text or of (lists of) messages, for comparisons."""
+def _plain_texts(value: Any) -> Iterator[str]:
+    """Yield the texts of a text or of (lists of) messages in any of their forms, for comparisons."""
     if isinstance(value, list):
-        return " ".join(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return _plain(value.get("content"))
-    return " ".join(value.split()).casefold() if isinstance(value, str) else ""
+        for item in value:
+            yield from _plain_texts(item)
+    elif isinstance(value, dict):
+        yield from _plain_texts(next((value[key] for key in MESSAGE_TEXTS if value.get(key)), None))
+    elif isinstance(value, str) and (text := plain_words(value)):
+        yield text
 
 
 def kept_features(features: Mapping[str, Any], kind: Kind, contents: Mapping[str, Any]) -> Features:
@@ -374,8 +383,15 @@ def context_of(row: Mapping[str, Any]) -> Row:
 
 
 def row_id(prompt: TextOrMessages, responses: list[TextOrMessages], context: Mapping[str, Any]) -> str:
-    """Return a stable name of a row: 16 hex digits of a hash of its content, whatever its place or other columns."""
-    return content_hash(prompt, responses, *([dict(context)] if context else []))[:16]
+    """Return a stable name of a row: 16 hex digits of a hash of its content, whatever its place or other columns.
+
+    Raises:
+        BadRow: a text holds half a character, as a JSON escape can write it, which no tokenizer takes.
+    """
+    try:
+        return content_hash(prompt, responses, *([dict(context)] if context else []))[:16]
+    except UnicodeEncodeError as error:
+        raise BadRow(Fault.WRONG_TYPE, f"a text holds half a character, {error.object[error.start]!a}") from error
 
 
 def method_values(row: Mapping[str, Any]) -> Row:

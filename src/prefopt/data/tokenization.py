@@ -53,7 +53,7 @@ from prefopt.files import content_hash
 from prefopt.waiting import announced_wait
 
 # part of the cache key: raise it whenever the same input would give other ids
-VERSION = 4
+VERSION = 5
 OUTCOME = "_outcome"
 # settings of models that compute positions from a formula, and go beyond those that they were trained on
 OTHER_POSITIONS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_pct", "alibi")
@@ -418,13 +418,14 @@ def token_counts(dataset: Dataset, part: str) -> Any:
     return pc.list_value_length(pc.list_flatten(values) if part == "responses" else values).to_numpy()
 
 
-def check_fits_model(dataset: Dataset, config: Any, name: str) -> None:
+def check_fits_model(dataset: Dataset, config: Any, name: str, *, model: str = "model") -> None:
     """Check that a model has an embedding for every token id, and a position for every token if it learns positions.
 
     Args:
         dataset: tokenised pairs or comparisons.
         config: of the model.
         name: of the set, in errors.
+        model: what errors call the model.
 
     Raises:
         ValueError: it has not; on a GPU this would be a device assertion in the middle of training.
@@ -435,8 +436,8 @@ def check_fits_model(dataset: Dataset, config: Any, name: str) -> None:
     largest = max(pc.max(pc.list_flatten(column, recursive=True)).as_py() or 0 for column in table.columns)
     if largest >= config.vocab_size:
         raise ValueError(
-            f"The {name} set has the token id {largest}, but the model has {config.vocab_size} embeddings: the "
-            "tokenizer belongs to another model, or has tokens that the model was never resized for."
+            f"The {name} set has the token id {largest}, but the {model} has {config.vocab_size} embeddings: the "
+            "tokenizer belongs to another model, or has tokens that it was never resized for."
         )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or config.model_type == "xglm" or any(hasattr(config, sign) for sign in OTHER_POSITIONS):
@@ -448,7 +449,7 @@ def check_fits_model(dataset: Dataset, config: Any, name: str) -> None:
     longest = int((token_counts(dataset, "prompt") + answers).max())
     if longest > limit:
         raise ValueError(
-            f"The {name} set has a row of {longest} tokens, but the model has learned {limit} positions: set "
+            f"The {name} set has a row of {longest} tokens, but the {model} has learned {limit} positions: set "
             f"`max_length` to at most {limit}."
         )
 

@@ -13,6 +13,9 @@ import functools
 import inspect
 import json
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,6 +111,49 @@ def pool_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling
     if pooling == "mean":
         return hidden.float().masked_fill(~real, 0.0).sum(1) / real.sum(1)
     return hidden.masked_fill(~real, float("-inf")).amax(1)
+
+
+def load_whole(load: Callable[..., Any], path: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a model with all of its weights; transformers draws those that a checkpoint lacks at random and goes on.
+
+    Args:
+        load: a `from_pretrained`.
+        path: folder or hub name.
+        options: its keywords.
+
+    Raises:
+        ValueError: weights are missing or have another shape, or an option is unknown.
+    """
+    try:
+        model, report = load(path, output_loading_info=True, **options)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    lacking = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if lacking:
+        raise ValueError(
+            f"{path} lacks {len(lacking)} weights of a {type(model).__name__} or has them in another shape "
+            f"({lacking[0]}, ...), so they would be random: save the model again, or take the folder that is whole."
+        )
+    return model
+
+
+@contextmanager
+def adapter_read_whole(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have peft load an adapter with all of its weights in the block; it only warns of those that are missing.
+
+    Raises:
+        ValueError: the folder lacks weights, or has those of an adapter on another model.
+    """
+    if Path(path).is_dir() and not any(Path(path).glob("adapter_model.*")):
+        raise ValueError(f"{path} holds an adapter_config.json, but no weights (adapter_model.safetensors).")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*Found missing adapter keys")
+            yield
+    except (UserWarning, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 300 else f"{reason[:300]}..."
+        raise ValueError(f"The adapter in {path} does not fit the model it is put on: {reason}") from error
 
 
 class HeadedModel(PreTrainedModel):
@@ -314,7 +360,8 @@ class HeadedModel(PreTrainedModel):
                 "`merge_and_unload()`."
             )
         model = cls.from_pretrained(base, new_head=True, **record, **settings)
-        merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+        with adapter_read_whole(path):
+            merged = PeftModel.from_pretrained(model, path).merge_and_unload()
         if not getattr(merged, "is_quantized", False):
             merged.requires_grad_(True)  # peft froze what it put the adapter on
         # an adapter that is trained on top of it belongs to this folder, and not to the base alone

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt._trl import prepare_deepspeed
+from prefopt.models.heads import load_whole
 from prefopt.progress import Progress
 from prefopt.references.cache import SIDES, ScoreCache, Scores, ids_digest
 from prefopt.scoring.attention import restore_attention
@@ -274,8 +274,7 @@ def prepare_model(
     if isinstance(reference, ReferenceModel):
         model = reference.model
     else:
-        options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-        model = AutoModelForCausalLM.from_pretrained(reference, **options)
+        model = load_whole(AutoModelForCausalLM.from_pretrained, reference, dtype=getattr(torch, dtype))
         model.requires_grad_(False)
     install_scoring(model)
     if accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
 
 from prefopt.evaluation.figures import EVALUATION_FILE, EVALUATION_FOLDER
 from prefopt.files import iterate_jsonl, read_json, read_yaml
@@ -21,6 +20,7 @@ from prefopt.run import (
     VERSIONS_FILE,
     is_finished,
 )
+from prefopt.trainers.checkpoints import checkpoints_of
 from prefopt.trainers.samples import SAMPLES_FILE
 
 
@@ -116,7 +116,7 @@ def log_history(folder: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any
             elif isinstance(line.get("step"), (int, float)):
                 history.append(line)
         return history
-    for place in (folder, *map(Path, reversed(sort_checkpoints(str(folder))))):
+    for place in (folder, *reversed(checkpoints_of(folder))):
         if history := _mapping(place / TRAINER_STATE_NAME, read_json).get("log_history", []):
             return [entry for entry in history if isinstance(entry.get("step"), (int, float))]
     return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import shutil
 import tempfile
 import zipfile
@@ -18,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt import files
 from prefopt.files import user_path
@@ -27,7 +28,10 @@ from prefopt.launch import print_on_main
 from prefopt.progress import library_bars
 
 FILES_RECORD = "checkpoint_files.json"
-"""File of a checkpoint that lists its files with their sizes, and the SHA-256 of those with weights."""
+"""File of a checkpoint that lists its files with their sizes, and the SHA-256 of weights and of all small files."""
+
+SMALL_FILE = 2**26  # bytes
+LARGEST_CHECKED = 2**32  # bytes of optimizer states whose checksums every rank computes before it resumes
 
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  # torch, FSDP, FSDP sharded, DeepSpeed
 
@@ -35,12 +39,47 @@ _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  
 # ---- which checkpoint to continue from
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder` by their steps; a `checkpoint-best` that a user has copied is none."""
+    named = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob("*")}
+    steps = {path: int(name[1]) for path, name in named.items() if name and path.is_dir()}
+    return sorted(steps, key=lambda path: steps[path])
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint, or of one that lies elsewhere the link to it."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint)
+
+
+def rotate_checkpoints(written: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beside the one that has just been written, until `limit` are left.
+
+    Those of later steps, which a run has left that was continued from an earlier one, go first.
+
+    Args:
+        written: the new checkpoint, which is kept.
+        limit: how many are kept; None keeps all.
+        best: another one that is kept.
+    """
+    if not limit:
+        return
+    all_of_them = checkpoints_of(written.parent)
+    later = all_of_them[all_of_them.index(written) + 1 :]
+    kept = {written, Path(best)} if best is not None else {written}
+    others = [path for path in (*later, *all_of_them) if path not in kept]
+    for checkpoint in list(dict.fromkeys(others))[: max(len(all_of_them) - max(limit, len(kept)), 0)]:
+        remove_checkpoint(checkpoint)
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """Find the newest whole checkpoint in `folder`; newer ones are named on stderr, with what is wrong with them."""
-    for checkpoint in reversed(sort_checkpoints(str(folder))):
-        damage = damage_of(Path(checkpoint))
+    for checkpoint in reversed(checkpoints_of(folder)):
+        damage = damage_of(checkpoint)
         if damage is None:
-            return checkpoint
+            return str(checkpoint)
         print_on_main(f"{checkpoint} {damage}, so it is left out.")
     return None
 
@@ -53,9 +92,9 @@ def checkpoint_to_resume(folder: Path) -> str | None:
     """
     if (found := last_checkpoint(folder)) is not None:
         return found
-    for checkpoint in reversed(sort_checkpoints(str(folder))):
-        if _was_finished(path := Path(checkpoint)):
-            raise ValueError(cannot_resume(path))
+    for checkpoint in reversed(checkpoints_of(folder)):
+        if _was_finished(checkpoint):
+            raise ValueError(cannot_resume(checkpoint))
     return None
 
 
@@ -94,19 +133,21 @@ def _holds(folder: Path, *patterns: str) -> bool:
 
 def _was_finished(checkpoint: Path) -> bool:
     try:
-        files.read_json(checkpoint / TRAINER_STATE_NAME)
-    except (OSError, ValueError):
+        state = files.read_json(checkpoint / TRAINER_STATE_NAME)
+    except (OSError, ValueError, RecursionError):
         return False
-    return True
+    return isinstance(state, dict) and isinstance(state.get("global_step"), int)
 
 
 def _damaged_file(checkpoint: Path) -> str | None:
     """Name the first file that is not what was written, with the reason."""
     try:
-        record: dict[str, dict[str, Any]] = files.read_json(checkpoint / FILES_RECORD)
+        record: Any = files.read_json(checkpoint / FILES_RECORD)
     except FileNotFoundError:
         record = {}  # of a release that wrote none: what follows finds files that were cut off
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not all(isinstance(each, dict) and "size" in each for each in record.values()):
         return f"{FILES_RECORD} cannot be read"
     for name, written in record.items():
         path = checkpoint / name
@@ -117,8 +158,8 @@ def _damaged_file(checkpoint: Path) -> str | None:
         if "sha256" in written and _hash_of(path, path.stat().st_mtime_ns) != written["sha256"]:
             return f"{name} is not what was written (its SHA-256 differs)"
     for path in sorted(checkpoint.rglob("*")):
-        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):  # as torch.save writes them
-            return f"{path.relative_to(checkpoint)} is cut off"
+        if path.suffix in (".pt", ".pth") and (fault := _zip_fault(path, path.stat().st_mtime_ns)):
+            return f"{path.relative_to(checkpoint)} {fault}"
         if path.suffix == ".safetensors":
             try:
                 safe_open(path, framework="pt")
@@ -133,13 +174,28 @@ def _hash_of(path: Path, modified: int) -> str:
     return files.file_hash(path)
 
 
+@functools.lru_cache(maxsize=4096)
+def _zip_fault(path: Path, modified: int) -> str | None:
+    """Describe what is wrong with a file that torch has saved, which torch would read whatever its checksums say."""
+    if not zipfile.is_zipfile(path):
+        return "is cut off"
+    if path.stat().st_size > LARGEST_CHECKED:
+        return None
+    try:
+        with zipfile.ZipFile(path) as saved:
+            broken = saved.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        broken = str(error)
+    return None if broken is None else f"is not what was written ({broken} differs from its checksum)"
+
+
 def record_files(checkpoint: Path) -> None:
     """Write what a checkpoint holds so far, so that damage is found before training continues from it."""
     record = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name not in (FILES_RECORD, TRAINER_STATE_NAME):
             written: dict[str, Any] = {"size": path.stat().st_size}
-            if path.suffix == ".safetensors":
+            if path.suffix == ".safetensors" or path.stat().st_size <= SMALL_FILE:
                 written["sha256"] = files.file_hash(path)
             record[str(path.relative_to(checkpoint))] = written
     files.write_json(checkpoint / FILES_RECORD, record)

@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from prefopt._transformers import apply_liger_kernel
 from prefopt._trl import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from prefopt.files import user_path
 from prefopt.memory import decoder_layers
+from prefopt.models.heads import adapter_read_whole, load_whole
 from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.logprobs import install_scoring
 from prefopt.trainers.checkpointing import make_reentrant
@@ -58,7 +60,8 @@ def load_model(
             holds an adapter, which is loaded onto its base and trained on.
 
     Raises:
-        ValueError: `model` is none, or settings for loading were given together with a model in memory.
+        ValueError: `model` is none, its folder lacks weights, or settings for loading were given together with a model
+            in memory.
     """
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("`use_liger_kernel` needs the package liger-kernel: pip install 'prefopt[fast]'.")
@@ -82,14 +85,17 @@ def load_model(
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         init["device_map"] = None
     init.setdefault("trust_remote_code", args.trust_remote_code)
-    if loader is create_model_from_path and is_adapter(model):
-        loader = _load_adapter
     if is_deepspeed_zero3_enabled():
         keep_second_partition()
-    if loader is not create_model_from_path or quantization_config is not None or not reads_once_a_node():
+    if loader is not create_model_from_path:
         return loader(model, **init)
-    loaded: PreTrainedModel = loader(model, **init) if reads_weights() else model_without_weights(model, **init)
-    share_dtypes(loaded)
+    if is_adapter(model):
+        return _load_adapter(model, **init)
+    once_a_node = quantization_config is None and reads_once_a_node()
+    read: Any = partial(load_whole, loader) if not once_a_node or reads_weights() else model_without_weights
+    loaded: PreTrainedModel = read(model, **init)
+    if once_a_node:
+        share_dtypes(loaded)
     return loaded
 
 
@@ -103,7 +109,8 @@ def _load_adapter(path: str, *, dtype: Any = "float32", **init: Any) -> PeftMode
     # peft takes no names of types, unlike transformers
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     folder = str(user_path(path))
-    return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, dtype=dtype, **init)
+    with adapter_read_whole(folder):
+        return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, dtype=dtype, **init)
 
 
 def load_tokenizer(model: PreTrainedModel | PeftModel, args: Any) -> PreTrainedTokenizerBase:

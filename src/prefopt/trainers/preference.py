@@ -21,7 +21,7 @@ from trl import DPOConfig as TRLDPOConfig
 from prefopt import losses as pure
 from prefopt.data.encoding import with_pad_token
 from prefopt.data.rows import REFERENCE_COLUMNS
-from prefopt.data.tokenization import tokenize_pairs
+from prefopt.data.tokenization import check_fits_model, tokenize_pairs
 from prefopt.launch import print_on_main
 from prefopt.progress import library_bars
 from prefopt.references.fingerprints import rows_fingerprint
@@ -42,7 +42,7 @@ from prefopt.trainers.pair_losses import (
     ReferenceScores,
     check_unread_settings,
 )
-from prefopt.trainers.policy import load_model, load_tokenizer, with_adapter
+from prefopt.trainers.policy import base_model_of, load_model, load_tokenizer, with_adapter
 from prefopt.trainers.reference import (
     Reference,
     attach_scores,
@@ -198,6 +198,9 @@ class PreferenceTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if reference is not None:
+            for name, dataset in self._named_datasets().items():
+                check_fits_model(dataset, base_model_of(reference).config, name, model="reference")
         self._aux_coefficient = _router_coefficient(policy, args)
         self._margin_checked = False
         self._scored_by_policy = False

@@ -29,6 +29,7 @@ from prefopt.trainers.checkpoints import (
     is_whole,
     one_line_about_storage,
     record_files,
+    rotate_checkpoints,
     try_saving,
 )
 from prefopt.trainers.model_card import write_model_card
@@ -83,7 +84,7 @@ class SavingTrainer(HookedTrainer):
             self._origin = self.origin()
         if checkpoint:
             file = Path(checkpoint) / METHOD_STATE_FILE
-            state = files.read_json(file) if file.exists() else {}
+            state = files.read_object(file, remedy="continue from another checkpoint") if file.exists() else {}
             before = state.get("origin")
             check_origin(str(checkpoint), before, self._origin or {}, may_change=self.args.resume_changed)
             if state:
@@ -155,6 +156,10 @@ class SavingTrainer(HookedTrainer):
     def before_checkpoint_is_whole(self, folder: Path) -> None:
         """Record what the checkpoint holds."""
         record_files(folder)
+
+    def after_checkpoint(self, folder: Path) -> None:
+        """Remove older checkpoints, as `save_total_limit` says."""
+        rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_weights_alone(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         """Save the weights, as a config, tokenizer or argument could not be saved with them."""
