@@ -147,6 +147,7 @@ class BaseTrainer(HookedTrainer):
         self._updates_lost: UpdatesLost | None = None
         self._tokens_seen = 0.0
         self._origin: dict[str, str] = {}
+        self._policy_weights: str | None = None  # fingerprint of the model, if it is known before training
         self._warned_of_uneven_ranks = False
         self._packing = ""  # what `describe_run` says about the choice of the layout
         self._clock = time.perf_counter()
@@ -282,8 +283,8 @@ class BaseTrainer(HookedTrainer):
             "the tokenizer": vocabulary_fingerprint(self.processing_class),
             "the chat template": files.content_hash(self.processing_class.chat_template),
         }
-        if self.state.global_step == 0 and (policy := weights_fingerprint(self.model)) is not None:
-            found["the model that is trained"] = policy
+        if self.state.global_step == 0:
+            found["the model that is trained"] = self._policy_weights or weights_fingerprint(self.model)
         return found
 
     def load_method_state(self, state: dict[str, Any]) -> None:
