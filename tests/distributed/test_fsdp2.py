@@ -14,9 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import PartialState
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from prefopt.references.fingerprints import module_fingerprint
 from prefopt.scoring.layouts import PackedLayout, PaddedLayout
 from prefopt.scoring.logprobs import install_scoring, score_completions
 from prefopt.trainers.checkpointing import checkpoint_selectively
@@ -82,6 +84,20 @@ def recomputed(rank: int, store: str) -> None:
     leave()
 
 
+def hashed_by_its_holder(rank: int, store: str, expected: str) -> None:
+    """Hash a model that the first rank alone holds, and one that is sharded."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    start(rank, store)
+    PartialState(cpu=True)
+    model = tiny_model("llama", seed=1)
+    held = model if rank == 0 else tiny_model("llama").to("meta")
+    assert module_fingerprint(held, held.config) == expected
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=dist.init_device_mesh("cpu", (2,)))
+    assert module_fingerprint(model, model.config) == expected
+    leave()
+
+
 def prepared_by_accelerate(rank: int, store: str, layout: str) -> None:
     """Score under accelerate's FSDP2 with `mixed_precision: bf16`, and compare with a float32 model."""
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
@@ -127,6 +143,12 @@ def prepared_by_accelerate(rank: int, store: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_sharded_ranks_have_the_plain_gradient(layout, tied, tmp_path):
     mp.spawn(sharded_by_torch, args=(str(tmp_path / "store"), layout, tied), nprocs=2, join=True)
+
+
+def test_a_model_that_one_rank_holds_has_its_own_fingerprint(tmp_path):
+    model = tiny_model("llama", seed=1)
+    expected = module_fingerprint(model, model.config)
+    mp.spawn(hashed_by_its_holder, args=(str(tmp_path / "store"), expected), nprocs=2, join=True)
 
 
 def test_layers_that_run_again_have_the_plain_gradient(tmp_path):

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.test_launch import CONFIGS, check_complete, launch, single, trajectory, workspace  # noqa: F401
+from tests.distributed.test_launch import (  # noqa: F401
+    CHANGED,
+    CONFIGS,
+    another_model,
+    check_complete,
+    launch,
+    single,
+    trajectory,
+    workspace,
+)
 
 pytestmark = pytest.mark.slow
 RUNNER = Path(__file__).with_name("fsdp2_on_cpu.py")
@@ -55,6 +64,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(workspace, live):  # noqa: F8
     config = on_cpu(workspace, "fsdp2")
     output, _ = launch(workspace, "fsdp2", config=config, runner=RUNNER, layout="packed", **again)
     assert trajectory(output) == pytest.approx(whole, abs=1e-6)
+    with another_model(workspace):
+        _, errors = launch(workspace, "fsdp2", config=config, runner=RUNNER, layout="packed", fails=True, **again)
+    assert CHANGED in errors
 
 
 def test_cached_scores_of_a_model_that_one_rank_has_read(workspace, single):  # noqa: F811

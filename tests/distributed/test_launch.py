@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,10 +53,11 @@ def launch(
     layout: str = "padded",
     ranks: int = 2,
     runner: Path | None = None,
+    fails: bool = False,
     **settings,
 ) -> tuple[Path, str]:
     """Run scripts/run_wpo.py (by `runner`) with a global batch of 8, on one process or under an accelerate config;
-    (output folder, output)."""
+    (output folder, output), or where it must fail its errors."""
     ranks = ranks if config else 1
     recipe = {
         "model_name_or_path": str(workspace / "model"),
@@ -95,8 +98,8 @@ def launch(
     }
     command = [*start, *([str(runner)] if runner else []), str(ROOT / "scripts" / "run_wpo.py"), str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return workspace / name, done.stdout
+    assert bool(done.returncode) == fails, done.stdout[-3000:] + done.stderr[-5000:]
+    return workspace / name, done.stderr if fails else done.stdout
 
 
 def trajectory(output: Path, key: str = "loss") -> list[float]:
@@ -157,6 +160,24 @@ def test_resumed_in_the_second_epoch_equals_uninterrupted(workspace, config):
     again = {"resume_from_checkpoint": str(output / "checkpoint-8")}
     output, _printed = launch(workspace, f"{config}-resumed", config=config, layout="packed", **again)
     assert trajectory(output) == pytest.approx(whole, abs=1e-6)
+    with another_model(workspace):
+        _, errors = launch(workspace, f"{config}-resumed", config=config, layout="packed", fails=True, **again)
+    assert CHANGED in errors
+
+
+CHANGED = "checkpoint-8 was made, this has changed: the model that is trained."
+
+
+@contextmanager
+def another_model(workspace: Path) -> Iterator[None]:
+    """Have other weights in the model's folder for a while."""
+    path = workspace / "model" / "model.safetensors"
+    weights = path.read_bytes()
+    tiny_model(seed=1).save_pretrained(path.parent)
+    try:
+        yield
+    finally:
+        path.write_bytes(weights)
 
 
 def test_reference_scores_are_cached_once_for_all_ranks(workspace, single):

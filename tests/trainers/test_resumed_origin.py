@@ -50,6 +50,32 @@ CHANGES = {
 }
 
 
+def counted(model, readings):
+    """The model, which adds to `readings` whenever all of its weights are read for a fingerprint."""
+    read = model.state_dict
+
+    def state_dict(*args, keep_vars=False, **kwargs):
+        readings.extend([model] if keep_vars else [])
+        return read(*args, keep_vars=keep_vars, **kwargs)
+
+    model.state_dict = state_dict
+    return model
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the policy is the reference", "another reference"])
+def test_cached_scores_and_the_comparison_read_the_weights_once(tmp_path, own):
+    cached = {"precompute_ref_log_probs": True, "ref_logps_dir": str(tmp_path / "scores")}
+    readings = []
+    policy, reference = (counted(tiny_model(seed=seed), readings) for seed in (1, 3))
+    run(tmp_path, model=policy, reference=reference if own else None, **cached).train()
+    assert readings == ([reference, policy] if own else [policy])
+    with pytest.raises(ValueError, match="this has changed: the model that is trained"):
+        resume(run(tmp_path, model=tiny_model(seed=2), reference=tiny_model(seed=3) if own else None, **cached))
+    if own:
+        with pytest.raises(ValueError, match="this has changed: the reference"):
+            resume(run(tmp_path, reference=tiny_model(seed=4), **cached))
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_has_changed_is_named_before_anything_is_trained(tmp_path, what, capsys):
     run(tmp_path, reference=tiny_model(seed=3)).train()

@@ -130,7 +130,8 @@ def _remembered_hash(path: Path, known: dict[str, Any]) -> str:
 def module_fingerprint(model: nn.Module, config: PretrainedConfig, *, adapter: str | None = None) -> str:
     """Hash the config and the weights that a module has now, the same whether or not it is wrapped or sharded.
 
-    All ranks must call it; each hashes a share of the parameters.
+    All ranks must call it; each one that holds the weights hashes a share of them. Under FSDP2 that is the first rank
+    of a node alone until the model is sharded.
 
     Args:
         model: plain, or wrapped by PEFT, DDP, DeepSpeed or FSDP2. Adapters do not count (the reference is the model
@@ -144,9 +145,12 @@ def module_fingerprint(model: nn.Module, config: PretrainedConfig, *, adapter: s
     state = PartialState()
     mine = []
     entries = sorted(_named_tensors(model, adapter), key=lambda entry: entry[0])
+    holds = [] if any(tensor.is_meta for _, tensor in entries) else [state.process_index]
+    holders = gather_object(holds) if state.num_processes > 1 else holds
+    assert holders, "no rank holds the weights"
     for number, (name, tensor) in enumerate(entries):
         with _unsharded(tensor) as whole:
-            if number % state.num_processes == state.process_index:
+            if holders[number % len(holders)] == state.process_index:
                 mine.append((name, _tensor_hash(whole)))
     everyone = gather_object(mine) if state.num_processes > 1 else mine
     settings = json.loads(json.dumps(_relevant(config.to_dict()), default=str))

@@ -10,8 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
@@ -130,15 +128,8 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return base
 
 
-def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str | None:
-    """Hash the weights that a model has now, an adapter's that was given with it included; all ranks call it.
-
-    Returns:
-        64 hex digits; None where a rank does not hold the weights, as with FSDP's loading on one rank.
-    """
-    absent = [any(parameter.is_meta for parameter in model.parameters())]
-    if any(gather_object(absent) if PartialState().num_processes > 1 else absent):
-        return None
+def weights_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """Hash the weights that a model has now, an adapter's that was given with it included; all ranks call it."""
     given = isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
     adapter = str(model.active_adapter) if given else None
     return module_fingerprint(model, base_model_of(model).config, adapter=adapter)

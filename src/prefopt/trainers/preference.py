@@ -48,10 +48,9 @@ from prefopt.trainers.reference import (
     attach_scores,
     check_given_scores,
     has_scores,
-    reference_fingerprint,
     reference_module,
 )
-from prefopt.trainers.sharding import describe_wrapping, shard
+from prefopt.trainers.sharding import describe_wrapping
 
 SIDES = ("chosen", "rejected")
 
@@ -491,7 +490,7 @@ class PreferenceTrainer(BaseTrainer):
 
     def _attach_scores(
         self, datasets: Mapping[str, Dataset], module: PreTrainedModel | PeftModel | None
-    ) -> dict[str, Dataset]:
+    ) -> tuple[dict[str, Dataset], str | None]:
         return attach_scores(
             datasets,
             module=module,
@@ -517,14 +516,13 @@ class PreferenceTrainer(BaseTrainer):
 
     def _attach_scores_to_all(self, module: PreTrainedModel | PeftModel | None) -> None:
         self._scores_given = self.train_dataset is not None and has_scores(self.train_dataset)
-        if module is not None and self.is_fsdp_enabled:
-            sharded: Any = shard(module, self.accelerator)
-            module = sharded
-        if module is not None and not self._scores_given and not self.reference_is_initial:
-            self._cached_module = reference_fingerprint(module)
         # scores that came with the data may be those of any model
         self._scored_by_policy = not any(has_scores(dataset) for dataset in self._datasets())
-        done = self._attach_scores(self._named_datasets(), module)
+        done, weights = self._attach_scores(self._named_datasets(), module)
+        if module is not None and not self._scores_given:
+            self._cached_module = weights
+        elif module is None and not isinstance(self.model, PeftModel):
+            self._policy_weights = weights
         self.train_dataset = done.get(TRAINING)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {key: done.get(evaluated(key)) for key in self.eval_dataset}
@@ -554,7 +552,8 @@ class PreferenceTrainer(BaseTrainer):
                 f"The {name} data has no cached reference scores, and the reference is no longer at hand: give it to "
                 "the constructor as `eval_dataset`, or turn `precompute_ref_log_probs` off."
             )
-        return self._attach_scores({name: prepared}, None)[name]
+        done, _ = self._attach_scores({name: prepared}, None)
+        return done[name]
 
 
 def _router_coefficient(policy: PreTrainedModel | PeftModel, args: PreferenceConfig) -> float:

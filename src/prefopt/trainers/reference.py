@@ -177,12 +177,6 @@ def check_given_scores(dataset: Dataset, name: str) -> None:
                 )
 
 
-def reference_fingerprint(module: PreTrainedModel | PeftModel) -> str:
-    """Hash a reference that is not sharded, as `Reference.fingerprint` does; all ranks call it."""
-    adapter = _scoring_adapter(module, is_policy=False)
-    return module_fingerprint(module, base_model_of(module).config, adapter=adapter)
-
-
 def is_number(value: object) -> bool:
     """Check whether a value is an int or a float; NaN and infinity are, True is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -202,7 +196,7 @@ def attach_scores(
     accelerator: Accelerator,
     layout: Layout,
     longest: int,
-) -> dict[str, Dataset]:
+) -> tuple[dict[str, Dataset], str | None]:
     """Add the columns of cached reference scores to tokenised pairs; all ranks score what the cache lacks.
 
     Args:
@@ -215,12 +209,13 @@ def attach_scores(
         longest: tokens of the longest pair.
 
     Returns:
-        The datasets under the same names.
+        The datasets under the same names, and the fingerprint of the weights that score; None where no scores were
+        missing.
     """
     done = dict(datasets)
     missing = [name for name, dataset in datasets.items() if not has_scores(dataset)]
     if not missing:
-        return done
+        return done, None
     model = policy if module is None else module
     if is_fsdp(accelerator):  # before it shards a model, a rank may hold no weights
         sharded: Any = shard(frozen_copy(policy) if module is None else module, accelerator)
@@ -261,7 +256,7 @@ def attach_scores(
                 print(f"Reference scores of the {name} data: {read} read from {folder}, {scored} scored now.")
     if deepspeed:
         engine.destroy()
-    return done
+    return done, scorer.weights
 
 
 def _precision(dtype: torch.dtype, accelerator: Accelerator) -> str:

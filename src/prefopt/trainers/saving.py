@@ -43,6 +43,7 @@ class SavingTrainer(HookedTrainer):
     """A trainer whose checkpoints say what they were made from, and whose saving was tried before training."""
 
     _origin: dict[str, str] | None = None
+    _policy_weights: str | None = None  # fingerprint of the model, where scoring has computed it before training
 
     # ---- what a checkpoint was made from
 
@@ -61,8 +62,8 @@ class SavingTrainer(HookedTrainer):
             "the tokenizer": vocabulary_fingerprint(self.processing_class),
             "the chat template": files.content_hash(self.processing_class.chat_template),
         }
-        if self.state.global_step == 0 and (policy := weights_fingerprint(self.model)) is not None:
-            found["the model that is trained"] = policy
+        if self.state.global_step == 0:
+            found["the model that is trained"] = self._policy_weights or weights_fingerprint(self.model)
         return found
 
     def prepare_to_resume(self, checkpoint: str | bool | None) -> str | None:
