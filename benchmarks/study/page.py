@@ -83,7 +83,8 @@ def summary_row(experiment: Experiment, claim: Claim) -> list[object]:
     found = claim.difference
     shown = "" if found is None else str(found).replace("no interval", "in every seed")
     seeds = 0 if found is None else found.seeds
-    return [experiment.title, claim.text, claim.effect, claim.verdict, shown, f"{seeds} of {claim.planned}"]
+    done = f"{seeds} of {claim.planned}" if seeds <= claim.planned else f"{seeds} ({claim.planned} planned)"
+    return [experiment.title, claim.text, claim.effect, claim.verdict, shown, done]
 
 
 def cost(lab: Lab) -> list[str]:
