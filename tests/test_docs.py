@@ -162,6 +162,14 @@ def check_python(tree: ast.AST) -> None:
             assert {keyword.arg for keyword in node.keywords if keyword.arg} <= fields, ast.unparse(node)
 
 
+def test_a_ranker_of_your_own_is_not_read_as_the_published_one():
+    (line,) = (
+        line for line in commands_of("docs/how_to/sppo_with_a_preference_model.md") if "--ranking.model_name" in line
+    )
+    ranking = yaml.safe_load(read_pipeline(*load_settings(shlex.split(line)[2:]))[2])["ranking"]
+    assert (ranking["released_format"], ranking["policy_template"]) == ("trained", None)
+
+
 def test_the_adversarial_guide_makes_the_files_that_its_recipe_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "downloaded").mkdir()
