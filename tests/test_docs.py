@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,13 @@ def test_every_recipe_config_and_file_that_a_page_names_exists():
             r"`((?:examples|benchmarks|scripts|tests|docs)/[\w./]+\.(?:py|sh|yaml|slurm|md))`", text
         ):
             assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def test_the_first_page_names_every_extra_of_a_user():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert not [
+        name for name in extras if name not in ("dev", "docs") and f"`{name}` for " not in PAGES["docs/index.md"]
+    ]
 
 
 def test_an_error_message_that_troubleshooting_quotes_is_one_of_ours():
