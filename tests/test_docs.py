@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,14 @@ def check_python(tree: ast.AST) -> None:
             assert {keyword.arg for keyword in node.keywords if keyword.arg} <= fields, ast.unparse(node)
 
 
+def test_a_ranker_of_your_own_is_not_read_as_the_published_one():
+    (line,) = (
+        line for line in commands_of("docs/how_to/sppo_with_a_preference_model.md") if "--ranking.model_name" in line
+    )
+    ranking = yaml.safe_load(read_pipeline(*load_settings(shlex.split(line)[2:]))[2])["ranking"]
+    assert (ranking["released_format"], ranking["policy_template"]) == ("trained", None)
+
+
 def test_the_adversarial_guide_makes_the_files_that_its_recipe_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "downloaded").mkdir()
@@ -225,6 +234,13 @@ def test_every_recipe_config_and_file_that_a_page_names_exists():
             r"`((?:examples|benchmarks|scripts|tests|docs)/[\w./]+\.(?:py|sh|yaml|slurm|md))`", text
         ):
             assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def test_the_first_page_names_every_extra_of_a_user():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert not [
+        name for name in extras if name not in ("dev", "docs") and f"`{name}` for " not in PAGES["docs/index.md"]
+    ]
 
 
 def test_an_error_message_that_troubleshooting_quotes_is_one_of_ours():

@@ -74,7 +74,7 @@ class GeneralPreferenceRanker(Ranker):
         if self.format != TRAINED and not self.as_released:
             raise ValueError(
                 f"released_format is {self.format!r}, and {path} is no checkpoint in the authors' layout with a chat "
-                "template: leave it out."
+                "template: set released_format: trained."
             )
 
     def rank(self, requests: Sequence[Request], tally: Tally) -> list[Array]:
