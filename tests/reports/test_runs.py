@@ -72,7 +72,7 @@ def test_nothing_is_fetched_and_nothing_acts(tmp_path):
 def test_runs_side_by_side(tmp_path, capsys):
     runs = [write_run(tmp_path / name, learning_rate=rate) for name, rate in (("a", 1e-3), ("b", 2e-3))]
     assert main(["report", *map(str, runs), "--output_dir", str(tmp_path / "both")]) == 0
-    assert "report: 2 run(s) -> " in capsys.readouterr().out
+    assert "report: 2 runs -> " in capsys.readouterr().out
     text, html = pages(tmp_path / "both")
     assert text.startswith("# a beside b\n")
     assert "| key | a | b |\n| --- | --- | --- |\n| learning_rate | 0.001 | 0.002 |\n\n" in text

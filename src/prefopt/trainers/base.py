@@ -43,6 +43,7 @@ from prefopt.data.tokenization import TokenizationReport, check_fits_model
 from prefopt.hardware import peak_memory_gib
 from prefopt.launch import print_on_main
 from prefopt.memory import optimizer_bytes
+from prefopt.pages import counted
 from prefopt.progress import library_bars
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.scoring.attention import PackedRows, restore_attention
@@ -294,7 +295,8 @@ class BaseTrainer(HookedTrainer):
     def describe_run(self) -> str:
         """Describe processes, wrapping and batches in one line."""
         wrapping, batches = describe_wrapping(self.model_wrapped), f"{self.layout.name}{self._packing}"
-        return f"Training on {self.args.world_size} process(es) as {wrapping}; batches: {batches}."
+        processes = counted(self.args.world_size, "process", "processes")
+        return f"Training on {processes} as {wrapping}; batches: {batches}."
 
     def why_not_packed(self) -> str | None:
         """Return the method's own reason against packed rows, if it has one."""
@@ -355,7 +357,7 @@ class BaseTrainer(HookedTrainer):
         ]
         reason = probe_packing(self.model_wrapped, *batches, autocast=self.compute_loss_context_manager)
         if reason is None:
-            self._packing = ", which scores a pair of the data as padded rows do"
+            self._packing = " (tried: a pair of the data scores as in padded rows)"
         return reason
 
     def probe_sharded(self, loader: PlannedLoader) -> None:
