@@ -37,6 +37,7 @@ def test_a_run_on_one_page(tmp_path):
     assert "> *policy*, step 0: answer 0" in text and "> *policy*, step 60: answer 60" in text
     assert "> *reference*: first" in text
     assert "NVIDIA H100 80GB HBM3" in text and "| torch | 2.13.0 |" in text and "321.5" in text
+    assert "| hardware | run |" in text and "| package | run |" in text
     logged = sum(any(name in log_entry(1) for name in curve.metrics) for curve in CURVES)
     assert html.count("<figure>") == logged + 2, "every curve that was logged, and two of the evaluations"
     assert html.count("<polygon") > 10
