@@ -191,7 +191,7 @@ def draw(rows: list[dict], path: Path) -> None:
         bars = axis.barh(labels[::-1], [row["pairs_per_second"] for row in own][::-1], color=colours[::-1])
         axis.bar_label(bars, fmt="%.2f", padding=2)
         axis.set(title=f"{name} lengths", xlabel="pairs per second")
-        axis.margins(x=0.15)
+        axis.margins(x=0.3)  # room for the numbers
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

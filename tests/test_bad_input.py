@@ -339,7 +339,7 @@ def test_all_mistakes_are_shown_at_once(tmp_path, model, data, capsys, no_weight
     for words in ("unknown key 'learning_rte'", "beta: expected a number", "lora_r needs use_peft", "no.jsonl"):
         assert sum(words in line for line in errors) == 1, words
     assert main(["check", recipe]) == 2
-    problems = capsys.readouterr().out.split("problem(s):")[1].strip().splitlines()
+    problems = capsys.readouterr().out.split("problems:")[1].strip().splitlines()
     assert sorted(line.strip(" -") for line in problems) == sorted(
         line.removeprefix("prefopt: error: ") for line in errors
     )

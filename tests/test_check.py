@@ -48,12 +48,11 @@ def test_a_good_recipe(tmp_path, model, data, capsys):
     for words in (
         "method: wpo",
         "learning_rate: 0.5",
-        "max_weight: 1.0",
-        "launch: cpu_ddp_2ranks, 2 process(es)",
+        "launch: cpu_ddp_2ranks, 2 processes",
         "batch: 2 per device x 2 accumulation steps x 2 processes = 8",
         "train: 6 rows read, 6 kept",
         "eval: 2 rows read, 2 kept",
-        "memory of one GPU, estimated",
+        "memory of one process, estimated",
         "memory of the first node beside its GPUs, estimated",
         "reference",
         "evaluation_strategy is an older key",
@@ -61,6 +60,8 @@ def test_a_good_recipe(tmp_path, model, data, capsys):
     ):
         assert words in printed
     assert not (tmp_path / "out").exists()
+    assert "max_weight" not in printed and "further keys have their defaults" in printed
+    assert len(printed.splitlines()) < 70
 
 
 def test_all_problems_are_collected(tmp_path, model, data, capsys):
@@ -72,7 +73,7 @@ def test_all_problems_are_collected(tmp_path, model, data, capsys):
     )  # fmt: skip
     status, printed = check(capsys, recipe, "--accelerate_config", "deepspeed_zero3")
     assert status == 2
-    problems = printed[printed.index("problem(s):") :]
+    problems = printed[printed.index("problems:") :]
     for words in (
         "beta: expected a number, found 'strong'",
         "unknown key 'learning_rte'",
@@ -136,7 +137,7 @@ def test_check_finds_what_stops_the_run(tmp_path, model, data, capsys, monkeypat
     }  # fmt: skip
     recipe = tiny_recipe(tmp_path, model, data, **{"method": command, **filled})
     status, printed = check(capsys, recipe)
-    problems = printed[printed.index("problem(s):") :]
+    problems = printed[printed.index(" problem") :]
     assert status == 2
     assert words in problems
     assert main([command, str(recipe)]) == 2

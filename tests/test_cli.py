@@ -68,10 +68,10 @@ def test_every_command_is_there_and_explains_its_keys(name, capsys):
 def test_help_begins_with_the_methods_own_keys_and_is_short(capsys):
     assert cli.main(["wpo", "--help"]) == 0
     usual = capsys.readouterr().out
-    own, shared, data, model, library = map(
-        usual.index, ("--max_weight", "--batch_layout", "--dataset_name", "--model_name_or_path", "--learning_rate")
-    )
+    keys = ("max_weight", "batch_layout", "dataset_name", "model_name_or_path", "learning_rate")
+    own, shared, data, model, library = (usual.index(f"\n  --{key}") for key in keys)
     assert own < shared < data < model < library
+    assert usual.index("example: prefopt wpo --model_name_or_path") < own
     assert usual.index("--beta") < shared  # declared anew, with the paper's default
     assert "--hub_always_push" not in usual and "`--help all`" in usual
     assert cli.main(["wpo", "--help", "all"]) == 0

@@ -54,6 +54,7 @@ def test_the_report_and_the_card_that_a_run_leaves(tmp_path, model, data, capsys
     assert f"The report is in {folder / 'report.html'}." in capsys.readouterr().out
     page, card = (folder / "report.md").read_text(), (folder / "README.md").read_text()
     assert "**out**: wpo, finished after 3 steps." in page and "| learning_rate | 1e-06 | 0.001 |" in page
+    assert "| eval_steps | – | 2 |" in page
     assert "| train | 12 | 12 | 0 | 0 | messages |" in page and "| eval | 4 | 4 |" in page
     figures = json.loads((folder / "eval_results.json").read_text())
     assert f"| loss | {figures['eval_loss']:.4g} |" in page and f"| eval_loss | {figures['eval_loss']:.4g} |" in card
@@ -63,7 +64,7 @@ def test_the_report_and_the_card_that_a_run_leaves(tmp_path, model, data, capsys
     logged = [line["loss"] for line in read_jsonl(folder / "log.jsonl") if "loss" in line]
     assert logged == list(history(folder).values())
     assert "| train | 12 | 12 | 0 | 0 |" in card and "| lr_scheduler_type | linear |" in card
-    assert 'pipeline("text-generation", model=' in card and "huggingface.co/papers" not in card
+    assert 'pipeline("text-generation", model="out")' in card and "huggingface.co/papers" not in card
 
 
 def test_samples_need_held_out_rows_before_anything_is_written(tmp_path, model, tmp_path_factory, capsys):

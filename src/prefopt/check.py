@@ -33,9 +33,9 @@ from prefopt.memory import (
     optimizer_bytes,
     with_master_weights,
 )
-from prefopt.pages import printable
+from prefopt.pages import counted, printable
 from prefopt.recipes.arguments import DatasetArguments, RunArguments
-from prefopt.recipes.recipe import Recipe, build, collect, load_settings
+from prefopt.recipes.recipe import DEFAULTS, Recipe, build, collect, load_settings
 from prefopt.recipes.source import locate
 from prefopt.trainers.checkpointing import recomputation_of
 from prefopt.trainers.checkpoints import check_space
@@ -299,20 +299,26 @@ def micro_batch_tokens(config: Any, reports: list[TokenizationReport]) -> tuple[
 
 def report(found: Findings) -> str:
     """Write everything that was found as text."""
-    launch = f"launch: {found.launch_name or 'no launcher'}, {found.launch.processes} process(es)"
-    lines = [f"method: {found.method}", "", found.resolved.rstrip(), "", launch]
+    given, _, defaults = found.resolved.partition(DEFAULTS)
+    lines = [f"method: {found.method}", "", given.rstrip()]
+    if defaults:
+        count = sum(line[:1].isalpha() for line in defaults.splitlines())  # other lines belong to a key's value
+        lines.append(f"# {count} further keys have their defaults; a run's recipe.yaml lists them.")
+    processes = counted(found.launch.processes, "process", "processes")
+    lines += ["", f"launch: {found.launch_name or 'no launcher'}, {processes}"]
     if found.batch:
         lines.append(f"batch: {found.batch}")
     for data in found.reports:
         lines += ["", data.table()]
     if found.memory is not None:
         lines += ["", found.checkpointing]
-        lines += ["", f"memory of one GPU, estimated ({found.memory.total / GIB:.1f} GiB):", found.memory.table()]
+        place = "process" if found.on_cpu else "GPU"
+        lines += ["", f"memory of one {place}, estimated:", found.memory.table()]
     if found.host is not None:
-        size = found.host.total / GIB
-        lines += ["", f"memory of the first node beside its GPUs, estimated ({size:.1f} GiB):", found.host.table()]
+        lines += ["", "memory of the first node beside its GPUs, estimated:", found.host.table()]
     if found.notices:
         lines += ["", *(f"note: {notice}" for notice in found.notices)]
     if found.problems:
-        return "\n".join([*lines, "", f"{len(found.problems)} problem(s):", *(f"  - {p}" for p in found.problems)])
+        head = f"{counted(len(found.problems), 'problem')}:"
+        return "\n".join([*lines, "", head, *(f"  - {problem}" for problem in found.problems)])
     return "\n".join([*lines, "", "Nothing was found that would stop this run."])

@@ -85,8 +85,8 @@ COMMANDS: dict[str, Command] = {
                     ("RankArguments",), launched=True, aliases="FLAG_ALIASES"),
     "build-pairs": Command("choose pairs among scored candidates", "prefopt.candidates.build_pairs",
                            ("BuildPairsArguments",)),
-    "build-rows": Command("make training rows that are no pairs: best of n, scored answers, golden against sampled "
-                          "answers", "prefopt.candidates.build_rows", ("BuildRowsArguments",)),
+    "build-rows": Command("make rows that are no pairs: best of n, scored answers, golden against sampled",
+                          "prefopt.candidates.build_rows", ("BuildRowsArguments",)),
     "convert": Command("read and write other projects' data formats", "prefopt.candidates.convert",
                        ("ConvertArguments",)),
     "split": Command("split prompts into disjoint sets", "prefopt.candidates.split", ("SplitArguments",)),
@@ -302,6 +302,9 @@ def _help(name: str, *, everything: bool) -> str:
     command = COMMANDS[name]
     first = "DIR [DIR ...]" if command.positional else "[RECIPE]"
     lines = [f"usage: prefopt {name} {first} [--key value | --key=value ...]", "", command.summary, ""]
+    if command.is_method:
+        words = "--model_name_or_path MODEL --dataset_name ROWS.jsonl --output_dir outputs/mine"
+        lines += [f"example: prefopt {name} {words}", ""]
     if not command.arguments:
         return "\n".join([*lines, str(importlib.import_module(command.module).__doc__)])
     return "\n".join([*lines, keys_help(arguments_of(name), of_method=command.is_method, everything=everything)])

@@ -28,6 +28,11 @@ def printable(text: str) -> str:
     )
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Write a number with its noun: 1 process, 2 processes; `several` defaults to `one` with an s."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 def escape(text: object) -> str:
     """Return text of unknown origin as one line that Markdown and HTML show literally: no tag, link, image or cell."""
     line = printable(" ".join(str(text).split()))

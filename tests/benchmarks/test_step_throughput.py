@@ -6,6 +6,7 @@ import json
 import statistics
 from dataclasses import asdict
 
+import matplotlib.pyplot as plt
 import pytest
 
 from benchmarks.step_throughput import contenders, draw, main, parse, summarise, table
@@ -52,8 +53,11 @@ def test_figures_are_medians_over_all_steps_of_all_runs(tmp_path):
     assert row["pairs_per_second"] == 4.0
     assert row["fraction_of_matrix_rate"] == pytest.approx(0.5)
     assert "| ultrafeedback | prefopt | packed | 8 | 2000 | 2000 | 4.00 |" in table([row])
-    draw([row], tmp_path / "plot.png")
+    draw([row, row | {"lengths": "hh", "pairs_per_second": 19.24}], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    for axis in plt.gcf().axes:
+        (number,) = axis.texts
+        assert number.get_window_extent().x1 < axis.get_window_extent().x1, "it runs into the frame"
 
 
 def test_one_slow_step_changes_no_column():

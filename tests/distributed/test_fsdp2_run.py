@@ -40,7 +40,7 @@ def live(workspace):  # noqa: F811
 def test_fsdp2_trains_like_one_process(live, single):  # noqa: F811
     """12 steps over two epochs: losses to 1e-4, and the whole model is saved."""
     output, printed = live
-    assert "Training on 2 process(es) as FSDPLlamaForCausalLM; batches: packed" in printed
+    assert "Training on 2 processes as FSDPLlamaForCausalLM; batches: packed" in printed
     assert trajectory(output) == pytest.approx(trajectory(single), abs=1e-4)
     assert trajectory(output, "grad_norm") == pytest.approx(trajectory(single, "grad_norm"), rel=1e-3)
     check_complete(output, single)

@@ -119,7 +119,7 @@ def test_two_ranks_train_like_one(workspace, single, config, layout):
     """12 steps over two epochs of 44 pairs, the last step of each smaller: losses to 1e-4, and the same metrics."""
     output, printed = launch(workspace, f"{config}-{layout}", config=config, layout=layout)
     policy, reference = WRAPPED[config]
-    assert f"Training on 2 process(es) as {policy}; batches: {layout}" in printed
+    assert f"Training on 2 processes as {policy}; batches: {layout}" in printed
     assert f"reference: live, {reference}" in printed
     expected = trajectory(single)
     assert len(expected) == 12
@@ -214,7 +214,7 @@ def test_micro_batches_of_tokens_and_recomputation_on_two_ranks(workspace, singl
     """The same steps of 8 pairs in another division, with layers that run twice (and gather twice under ZeRO-3)."""
     settings = {"tokens_per_micro_batch": 150, "checkpointing": mode, "gradient_checkpointing": None}
     output, printed = launch(workspace, f"tokens-{config}", config=config, layout="packed", **settings)
-    assert "Each optimizer step of 8 examples runs as 3 micro-batch(es) on each of 2 process(es)" in printed
+    assert "Each optimizer step of 8 examples runs as 3 micro-batches on each of 2 processes" in printed
     assert trajectory(output) == pytest.approx(trajectory(single), abs=1e-4)
     for name in ("grad_norm", "rewards/margins", "wpo/effective_pairs"):
         assert trajectory(output, name) == pytest.approx(trajectory(single, name), rel=1e-3, abs=1e-4), name

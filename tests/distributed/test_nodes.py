@@ -113,7 +113,7 @@ def test_zero3_on_two_nodes(workspace, single, tmp_path):  # noqa: F811
     recipe = recipe_of(single, tmp_path / "recipe.yaml", output_dir=str(output), batch_layout="packed")
     folders = two_folders(tmp_path)
     first, second = train(recipe, config, folders)
-    assert "Training on 2 process(es) as DeepSpeedEngine (ZeRO-3)" in first
+    assert "Training on 2 processes as DeepSpeedEngine (ZeRO-3)" in first
     assert "The model is in" in first
     assert "The model is in" not in second
     check_same_run(output, single)

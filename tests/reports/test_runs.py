@@ -37,6 +37,7 @@ def test_a_run_on_one_page(tmp_path):
     assert "> *policy*, step 0: answer 0" in text and "> *policy*, step 60: answer 60" in text
     assert "> *reference*: first" in text
     assert "NVIDIA H100 80GB HBM3" in text and "| torch | 2.13.0 |" in text and "321.5" in text
+    assert "| hardware | run |" in text and "| package | run |" in text
     logged = sum(any(name in log_entry(1) for name in curve.metrics) for curve in CURVES)
     assert html.count("<figure>") == logged + 2, "every curve that was logged, and two of the evaluations"
     assert html.count("<polygon") > 10
@@ -72,7 +73,7 @@ def test_nothing_is_fetched_and_nothing_acts(tmp_path):
 def test_runs_side_by_side(tmp_path, capsys):
     runs = [write_run(tmp_path / name, learning_rate=rate) for name, rate in (("a", 1e-3), ("b", 2e-3))]
     assert main(["report", *map(str, runs), "--output_dir", str(tmp_path / "both")]) == 0
-    assert "report: 2 run(s) -> " in capsys.readouterr().out
+    assert "report: 2 runs -> " in capsys.readouterr().out
     text, html = pages(tmp_path / "both")
     assert text.startswith("# a beside b\n")
     assert "| key | a | b |\n| --- | --- | --- |\n| learning_rate | 0.001 | 0.002 |\n\n" in text

@@ -36,9 +36,9 @@ def test_a_line_has_the_few_figures_that_matter():
     assert "win prob 0.80  log-ratios   +0.50 -1.50" in step_line(self_play, args, state, seconds_left=None)
     reward = {"loss": 0.5, "accuracy": 0.9, "margin": 1.5}
     assert step_line(reward, SimpleNamespace(), state, seconds_left=None).endswith("accuracy 0.90  margin  +1.500")
-    assert step_line({"eval_loss": 0.5, "eval_rewards/accuracies": 1.0}, args, state, seconds_left=None).startswith(
-        "evaluation  12  loss  0.5000  accuracy 1.00"
-    )
+    evaluation = step_line({"eval_loss": 0.5, "eval_rewards/accuracies": 1.0}, args, state, seconds_left=None)
+    assert evaluation.startswith("eval   12/3750  loss  0.5000  accuracy 1.00")
+    assert evaluation.index("accuracy") == line.index("accuracy")
     assert step_line({"train_runtime": 3.0}, args, state, seconds_left=None) is None
 
 
@@ -86,7 +86,7 @@ def test_nothing_is_printed_at_the_end_of_a_bar(tmp_path, monkeypatch):
     trainer.train()
     trainer.evaluate()
     text = terminal.getvalue()
-    for begin, count in (("step ", 2 + 3), ("evaluation ", 3)):  # three samples
+    for begin, count in (("step ", 2 + 3), ("eval ", 3)):  # three samples
         assert len(re.findall(rf"(?:^|[\r\n]){begin}\d", text)) == len(re.findall(rf"{begin}\d", text)) == count
 
 

@@ -872,7 +872,7 @@ def test_the_probe_is_two_forwards_and_its_result_is_printed(tmp_path, capsys):
     assert len(calls) == 2
     assert trainer.model.config._attn_implementation == "sdpa"
     trainer.train()
-    assert "batches: packed, which scores a pair of the data as padded rows do" in capsys.readouterr().out
+    assert "batches: packed (tried: a pair of the data scores as in padded rows)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])

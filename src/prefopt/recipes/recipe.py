@@ -36,6 +36,7 @@ WIDENED: dict[str, Any] = {
     "resume_from_checkpoint": bool | str | None,
     "report_to": str | list[str],
 }  # "none" is a name there
+DEFAULTS = "# Defaults of the versions in package_versions.json."  # what follows in a resolved recipe
 BEFORE_TRAINING = "nothing has been trained yet"
 
 
@@ -204,7 +205,7 @@ def resolved_yaml(recipe: Recipe, classes: Sequence[type], *, without_defaults: 
     defaults = {key: value for key, value in without_secrets(defaults).items() if value is not None}
     parts = ["# Set by the recipe or on the command line.", dumped(given)]
     if defaults:
-        parts += ["\n# Defaults of the versions in package_versions.json.", dumped(defaults)]
+        parts += [f"\n{DEFAULTS}", dumped(defaults)]
     return "\n".join(parts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefopt.arguments import check_settings, setting
 from prefopt.files import user_path
-from prefopt.pages import printable
+from prefopt.pages import counted, printable
 from prefopt.reports.loop import write_loop_report
 from prefopt.reports.runs import write_report
 
@@ -50,5 +50,5 @@ def run(args: ReportArguments) -> Path:
     if loops:
         return write_loop_report(loops[0], iterations=args.iterations, output_dir=output, plots=args.plots)
     page = write_report(folders, output, plots=args.plots)
-    print(f"report: {len(folders)} run(s) -> {printable(str(page))}, {page.with_suffix('.html').name}")
+    print(f"report: {counted(len(folders), 'run')} -> {printable(str(page))}, {page.with_suffix('.html').name}")
     return page

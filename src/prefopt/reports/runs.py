@@ -157,7 +157,8 @@ def recipe_section(records: Sequence[RunRecord]) -> list[Block]:
         before = {key: pair[0] for record in group for key, pair in record.facts["differences"].items()}
         rows = [(key, _value(value), *(_value(r.recipe.get(key)) for r in group)) for key, value in before.items()]
         named = ", ".join(record.name for record in group)
-        blocks.append(Paragraph(f"What differs from {against} in {named}:" if rows else f"{named} is {against}."))
+        differs, end = ("What differs", ":") if rows else ("Nothing differs", ".")
+        blocks.append(Paragraph(f"{differs} from {against} in {named}{end}"))
         blocks += [Table(("key", against, *(record.name for record in group)), rows)] if rows else []
     for record in records:
         if record.recipe:
@@ -173,6 +174,8 @@ def _value(value: Any) -> object:
         return Own(str(value).lower())
     if isinstance(value, list):
         return ", ".join(str(_value(item)) for item in value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # transformers' steps are floats, as they may be shares
     return shortened(value)
 
 
@@ -414,13 +417,13 @@ def samples_section(record: RunRecord) -> list[Block]:
 
 def machine_section(records: Sequence[RunRecord]) -> list[Block]:
     """Show what the runs ran on, what they took, and the versions of packages."""
-    names = [record.name if len(records) > 1 else "" for record in records]
+    names = [record.name for record in records]
     hardware = [record.facts.get("hardware", {}) for record in records]
     rows = [(title, *_cells(found.get(key) for found in hardware)) for key, title in HARDWARE.items()]
     took = [record.figures.get("train_runtime") for record in records]
     rows.append(("training took, seconds", *_cells(took)))
     rows = [row for row in rows if any(cell is not NOTHING for cell in row[1:])]
-    blocks: list[Block] = [Heading("Hardware and versions"), Table(("", *names), rows)] if rows else []
+    blocks: list[Block] = [Heading("Hardware and versions"), Table(("hardware", *names), rows)] if rows else []
     packages = dict.fromkeys(package for record in records for package in record.versions)
     if packages:
         versions = [(name, *_cells(record.versions.get(name) for record in records)) for name in packages]

@@ -30,6 +30,7 @@ from prefopt._trl import is_log_completions
 from prefopt.data.tokenization import TokenizationReport, check_fits_model
 from prefopt.hardware import peak_memory_gib
 from prefopt.launch import print_on_main
+from prefopt.pages import counted
 from prefopt.progress import library_bars
 from prefopt.scoring.attention import PackedRows, restore_attention
 from prefopt.scoring.layouts import Layout, PackedLayout, PaddedLayout
@@ -259,9 +260,9 @@ class BaseTrainer(SavingTrainer):
 
     def run_facts(self) -> list[str]:
         """Return the parts of `describe_run`."""
-        wrapping = describe_wrapping(self.model_wrapped)
+        processes = counted(self.args.world_size, "process", "processes")
         return [
-            f"Training on {self.args.world_size} process(es) as {wrapping}",
+            f"Training on {processes} as {describe_wrapping(self.model_wrapped)}",
             f"batches: {self.layout.name}{self._packing}",
         ]
 
@@ -324,7 +325,7 @@ class BaseTrainer(SavingTrainer):
         ]
         reason = probe_packing(self.model_wrapped, *batches, autocast=self.compute_loss_context_manager)
         if reason is None:
-            self._packing = ", which scores a pair of the data as padded rows do"
+            self._packing = " (tried: a pair of the data scores as in padded rows)"
         return reason
 
     def probe_sharded(self, loader: PlannedLoader) -> None:

@@ -43,16 +43,15 @@ def few_figures(logs: Mapping[str, Any], args: Any) -> dict[str, str]:
 
 def step_line(logs: Mapping[str, Any], args: Any, state: Any, *, seconds_left: float | None) -> str | None:
     """Write a training step's log, or an evaluation's, as one aligned line; None for a log of another kind."""
-    width = len(str(state.max_steps))
     if "loss" in logs:
-        figures = few_figures(logs, args)
+        figures, kind = few_figures(logs, args), "step"
         left = [] if seconds_left is None else [f"{duration(seconds_left)} left"]
-        head = f"step {state.global_step:>{width}}/{state.max_steps}"
     elif "eval_loss" in logs:
         figures = few_figures({key.removeprefix("eval_"): value for key, value in logs.items()}, args)
-        left, head = [], f"evaluation {state.global_step:>{max(width - 1, 1)}}"
+        left, kind = [], "eval"
     else:
         return None
+    head = f"{kind} {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
     return "  ".join([head, *(f"{name} {value:>{_WIDTHS.get(name, 7)}}" for name, value in figures.items()), *left])
 
 

@@ -24,6 +24,7 @@ from prefopt.memory import (
     recomputations,
     with_master_weights,
 )
+from prefopt.pages import counted
 from prefopt.scoring.logprobs import has_scoring_path
 from prefopt.scoring.plan import fewest_micro_batches
 from prefopt.trainers.checkpointing import recomputation_of, settle_mode
@@ -91,8 +92,10 @@ def _settle_tokens(trainer: Any, card: int | None) -> list[str]:
     count, heaviest = fewest_micro_batches(trainer.training_plan, tokens, epochs=epochs)
     trainer.divide_step(count)
     lines = [
-        f"Each optimizer step of {trainer.groups_per_step} examples runs as {count} micro-batch(es) on each of "
-        f"{args.world_size} process(es), of up to {heaviest:,} tokens (`tokens_per_micro_batch: {tokens}`)."
+        f"Each optimizer step of {trainer.groups_per_step} examples runs as "
+        f"{counted(count, 'micro-batch', 'micro-batches')} on each of "
+        f"{counted(args.world_size, 'process', 'processes')}, of up to {heaviest:,} tokens "
+        f"(`tokens_per_micro_batch: {tokens}`)."
     ]
     if heaviest > tokens:
         lines.append(f"A single example has more tokens than that: the largest micro-batch holds {heaviest:,}.")

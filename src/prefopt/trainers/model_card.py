@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def write_model_card(
 def _body(trainer: Any, title: str, base_model: str) -> str:
     paper, args = trainer._paper, trainer.args
     settings = {name: getattr(args, name) for name in _SETTINGS if name in args.__dataclass_fields__}
+    settings = {name: value for name, value in settings.items() if value is not None}
     settings["processes"] = args.world_size
     source = f", [{paper['title']}](https://arxiv.org/abs/{paper['id']})" if paper else ""
     parts = [
@@ -103,7 +105,7 @@ def _usage(trainer: Any) -> list[str]:
         lines = [
             f"from {kind.__module__} import {kind.__name__}",
             "",
-            f"model = {kind.__name__}.from_pretrained({name!r})",
+            f"model = {kind.__name__}.from_pretrained({json.dumps(name)})",
         ]
     else:
         # `pipeline` loads an adapter with its base model as well
@@ -112,7 +114,7 @@ def _usage(trainer: Any) -> list[str]:
         lines = [
             "from transformers import pipeline",
             "",
-            f'generator = pipeline("text-generation", model={name!r})',
+            f'generator = pipeline("text-generation", model={json.dumps(name)})',
             f'print(generator({prompt}, max_new_tokens=128, return_full_text=False)[0]["generated_text"])',
         ]
     return ["## Use", "```python\n" + fenced("\n".join(lines)) + "\n```"]
