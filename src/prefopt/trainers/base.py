@@ -51,6 +51,7 @@ from prefopt.scoring.plan import BatchPlan, GroupLengths, MicroBatch
 from prefopt.trainers import fitting
 from prefopt.trainers.checkpointing import checkpoint_selectively
 from prefopt.trainers.checkpoints import (
+    POLICY,
     cannot_resume,
     check_origin,
     check_saved_shapes,
@@ -83,8 +84,10 @@ TRAINING, EVALUATION = "train", "eval"
 """Names of the data sets in messages, reports and checks."""
 
 
-def evaluated(name: str) -> str:
+def evaluated(name: Any) -> str:
     """Return the name of an evaluation set in reports and checks, which no training set has, even if it is "train"."""
+    if not isinstance(name, str):
+        raise ValueError(f"An evaluation set is called {name!r}: its name must be a string.")
     return name if name.startswith(EVALUATION) else f"{EVALUATION}/{name}"
 
 
@@ -284,7 +287,7 @@ class BaseTrainer(HookedTrainer):
             "the chat template": files.content_hash(self.processing_class.chat_template),
         }
         if self.state.global_step == 0 and (policy := weights_fingerprint(self.model)) is not None:
-            found["the model that is trained"] = policy
+            found[POLICY] = policy
         return found
 
     def load_method_state(self, state: dict[str, Any]) -> None:
