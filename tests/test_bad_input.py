@@ -113,6 +113,11 @@ def adapter(damage=None):
     return prepare
 
 
+def mixed_forms(folder: Path, model: Path) -> None:
+    write_pairs(folder / "mixed", {"train": 3})
+    write_pairs(folder / "mixed", {"test": 3}, messages=False)
+
+
 def other_tokenizer(folder: Path, model: Path) -> None:
     tiny_model().save_pretrained(folder / "other")
     tiny_tokenizer("chatml").save_pretrained(folder / "other")
@@ -230,6 +235,11 @@ CASES = {
         ["recipe.yaml, line", "lora_r is 3, and the adapter", "has 2: remove it"],
     ),
     "WPO without weights": ({"use_weighting": False}, None, ["use_weighting"]),
+    "evaluation rows of another form": (
+        {"dataset_name": "{folder}/mixed", "dataset_test_split": "test", "do_eval": True},
+        mixed_forms,
+        ["The train set holds messages and the eval set strings"],
+    ),
     "streamed data": ({"dataset_streaming": True}, None, ["dataset_streaming", "only False is possible"]),
     "reference scores of other data": (
         {"precompute_ref_log_probs": True, "dataset_name": "{folder}/rows.jsonl"},
@@ -373,6 +383,33 @@ def test_policy_and_reference_are_one_object(tmp_path, model, data):
     tokenizer = AutoTokenizer.from_pretrained(model)
     with pytest.raises(ValueError, match="same object"):
         WPOTrainer(policy, ref_model=policy, args=args, train_dataset=train, processing_class=tokenizer)
+
+
+def other_view(policy):
+    twin = tiny_model()
+    twin.load_state_dict(policy.state_dict(), assign=True)
+    return twin
+
+
+def tied(policy):
+    twin = tiny_model()
+    twin.model.embed_tokens = policy.model.embed_tokens
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("adapted", "reference"), [(False, tied), (False, other_view), (True, lambda policy: policy.get_base_model())]
+)
+def test_policy_and_reference_share_weights(tmp_path, model, adapted, reference):
+    """The reference would be frozen with the policy, or move with it."""
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    if adapted:
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    args = WPOConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    rows = Dataset.from_list(pair_rows(2))
+    with pytest.raises(ValueError, match=r"`ref_model` shares .*embed_tokens.* with `model`"):
+        WPOTrainer(policy, reference(policy), args, train_dataset=rows, processing_class=tiny_tokenizer())
+    assert all(each.requires_grad for name, each in policy.named_parameters() if not adapted or "lora" in name)
 
 
 TRAINERS = [

@@ -426,7 +426,14 @@ def tokenise_data(
         name: tokenize.settle(dataset, on_bad_row=args.on_bad_row, name=name, one_form=True)
         for name, dataset in mapped.items()
     }
-    return {name: dataset for name, (dataset, _) in done.items()}, [report for _, report in done.values()]
+    reports = [report for _, report in done.values()]
+    for report in reports[1:]:
+        if None not in (report.form, reports[0].form) and report.form != reports[0].form:
+            raise ValueError(
+                f"The train set holds {reports[0].form} and the {report.name} set {report.form}: the chat template is "
+                "applied to messages alone, so give both in one form."
+            )
+    return {name: dataset for name, (dataset, _) in done.items()}, reports
 
 
 @contextmanager

@@ -299,6 +299,10 @@ def test_a_redirect_is_refused_and_carries_no_key(monkeypatch):
         ("ftp://host/v1", "is not an address"),
         ("http://host:port/v1", "is not an address"),
         ("http://host:99999/v1", "is not an address"),
+        ("http://[::1/v1", "is not an address"),
+        (f"http://me:{SECRET}@[::1/v1", "is not an address"),
+        (f"http://host/v1?key={SECRET}", r"ends with \?... or #...: give it up to /v1 alone"),
+        ("http://host/v1#x", "ends with"),
         (f"http://me:{SECRET}@host/v1", "holds a password"),
     ],
 )
@@ -306,6 +310,16 @@ def test_bad_addresses_are_told_without_their_secrets(address, reason):
     with pytest.raises(ServerError, match=reason) as caught:
         JsonClient(address, KEY_VARIABLE, 1.0, 0)
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("SSL_CERT_FILE", "/nowhere.pem"), ("HTTP_PROXY", "foo://me:word@proxy")]
+)
+def test_an_environment_without_a_way_out_is_told(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ServerError, match=f"No connection can be made: .*{variable}") as caught:
+        complete(Endpoint())
+    assert "word" not in str(caught.value)
 
 
 def test_the_served_model_is_found():

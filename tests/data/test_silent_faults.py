@@ -306,6 +306,16 @@ def test_a8_comparisons_too():
     assert report.dropped == {"number not finite": 1}
 
 
+@pytest.mark.parametrize(("value", "read"), [(True, True), (0, False), (None, False), ("false", None), (2, None)])
+def test_a8_a_mark_is_true_or_false(value, read):
+    row = {"prompt": "Hi", "responses": ["a", "b"], "scores": [1.0, 0.0], "is_adversarial": value}
+    if read is not None:
+        assert normalise_comparison(row)["is_adversarial"] is read
+        return
+    with pytest.raises(BadRow, match="wrong type: `is_adversarial` is neither true nor false"):
+        normalise_comparison(row)
+
+
 def call(name, arguments):
     return turn("assistant", "", tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}])
 

@@ -731,6 +731,13 @@ def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
     [
         ({"beta": 0.0}, "`beta` must be positive"),
         ({"max_length": 32, "max_prompt_length": 32}, "must be below `max_length`"),
+        ({"loss_type": []}, "`loss_type` is an empty list"),
+        ({"num_train_epochs": 0.0}, "`num_train_epochs` must be above 0, not 0.0"),
+        ({"max_steps": 0}, "`max_steps` must be at least 1"),
+        ({"save_steps": 0}, "`save_steps` must be above 0"),
+        ({"adam_beta2": 1.5}, r"`adam_beta2` must be in \[0, 1\), not 1.5"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be a number from 0 up"),
+        ({"dataloader_num_workers": -1}, "`dataloader_num_workers` must be at least 0"),
         ({"loss_type": "sigmid"}, "Unknown loss_type 'sigmid'"),
         ({"loss_type": "aot"}, "WPO's weights belong to pairs"),
         ({"loss_type": ["sigmoid", "sft"]}, "WPO's weights belong to pairs"),

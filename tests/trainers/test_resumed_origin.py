@@ -90,6 +90,15 @@ def test_what_has_changed_is_named_before_anything_is_trained(tmp_path, what, ca
     assert allowed.state.global_step == 4 and what in capsys.readouterr().err
 
 
+def test_a_reference_that_has_come_or_gone_is_a_change(tmp_path):
+    run(tmp_path).train()
+    with pytest.raises(ValueError, match="checkpoint-2 was made, this has changed: the reference"):
+        resume(run(tmp_path, reference=tiny_model(seed=3)))
+    run(tmp_path, reference=tiny_model(seed=3)).train()
+    with pytest.raises(ValueError, match="checkpoint-2 was made, this has changed: the reference"):
+        resume(run(tmp_path))
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_same_run_continues_without_a_word(tmp_path, adapter, cached, capsys):

@@ -31,6 +31,14 @@ def test_the_prefix_of_an_evaluation_names_no_training_set(tmp_path, prefix):
     assert run.tokenization_reports["train"].rows_in == 8
 
 
+def test_a_number_is_no_name_and_a_list_no_set(tmp_path):
+    with pytest.raises(ValueError, match="An evaluation set is called 1: its name must be a string"):
+        make_trainer(tmp_path, rows=preference_rows(8), trainer_options={"eval_dataset": {1: preference_rows(3)}})
+    run = make_trainer(tmp_path, rows=preference_rows(8))
+    with pytest.raises(ValueError, match=r"The eval set is a list; pass a datasets.Dataset"):
+        run.evaluate(preference_rows(3).to_list())
+
+
 def test_several_references_hold_out_training_rows_only(tmp_path):
     sets = {name: multi_reference.scored_pairs(count, seed=count) for name, count in (("train", 10), ("eval", 6))}
     run = multi_reference.trainer(tmp_path, evaluation=sets, weighting="vaw", validation_rows=4)

@@ -443,7 +443,10 @@ def check_scores(value: Any, num_responses: int) -> list[float]:
 
 def comparison_values(row: Mapping[str, Any]) -> Row:
     """Return what a comparison row says beside its scores: `is_adversarial`, and `margin` where it has one."""
-    values: Row = {"is_adversarial": bool(row.get("is_adversarial")) or row.get("type") == ADVERSARIAL_TYPE}
+    marked = row.get("is_adversarial")
+    if marked not in (None, True, False):  # "false" as text would be true
+        raise BadRow(Fault.WRONG_TYPE, f"`is_adversarial` is neither true nor false: {marked!r}")
+    values: Row = {"is_adversarial": bool(marked) or row.get("type") == ADVERSARIAL_TYPE}
     return values if row.get("margin") is None else {**values, "margin": number(row["margin"], "margin")}
 
 

@@ -56,8 +56,10 @@ TRAINING, EVALUATION = "train", "eval"
 """Names of the data sets in messages, reports and checks."""
 
 
-def evaluated(name: str) -> str:
+def evaluated(name: Any) -> str:
     """Return the name of an evaluation set in reports and checks, which no training set has, even if it is "train"."""
+    if not isinstance(name, str):
+        raise ValueError(f"An evaluation set is called {name!r}: its name must be a string.")
     return name if name.startswith(EVALUATION) else f"{EVALUATION}/{name}"
 
 

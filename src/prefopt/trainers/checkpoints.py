@@ -33,6 +33,8 @@ FILES_RECORD = "checkpoint_files.json"
 SMALL_FILE = 2**26  # bytes
 LARGEST_CHECKED = 2**32  # bytes of optimizer states whose checksums every rank computes before it resumes
 
+POLICY = "the model that is trained"
+"""Name of the policy's fingerprint, which a model that has been trained does not give."""
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  # torch, FSDP, FSDP sharded, DeepSpeed
 
 
@@ -308,7 +310,9 @@ def check_origin(
     if saved is None:
         print_on_main(f"{checkpoint} does not say which data and models it was made from: they are not compared.")
         return
-    changed = [name for name in saved if name in now and saved[name] != now[name]]
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    # a reference that has come or gone is a change; a policy that cannot be compared is none
+    changed = [name for name in changed if name != POLICY or (name in saved and name in now)]
     if changed and may_change:
         print_on_main(f"Since {checkpoint} was made, this has changed: {', '.join(changed)}.")
     elif changed:

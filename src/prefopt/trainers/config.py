@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,19 @@ NOT_HONOURED: tuple[tuple[str, Any, str], ...] = (
     ("eval_do_concat_batches", True, "`compute_metrics` gets the predictions of all rows in one array."),
     ("dataloader_in_order", True, "The micro-batches of a step belong together."),
     ("auto_find_batch_size", False, "It would change the recipe's batch; set `per_device_train_batch_size`."),
+)
+
+# settings of transformers that it does not check, or too late: (field, whether a value can work, in words)
+IN_RANGE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("learning_rate", lambda value: 0 <= value < math.inf, "a number from 0 up"),
+    ("num_train_epochs", lambda value: 0 < value < math.inf, "above 0"),
+    ("max_steps", lambda value: value != 0, "at least 1 (or -1, for whole epochs)"),
+    ("save_steps", lambda value: value > 0, "above 0 (`save_strategy: 'no'` saves no checkpoint)"),
+    ("adam_beta1", lambda value: 0 <= value < 1, "in [0, 1)"),
+    ("adam_beta2", lambda value: 0 <= value < 1, "in [0, 1)"),
+    ("adam_epsilon", lambda value: 0 <= value < math.inf, "a number from 0 up"),
+    ("weight_decay", lambda value: 0 <= value < math.inf, "a number from 0 up"),
+    ("dataloader_num_workers", lambda value: value >= 0, "at least 0"),
 )
 
 # settings of TRL's DPOConfig that would change a result and have no counterpart here
@@ -163,8 +176,9 @@ class BatchConfig(SecretsStayOut, _Mixin):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
-        if not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"`learning_rate` must be a number from 0 up, not {self.learning_rate}.")
+        for name, fits, words in IN_RANGE:
+            if not fits(getattr(self, name)):
+                raise ValueError(f"`{name}` must be {words}, not {getattr(self, name)}.")
         if self.train_sampling_strategy == "group_by_length":
             raise ValueError(
                 "`train_sampling_strategy: group_by_length` is not supported: micro-batches are balanced by length "
@@ -277,6 +291,8 @@ class PreferenceConfig(BatchConfig, TRLDPOConfig):  # type: ignore[misc]  # grad
                 raise ValueError("`padding_free` and `batch_layout: padded` contradict each other; drop one.")
             self.padding_free, self.batch_layout = False, "packed"
         self.check_batching()
+        if not self.loss_type:
+            raise ValueError("`loss_type` is an empty list: name at least one loss.")
         check_unset(self, WITHOUT_COUNTERPART)
         Truncation(self.max_length, self.max_prompt_length, self.truncation_mode)
         if not 0 < self.beta < math.inf:

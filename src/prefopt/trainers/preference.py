@@ -390,6 +390,11 @@ class PreferenceTrainer(BaseTrainer):
                 "`ref_model` is the same object as `model` and would train with it. Leave `ref_model` out, or give a "
                 "copy."
             )
+        if isinstance(model, nn.Module) and ref_model is not None and (shared := shared_weight(model, ref_model)):
+            raise ValueError(
+                f"`ref_model` shares {shared} with `model`, so that one would be frozen or the other trained. Leave "
+                "it out (for an adapter, its model without it is the reference), or give a copy."
+            )
         if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError(
                 f"`processing_class` must be a tokenizer, not a {type(processing_class).__name__}: only text is read."
@@ -535,7 +540,7 @@ class PreferenceTrainer(BaseTrainer):
         """Evaluate; a data set given here is prepared like the one of the constructor."""
         if isinstance(eval_dataset, dict):
             eval_dataset = {key: self._prepare_late(d, evaluated(key)) for key, d in eval_dataset.items()}
-        elif isinstance(eval_dataset, Dataset) and eval_dataset not in self._datasets():
+        elif not isinstance(eval_dataset, (str, type(None))) and eval_dataset not in self._datasets():
             eval_dataset = self._prepare_late(eval_dataset, evaluated(metric_key_prefix))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -554,6 +559,12 @@ class PreferenceTrainer(BaseTrainer):
             )
         done, _ = self._attach_scores({name: prepared}, None)
         return done[name]
+
+
+def shared_weight(model: nn.Module, reference: nn.Module) -> str | None:
+    """Return the name of a weight of `reference` that lies in the same memory as one of `model`; None without one."""
+    addresses = {parameter.data_ptr() for parameter in model.parameters()} - {0}  # 0: meta, or sharded elsewhere
+    return next((name for name, each in reference.named_parameters() if each.data_ptr() in addresses), None)
 
 
 def _router_coefficient(policy: PreTrainedModel | PeftModel, args: PreferenceConfig) -> float:

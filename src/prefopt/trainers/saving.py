@@ -21,6 +21,7 @@ from prefopt.memory import optimizer_bytes
 from prefopt.progress import library_bars
 from prefopt.references.fingerprints import rows_fingerprint
 from prefopt.trainers.checkpoints import (
+    POLICY,
     cannot_resume,
     check_origin,
     check_saved_shapes,
@@ -63,7 +64,7 @@ class SavingTrainer(HookedTrainer):
             "the chat template": files.content_hash(self.processing_class.chat_template),
         }
         if self.state.global_step == 0:
-            found["the model that is trained"] = self._policy_weights or weights_fingerprint(self.model)
+            found[POLICY] = self._policy_weights or weights_fingerprint(self.model)
         return found
 
     def prepare_to_resume(self, checkpoint: str | bool | None) -> str | None:

@@ -85,16 +85,18 @@ class JsonClient:
     first_pause: float = 1.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
         try:
+            parts = urlsplit(self.base_url)
             sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
             httpx2.URL(self.base_url)
-        except (httpx2.InvalidURL, ValueError):  # such as a port that is no number
+        except (httpx2.InvalidURL, ValueError):  # such as a port that is no number, or [ without ]
             sound = False
         if not sound:
             raise ServerError(
                 f"base_url {self.address!r} is not an address such as http://localhost:8000/v1 (http or https)."
             )
+        if parts.query or parts.fragment:  # the path of a request would be put behind it
+            raise ServerError(f"base_url {self.address!r} ends with ?... or #...: give it up to /v1 alone.")
         if parts.username or parts.password:
             raise ServerError(
                 f"base_url {self.address!r} holds a password: put the key into {self.key_variable} instead."
@@ -103,7 +105,10 @@ class JsonClient:
     @property
     def address(self) -> str:
         """The address without anything secret in it."""
-        parts = urlsplit(self.base_url)
+        try:
+            parts = urlsplit(self.base_url)
+        except ValueError:
+            return self.base_url.rpartition("@")[2].partition("?")[0]
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
     def request(self, call: Call[T]) -> T:
@@ -148,7 +153,14 @@ class JsonClient:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         try:
             # no redirects: one would carry the key and the prompts to another address
-            async with httpx2.AsyncClient(timeout=None, limits=limits, follow_redirects=False) as http:
+            client = httpx2.AsyncClient(timeout=None, limits=limits, follow_redirects=False)
+        except (ValueError, OSError) as error:  # it reads them from the environment
+            raise ServerError(
+                f"No connection can be made: a proxy (HTTP_PROXY, ...) or the certificates (SSL_CERT_FILE) of the "
+                f"environment cannot be used ({error})."
+            ) from None
+        try:
+            async with client as http:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._repeat(http, slots, call, on_done)) for call in calls]
         except ExceptionGroup as failures:
