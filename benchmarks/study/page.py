@@ -91,7 +91,7 @@ def cost(lab: Lab) -> list[str]:
     """Say how much was run, and how long it took."""
     seconds = sum(row.get("processor_seconds", row["seconds"]) for row in lab.visited)  # old rows: wall clock
     return [
-        f"{len(lab.visited)} units on `{lab.device}`, {seconds / 60:.0f} minutes of processor time in all, spread over "
+        f"{len(lab.visited)} units on `{lab.device}`, {seconds / 60:.0f} minutes of processor time in all, in "
         "processes of one thread. *Seeds* are those done of those planned; the command runs what is missing."
     ]
 

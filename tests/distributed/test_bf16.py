@@ -135,7 +135,8 @@ def rounding(one) -> float:
     return (rounded - exact).abs().max().item()
 
 
-def values(seen: dict[str, Any], rows: list[str], name: str) -> np.ndarray:
+def numbers(seen: dict[str, Any], rows: list[str], name: str) -> np.ndarray:
+    """What was read of chosen and rejected, (rows, 2)."""
     return np.array([seen[row][name] for row in rows])
 
 
@@ -150,12 +151,12 @@ def test_what_the_loss_reads(wrapping, cached, folder, one, rounding):
     for row in rows:
         assert (seen[row]["ids"], seen[row]["counts"]) == (one.seen[row]["ids"], one.seen[row]["counts"])
     for name in ("policy", "reference"):
-        gap = np.abs(values(seen, rows, name) - values(one.seen, rows, name)).max()
+        gap = np.abs(numbers(seen, rows, name) - numbers(one.seen, rows, name)).max()
         print(f"{wrapping}, {'cached' if cached else 'live'}: {name} differs by at most {gap:.2g} of {rounding:.2g}")
         assert 0 < gap <= 2 * rounding
     if cached:
         stored = [logp for path in (folder / "scores").glob("*/*.npz") for logp in np.load(path)["logps"].tolist()]
-        assert sorted(stored) == sorted(values(seen, rows, "reference").ravel())
+        assert sorted(stored) == sorted(numbers(seen, rows, "reference").ravel())
         for rank in (0, 1):
             assert read_json(folder / f"cached-{rank}.json") == {row: seen[row]["reference"] for row in rows}
 
