@@ -218,8 +218,8 @@ def test_one_request_that_fails_for_good_ends_the_others():
     endpoint = Endpoint(faults=[400])
     endpoint.delay = 0.05
     with pytest.raises(ServerError, match="HTTP 400"):
-        complete(endpoint, 100, concurrency=2)
-    assert len(endpoint.bodies) < 50
+        complete(endpoint, 400, concurrency=2)  # 10 s: a busy machine may run the thread above late
+    assert len(endpoint.bodies) < 300
 
 
 def test_an_interrupted_run_waits_for_no_request_that_has_not_begun():
@@ -233,8 +233,8 @@ def test_an_interrupted_run_waits_for_no_request_that_has_not_begun():
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        complete(endpoint, 100, concurrency=2)
-    assert len(endpoint.bodies) < 50
+        complete(endpoint, 400, concurrency=2)  # 10 s: a busy machine may run the thread above late
+    assert len(endpoint.bodies) < 300
 
 
 def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, caplog, capfd):
