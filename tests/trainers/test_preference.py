@@ -735,6 +735,11 @@ def test_packed_rows_train_like_padded_ones_for_every_loss(tmp_path, loss_type):
         ({"num_train_epochs": 0.0}, "`num_train_epochs` must be above 0, not 0.0"),
         ({"max_steps": 0}, "`max_steps` must be at least 1"),
         ({"save_steps": 0}, "`save_steps` must be above 0"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "`lr_scheduler_type: cosine_with_min_lr` cannot be made .* min_lr",
+        ),
+        ({"lr_scheduler_kwargs": {"min": 1}}, "`lr_scheduler_kwargs: {'min': 1}`: "),
         ({"adam_beta2": 1.5}, r"`adam_beta2` must be in \[0, 1\), not 1.5"),
         ({"weight_decay": -0.1}, "`weight_decay` must be a number from 0 up"),
         ({"dataloader_num_workers": -1}, "`dataloader_num_workers` must be at least 0"),

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
+import torch
+from torch import nn
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig as TRLDPOConfig
 from trl import ModelConfig
@@ -92,8 +94,7 @@ class BatchConfig(SecretsStayOut, _Mixin):
     share_prompt: bool = setting(True, "In packed rows, run each prompt once for all of its completions.")
     max_tokens_per_row: int | None = setting(
         None,
-        "Capacity of a packed row in tokens. None: one row a micro-batch (short rows where the mask is dense: eager "
-        "attention on a CPU).",
+        "Capacity of a packed row in tokens. None: one row a micro-batch.",
     )
     tokens_per_micro_batch: int | str | None = setting(
         None,
@@ -188,6 +189,7 @@ class BatchConfig(SecretsStayOut, _Mixin):
             raise ValueError(
                 "`split_batches` is not supported: `per_device_train_batch_size` is that of each process."
             )
+        check_schedule(self)
         epochs, planned = self.num_train_epochs, self.schedule_epochs
         if planned is not None and (self.max_steps > 0 or planned < epochs):
             raise ValueError(
@@ -199,6 +201,24 @@ class BatchConfig(SecretsStayOut, _Mixin):
                 f"`max_prompt_length` ({prompt}) must be below `max_length` ({longest}), or no room is left for a "
                 "completion."
             )
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Raise a ValueError where the learning-rate schedule lacks settings, or has some that it does not know."""
+    weight = nn.Parameter(torch.zeros(1))
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([weight], lr=1.0),
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a dict by now
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`lr_scheduler_type: {SchedulerType(args.lr_scheduler_type).value}` cannot be made with "
+            f"`lr_scheduler_kwargs: {args.lr_scheduler_kwargs}`: {error}"
+        ) from error
 
 
 def before_transformers(args: Any) -> None:
