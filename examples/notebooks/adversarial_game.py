@@ -30,7 +30,7 @@ import warnings
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")  # plain bars will do
-sys.path.insert(0, "../../benchmarks")  # the game
+sys.path.insert(0, "../..")  # the game
 
 from pathlib import Path
 
@@ -39,8 +39,8 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from word_game import make_start_policy, true_reward, write_game
 
+from benchmarks.study.world import make_start_policy, true_reward, write_game
 from prefopt.files import read_jsonl
 
 torch.set_num_threads(1)
