@@ -30,8 +30,7 @@ def run(path: Path, settings: dict[str, Any], names: Sequence[str], workers: int
     Returns:
         whether the time sufficed.
     """
-    planned = Lab(Results(path), **settings)
-    seeds = sorted({seed for name in names for seed in EXPERIMENTS[name].planned(planned)})
+    seeds = sorted({seed for name in names for seed in EXPERIMENTS[name].planned(settings["seeds"])})
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (path, settings)) as pool:
         return all(list(pool.map(_choose, names))) and all(list(pool.map(partial(_run_seed, names), seeds)))
@@ -53,7 +52,7 @@ def _choose(name: str) -> bool:
 def _run_seed(names: Sequence[str], seed: int) -> bool:
     def work(lab: Lab) -> None:
         for experiment in (EXPERIMENTS[name] for name in names):
-            if seed in experiment.planned(lab):
+            if seed in experiment.planned(lab.seeds):
                 experiment.run_seed(lab, experiment.choose(lab), seed)
 
     return _in_time(work)

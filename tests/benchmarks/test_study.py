@@ -194,7 +194,7 @@ def test_the_page_has_the_design_before_results_and_says_what_is_missing(tmp_pat
 
     with monkeypatch.context() as patched:
         patched.setattr(Lab, "unit", fake)
-        for seed in experiment.planned(lab):
+        for seed in experiment.planned(lab.seeds):
             experiment.run_seed(lab, experiment.choose(lab), seed)
     write_page(Lab(results), tmp_path / "docs" / "study.md")
     page = (tmp_path / "docs" / "study.md").read_text()

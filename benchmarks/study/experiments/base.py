@@ -55,9 +55,9 @@ class Experiment(ABC):
     def check(self, rows: Sequence[Row]) -> None:
         """Assert what two seeds can show, for `--quick`."""
 
-    def planned(self, lab: Lab) -> range:
-        """Return the seeds beside seed 0 that this lab runs."""
-        count = self.seeds if lab.seeds is None else min(self.seeds, lab.seeds)
+    def planned(self, limit: int | None = None) -> range:
+        """Return the seeds beside seed 0: all, or the first `limit`."""
+        count = self.seeds if limit is None else min(self.seeds, limit)
         return range(self.first_seed, self.first_seed + count)
 
     def read(self, lab: Lab) -> tuple[Any, list[Row]]:
@@ -66,7 +66,7 @@ class Experiment(ABC):
         chosen = None
         with contextlib.suppress(Missing):
             chosen = self.choose(lab)
-            for seed in self.planned(lab):
+            for seed in self.planned(lab.seeds):
                 with contextlib.suppress(Missing):
                     self.run_seed(lab, chosen, seed)
         return chosen, lab.visited[begin:]

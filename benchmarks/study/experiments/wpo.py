@@ -132,7 +132,7 @@ are not."""
         def gap(share: float, mine: str, theirs: str) -> dict[int, float]:
             return contrast(*(by_seed(rows, "reward", share=share, method=method) for method in (mine, theirs)))
 
-        zero = dict.fromkeys(range(self.first_seed, self.first_seed + self.seeds), 0.0)
+        zero = dict.fromkeys(self.planned(), 0.0)
         asked: list[tuple[str, str, Any, Any, dict[str, Any]]] = [
             (
                 "On the policy's own pairs WPO and DPO agree",
