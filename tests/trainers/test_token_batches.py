@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prefopt.pages import counted
 from prefopt.trainers import fitting
 from tests.trainers.pairs import Seen, history, make_trainer, preference_rows, weights_of
 
@@ -30,7 +31,8 @@ def test_a_step_is_the_same_in_micro_batches_of_tokens(tmp_path, capsys, layout)
         each, batches = trained(tmp_path, str(tokens), batch_layout=layout, tokens_per_micro_batch=tokens)
         printed = capsys.readouterr().out
         count = each.args.gradient_accumulation_steps
-        assert f"Each optimizer step of 12 examples runs as {count} micro-batch" in printed
+        divided = counted(count, "micro-batch", "micro-batches")
+        assert f"Each optimizer step of 12 examples runs as {divided} on each of 1 process, " in printed
         assert (count == 1) == (tokens == 10_000)
         assert len(batches) == 3 * count
         assert max(batch["input_ids"].numel() for batch in batches) <= tokens
@@ -67,7 +69,7 @@ def test_auto_keeps_pairs_on_a_cpu_and_fills_a_card(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(fitting, "card_bytes", lambda device: 10**12)
     trainer = make_trainer(tmp_path, tokens_per_micro_batch="auto", gradient_checkpointing=None, **STEP)
     printed = capsys.readouterr().out
-    assert "runs as 1 micro-batch" in printed
+    assert "runs as 1 micro-batch on each" in printed
     assert "`tokens_per_micro_batch: 16384`" in printed
     assert "Checkpointing: none (auto" in printed
 
