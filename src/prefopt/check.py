@@ -17,6 +17,7 @@ from prefopt import run
 from prefopt.arguments import masked, missing
 from prefopt.cli import COMMANDS, arguments_of, function_of, method_of
 from prefopt.data import TokenizationReport, check_fits_model
+from prefopt.files import parse_yaml
 from prefopt.hardware import GIB
 from prefopt.host_memory import estimate_host
 from prefopt.launch import launch_words, split_launch_settings, world_size
@@ -302,8 +303,8 @@ def report(found: Findings) -> str:
     given, _, defaults = found.resolved.partition(DEFAULTS)
     lines = [f"method: {found.method}", "", given.rstrip()]
     if defaults:
-        count = sum(line[:1].isalpha() for line in defaults.splitlines())  # other lines belong to a key's value
-        lines.append(f"# {count} further keys have their defaults; a run's recipe.yaml lists them.")
+        values, _ = parse_yaml(defaults, "the defaults")
+        lines.append(f"# {len(values)} further keys have their defaults; a run's recipe.yaml lists them.")
     processes = counted(found.launch.processes, "process", "processes")
     lines += ["", f"launch: {found.launch_name or 'no launcher'}, {processes}"]
     if found.batch:

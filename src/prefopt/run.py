@@ -218,13 +218,15 @@ def check_adapter_keys(recipe: Recipe) -> None:
     if given and not values.get("use_peft"):
         raise ValueError(f"{recipe.places[given[0]]}: {given[0]} needs use_peft: true; without it, remove it.")
     name = values.get("model_name_or_path")
-    adapter = adapter_of(name) if name is not None and is_adapter(name) else None
-    for key, its_name in ADAPTER_SETTINGS.items() if adapter is not None else ():
-        if key in given and values[key] != (has := getattr(adapter, its_name, values[key])):
-            raise ValueError(
-                f"{recipe.places[key]}: {key} is {values[key]}, and the adapter {name}, which is trained on, has "
-                f"{has}: remove it, or merge that adapter into its base first."
-            )
+    if name is not None and is_adapter(name):
+        adapter = adapter_of(name)
+        for key, its_name in ADAPTER_SETTINGS.items():
+            has = getattr(adapter, its_name, values.get(key))
+            if key in given and has != values[key]:
+                raise ValueError(
+                    f"{recipe.places[key]}: {key} is {values[key]}, and the adapter {name}, which is trained on, has "
+                    f"{has}: remove it, or merge that adapter into its base first."
+                )
     targets = values.get("lora_target_modules") or []
     heads = [name for name in ([targets] if isinstance(targets, str) else targets) if name in LM_HEADS]
     if heads:
