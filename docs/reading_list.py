@@ -32,8 +32,8 @@ SOURCE = ROOT / "src" / "prefopt"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- reading list: written by docs/reading_list.py -->", "<!-- end of the reading list -->"
 OBSERVERS = {"record", "watch_finite", "check_initial_margin", "_check_initial_margin"}
-# a ratchet: these only go down
-MAX_FILES, MAX_LINES, MAX_FROM_BATCH = 19, 1115, 420
+# a ratchet: these go down, but for a check of rows that is worth its lines
+MAX_FILES, MAX_LINES, MAX_FROM_BATCH = 19, 1111, 402
 
 
 class Calls:

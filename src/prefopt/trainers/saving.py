@@ -134,7 +134,7 @@ class SavingTrainer(HookedTrainer):
             raise ValueError(problem) from cause
 
     def keeps_float32_copies(self) -> bool:
-        """Whether a checkpoint holds float32 copies of the weights, or the weights twice (accelerate under FSDP)."""
+        """Return whether a checkpoint has float32 copies of the weights, or under FSDP the weights twice."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     # ---- saving
