@@ -231,6 +231,15 @@ class InterruptingAtTheSixth(list):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.fixture
+def interruptible():
+    """Have SIGINT raise, as it does in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_waits_for_no_request_that_has_not_begun():
     endpoint = Endpoint()
     endpoint.delay = 0.05
